@@ -1,0 +1,8 @@
+"""ComfyUI entry point: the node classes when ComfyUI is the host, nothing otherwise."""
+
+import sys
+
+NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = {}, {}
+
+if __package__ and "comfy" in sys.modules:  # `__package__` is "" when pytest imports this file alone
+    from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS

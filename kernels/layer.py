@@ -1,0 +1,178 @@
+"""The tensors of one 4-bit linear layer, in natural order, and the one blob of bytes that holds them all.
+
+Every reader ends here and every kernel starts here. Names are the pack's vocabulary:
+
+    qweight        (N, K/2) int8         packed 4-bit weight of the residual, low nibble = even input channel
+    wscales        (K/group, N)          scale per weight group
+    wtscale        ()                    nvfp4 only, optional
+    wcscales       (N,)                  nvfp4 only, optional
+    wzeros         (K/group, N)          awq_w4a16 only
+    smooth_factor  (K,)                  the activation is divided by it
+    proj_down      (K, R)                low-rank branch, sees the unsmoothed activation
+    proj_up        (N, R)
+
+The bias is not among them: a host wants to see it as an ordinary parameter.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .formats import FORMATS, Format
+
+BLOB_ALIGNMENT = 256  # bytes; every view is aligned for any dtype and for vector loads
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What is known of a layer without its tensors.
+
+    act_unsigned  half-open range of input channels whose activations are shifted by GELU_SHIFT and use unsigned codes;
+                  (0, 0) for none. The stored bias then already contains -GELU_SHIFT * sum(dequantized weight / smooth)
+    """
+
+    format: str
+    n: int
+    k: int
+    rank: int = 0
+    act_unsigned: tuple[int, int] = (0, 0)
+
+    @property
+    def fmt(self) -> Format:
+        return FORMATS[self.format]
+
+    def bytes_16bit(self) -> int:
+        """Size of the same weight in 16 bit."""
+        return 2 * self.n * self.k
+
+
+class LayerError(ValueError):
+    """A layer's tensors do not fit together."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A LayerSpec with its tensors."""
+
+    spec: LayerSpec
+    tensors: Mapping[str, torch.Tensor]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def decode_weight(self) -> torch.Tensor:
+        """(N, K) float32, the 4-bit part in the smoothed domain: without low-rank branch, not divided by smoothing."""
+        return self.spec.fmt.decode_weight(self.tensors)
+
+    def dense_weight(self) -> torch.Tensor:
+        """W = decode(qweight) / smooth_factor + proj_up @ proj_down.T, (N, K) float32: the layer as one matrix."""
+        weight = self.decode_weight()
+        if "smooth_factor" in self.tensors:
+            weight = weight / self["smooth_factor"].float()
+        if self.spec.rank:
+            weight = weight + self["proj_up"].float() @ self["proj_down"].float().T
+        return weight
+
+    def unshifted_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """b = stored bias + GELU_SHIFT * sum over unsigned channels of decode(qweight) / smooth_factor, float32."""
+        start, stop = self.spec.act_unsigned
+        if start == stop:
+            return bias
+        shift = shifted_bias_term(self.decode_weight(), self["smooth_factor"], self.spec.act_unsigned)
+        return shift if bias is None else bias.float() + shift
+
+
+def shifted_bias_term(
+    weight: torch.Tensor, smooth_factor: torch.Tensor, act_unsigned: tuple[int, int]
+) -> torch.Tensor:
+    """GELU_SHIFT * sum_k weight[n, k] / smooth_factor[k] over the unsigned channels, (N,) float32
+
+    What the shift of the activation adds to the output, hence what the stored bias has to take off.
+    """
+    from .formats.int4 import GELU_SHIFT
+
+    start, stop = act_unsigned
+    channels = weight[:, start:stop].double() / smooth_factor[start:stop].double()
+    return (GELU_SHIFT * channels.sum(1)).float()
+
+
+def check_layer(spec: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise LayerError unless `tensors` are exactly what the format asks of an (N, K) layer of this rank.
+
+    `tensors` may be anything with `.shape` and `.dtype`; values are not looked at.
+    """
+    fmt = spec.fmt
+    if spec.k % fmt.group_size or spec.k % 2:
+        raise LayerError(f"K={spec.k} is not a multiple of the {spec.format} group of {fmt.group_size} input channels")
+    start, stop = spec.act_unsigned
+    if not 0 <= start <= stop <= spec.k or start % fmt.group_size or stop % fmt.group_size:
+        raise LayerError(f"unsigned channels {start}:{stop} must be whole groups of {fmt.group_size} within K={spec.k}")
+    if start != stop and spec.format != "int4":
+        raise LayerError(f"unsigned channels {start}:{stop} are only defined for int4, this layer is {spec.format}")
+    parts = fmt.parts(spec.n, spec.k, spec.rank)
+    for name, part in parts.items():
+        if name not in tensors:
+            if part.optional:
+                continue
+            raise LayerError(f"{name} is missing; {spec.format} at N={spec.n}, K={spec.k}, rank {spec.rank} needs it")
+        found = tensors[name]
+        if tuple(found.shape) != part.shape:
+            raise LayerError(
+                f"{name} has shape {tuple(found.shape)}, {spec.format} at N={spec.n}, K={spec.k}, "
+                f"rank {spec.rank} needs {part.shape}"
+            )
+        if found.dtype not in part.dtypes:
+            known = " or ".join(str(dtype).removeprefix("torch.") for dtype in part.dtypes)
+            raise LayerError(f"{name} has dtype {str(found.dtype).removeprefix('torch.')}, needed {known}")
+    for name in tensors:
+        if name not in parts:
+            raise LayerError(f"{name} is not a tensor of a {spec.format} layer of rank {spec.rank}")
+
+
+def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise LayerError if a float tensor holds NaN or Inf, or smooth_factor a zero (the activation is divided by it)."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            values = tensor.float() if tensor.itemsize == 1 else tensor
+            if not values.isfinite().all():
+                raise LayerError(f"{name} holds NaN or Inf; the file is damaged or was written by a failed run")
+    if "smooth_factor" in tensors and (tensors["smooth_factor"] == 0).any():
+        raise LayerError("smooth_factor holds a zero, the activation is divided by it")
+
+
+@dataclass(frozen=True)
+class BlobView:
+    """Where one tensor lies in a blob."""
+
+    name: str
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def to_blob(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[BlobView, ...]]:
+    """Copy all tensors into one uint8 vector, each at a multiple of 256 bytes. Inverse: `from_blob`.
+
+    One vector per layer lets a host that knows nothing of 4-bit layers move, count, pin and stream it as one weight.
+    """
+    views, end = [], 0
+    for name, tensor in tensors.items():
+        views.append(BlobView(name, end, tensor.nbytes, tensor.dtype, tuple(tensor.shape)))
+        end += tensor.nbytes + -tensor.nbytes % BLOB_ALIGNMENT
+    blob = torch.zeros(end, dtype=torch.uint8)
+    for view, tensor in zip(views, tensors.values(), strict=True):
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        blob[view.offset : view.offset + view.nbytes] = data
+    return blob, tuple(views)
+
+
+def from_blob(blob: torch.Tensor, views: tuple[BlobView, ...]) -> dict[str, torch.Tensor]:
+    """The tensors inside `blob`, without a copy, on the blob's device. Inverse of `to_blob`."""
+    return {
+        view.name: blob[view.offset : view.offset + view.nbytes].view(view.dtype).view(view.shape) for view in views
+    }

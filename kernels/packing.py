@@ -1,0 +1,31 @@
+"""Two 4-bit codes per byte, the even column in the low nibble."""
+
+import torch
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """byte[..., j] = code[..., 2j] | code[..., 2j + 1] << 4
+
+    codes    (..., K) any integer dtype; only the low four bits are kept (two's complement for signed codes)
+    returns  (..., K/2) int8
+    raises   ValueError if K is odd
+    """
+    if codes.shape[-1] % 2:
+        raise ValueError(f"cannot pack {codes.shape[-1]} codes two to a byte: the last dimension must be even")
+    nibbles = codes.to(torch.uint8) & 15 if codes.dtype == torch.uint8 else (codes & 15).to(torch.uint8)
+    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).view(torch.int8)
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """code[..., 2j] = byte[..., j] & 15, code[..., 2j + 1] = byte[..., j] >> 4
+
+    packed   (..., K/2) int8 or uint8
+    returns  (..., K) uint8, values 0..15
+    """
+    packed = packed.view(torch.uint8)
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def sign_extend(nibbles: torch.Tensor) -> torch.Tensor:
+    """0..15 read as two's complement: 0..7 stay, 8..15 become -8..-1. Returns int8."""
+    return ((nibbles.view(torch.int8) ^ 8) - 8) if nibbles.dtype == torch.uint8 else ((nibbles.to(torch.int8) ^ 8) - 8)

@@ -1,0 +1,44 @@
+"""How 4-bit checkpoints are spelled. DIALECTS is what lies in this folder; each reader stands beside its writer."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...kernels.discover import modules
+from ..checkpoint import Checkpoint, CheckpointError
+from ..tensor_file import TensorFile
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One spelling.
+
+    name    as shown to the user
+    speaks  whether a file's keys are of this dialect
+    open    TensorFile -> Checkpoint, raising CheckpointError
+    """
+
+    name: str
+    speaks: Callable[[TensorFile], bool]
+    open: Callable[[TensorFile], Checkpoint]
+
+
+DIALECTS: dict[str, Dialect] = {module.DIALECT.name: module.DIALECT for module in modules(sys.modules[__name__])}
+
+
+def detect(file: TensorFile) -> Dialect:
+    """The one dialect of a file, from its keys. Raises CheckpointError that names the fix."""
+    found = [dialect for dialect in DIALECTS.values() if dialect.speaks(file)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(dialect.name for dialect in found)
+        raise CheckpointError(f"{file.path.name}: mixes several dialects ({names}); convert its parts separately")
+    if any(name.endswith(".qweight") for name in file):
+        raise CheckpointError(
+            f"{file.path.name}: holds `.qweight` tensors of a 4-bit format that this version cannot read"
+        )
+    raise CheckpointError(
+        f"{file.path.name}: holds no 4-bit layers, it looks like a plain model. Load it with the Load Diffusion Model "
+        "node, or make a 4-bit file of it with the SVDQuant Quantize Model node."
+    )

@@ -1,0 +1,219 @@
+"""The native checkpoint: specification, reader and writer.
+
+One `.safetensors` file. X is ComfyUI's own name of a linear layer, N its out and K its in features, R its rank.
+
+    X.comfy_quant    uint8        UTF-8 JSON, see below; its presence makes X a 4-bit layer
+    X.weight         int8         (N, K/2)    4-bit codes, low nibble = even input channel
+    X.weight_scale   16-bit       (K/64, N)   int4 and awq_w4a16
+                     e4m3         (K/16, N)   nvfp4
+    X.weight_scale_2        fp32 or 16-bit  ()     nvfp4, optional: one factor for the tensor
+    X.weight_scale_channel  16-bit          (N,)   nvfp4, optional: one factor per output channel
+    X.weight_zero    16-bit       (K/64, N)   awq_w4a16
+    X.smooth_factor  16-bit       (K,)        int4, nvfp4: the activation is divided by it
+    X.proj_down      16-bit       (K, R)      int4, nvfp4, absent at rank 0; sees the activation before smoothing
+    X.proj_up        16-bit       (N, R)
+    X.bias           16-bit       (N,)        where the layer has one
+
+fp32 is legal wherever 16-bit is written. All other tensors are ordinary tensors of the model under ComfyUI's names.
+
+    int4       W[n, k] = signed code * weight_scale[k / 64, n]
+    nvfp4      W[n, k] = e2m1(code) * weight_scale[k / 16, n] * weight_scale_2 * weight_scale_channel[n]
+    awq_w4a16  W[n, k] = (code - 8) * weight_scale[k / 64, n] + weight_zero[k / 64, n]
+
+    y = Q(x / smooth_factor) @ W.T + (x @ proj_down) @ proj_up.T + bias        (awq_w4a16: y = x @ W.T + bias)
+
+`comfy_quant` holds
+    format      "svdquant_w4a4", "svdquant_w4a4_ranged", "svdquant_nvfp4" or "awq_w4a16"
+    group_size  64 or 16
+    rank        R
+    orig_shape  [N, K]
+    act_unsigned        true: every activation is shifted by 0.171875 and quantized to 0..15; the bias then contains
+                        -0.171875 * sum_k W[n, k] / smooth_factor[k]
+    act_unsigned_range  [start, stop], format svdquant_w4a4_ranged only: the same for these input channels. A format
+                        name of its own, so that a reader that does not know ranges stops instead of running signed
+    lowrank_branch_input_basis  "raw"
+
+The header's metadata (strings) carries
+    svdquant     JSON {"version": 1, "family", "pinned", "rank", "formats": {layer: format}, "source_hash"}
+    unet_config  JSON, ComfyUI's model configuration as the writing host had it
+    recipe       JSON, settings of the quantization
+
+Spelling of svdquant_w4a4 and awq_w4a16: ComfyUI pull request 13580 and the official offline quantizer. The nvfp4 and
+ranged formats are extensions of it.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...kernels.layer import Layer, LayerError, LayerSpec, check_layer
+from ..checkpoint import Checkpoint, CheckpointError, Provenance
+from ..families import detect as detect_family
+from ..tensor_file import TensorFile, TensorInfo
+from . import Dialect
+
+VERSION = 1
+MARKER = "comfy_quant"
+SUFFIXES = {
+    "qweight": "weight",
+    "wscales": "weight_scale",
+    "wtscale": "weight_scale_2",
+    "wcscales": "weight_scale_channel",
+    "wzeros": "weight_zero",
+    "smooth_factor": "smooth_factor",
+    "proj_down": "proj_down",
+    "proj_up": "proj_up",
+}
+PARTS = {suffix: part for part, suffix in SUFFIXES.items()}
+FORMATS = {"svdquant_w4a4": "int4", "svdquant_w4a4_ranged": "int4", "svdquant_nvfp4": "nvfp4", "awq_w4a16": "awq_w4a16"}
+
+
+def marker_of(spec: LayerSpec) -> dict[str, Any]:
+    """The `comfy_quant` JSON of a layer. Inverse: `spec_of`."""
+    start, stop = spec.act_unsigned
+    names = {"int4": "svdquant_w4a4", "nvfp4": "svdquant_nvfp4", "awq_w4a16": "awq_w4a16"}
+    marker: dict[str, Any] = {"format": names[spec.format], "group_size": spec.fmt.group_size}
+    if (start, stop) == (0, spec.k):
+        marker["act_unsigned"] = True
+    elif start != stop:
+        marker |= {"format": "svdquant_w4a4_ranged", "act_unsigned_range": [start, stop]}
+    if spec.fmt.low_rank:
+        marker |= {"rank": spec.rank, "lowrank_branch_input_basis": "raw"}
+    return marker | {"orig_shape": [spec.n, spec.k]}
+
+
+def spec_of(marker: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> LayerSpec:
+    """LayerSpec of one layer from its marker and the shapes of its parts, which must agree.
+
+    raises  LayerError
+    """
+    name = marker.get("format")
+    if name not in FORMATS:
+        raise LayerError(f"format {name!r} is unknown, known are {', '.join(FORMATS)}")
+    if "qweight" not in infos:
+        raise LayerError("weight is missing")
+    shape = infos["qweight"].shape
+    if len(shape) != 2:
+        raise LayerError(f"weight has shape {shape}, needed (N, K/2)")
+    n, k = shape[0], shape[1] * 2
+    down = infos.get("proj_down")
+    rank = down.shape[1] if down is not None and len(down.shape) == 2 else 0
+    act_unsigned = (0, k) if marker.get("act_unsigned") is True else tuple(marker.get("act_unsigned_range") or (0, 0))
+    if len(act_unsigned) != 2 or not all(isinstance(channel, int) for channel in act_unsigned):
+        raise LayerError(f"act_unsigned_range is {act_unsigned}, needed [start, stop]")
+    spec = LayerSpec(FORMATS[name], n, k, rank, act_unsigned)
+    stated = {"group_size": spec.fmt.group_size, "rank": rank, "orig_shape": [n, k]}
+    for key, value in stated.items():
+        if key in marker and marker[key] != value:
+            raise LayerError(f"{MARKER} says {key} {marker[key]}, the tensors say {value}")
+    if marker.get("lowrank_branch_input_basis", "raw") != "raw":
+        raise LayerError(f"low-rank branch in basis {marker['lowrank_branch_input_basis']!r}, needed 'raw'")
+    check_layer(spec, infos)
+    return spec
+
+
+def plan_layer(name: str, spec: LayerSpec, dtype: torch.dtype) -> dict[str, TensorInfo]:
+    """What `encode_layer` will give for a layer of this spec whose 16-bit parts have `dtype`."""
+    plan = {}
+    for part, wanted in spec.fmt.parts(spec.n, spec.k, spec.rank).items():
+        if part == "wcscales":  # our encoders never make it
+            continue
+        kind = wanted.dtypes[0] if len(wanted.dtypes) == 1 else torch.float32 if part == "wtscale" else dtype
+        plan[f"{name}.{SUFFIXES[part]}"] = TensorInfo(wanted.shape, kind)
+    return {**plan, f"{name}.{MARKER}": TensorInfo.of(_marker_tensor(spec))}
+
+
+def encode_layer(name: str, layer: Layer) -> dict[str, torch.Tensor]:
+    """A layer as tensors of the file. Inverse of reading it."""
+    tensors = {f"{name}.{SUFFIXES[part]}": tensor for part, tensor in layer.tensors.items()}
+    return {**tensors, f"{name}.{MARKER}": _marker_tensor(layer.spec)}
+
+
+def _marker_tensor(spec: LayerSpec) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(marker_of(spec)).encode()), dtype=torch.uint8)
+
+
+def metadata_of(provenance: Provenance, specs: Mapping[str, LayerSpec]) -> dict[str, str]:
+    """The header's string table. Inverse: `provenance_of`."""
+    svdquant = {
+        "version": VERSION,
+        "family": provenance.family,
+        "pinned": list(provenance.pinned),
+        "rank": max((spec.rank for spec in specs.values()), default=0),
+        "formats": {name: spec.format for name, spec in specs.items()},
+        "source_hash": provenance.source_hash,
+    }
+    return {
+        "svdquant": json.dumps(svdquant),
+        "unet_config": json.dumps(dict(provenance.unet_config)),
+        "recipe": json.dumps(dict(provenance.recipe)),
+    }
+
+
+def provenance_of(file: TensorFile, weights: Mapping[str, TensorInfo]) -> Provenance:
+    """Read the header; where it says nothing the family is found from the names of `weights`."""
+    try:
+        svdquant, config, recipe = (json.loads(file.metadata.get(key, "{}")) for key in ("svdquant", "unet_config", "recipe"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file.path.name}: the metadata is not JSON ({error})") from error
+    if svdquant.get("version", VERSION) > VERSION:
+        raise CheckpointError(
+            f"{file.path.name}: written as version {svdquant['version']} of the native checkpoint, this pack reads "
+            f"up to {VERSION}. Update the pack."
+        )
+    family = svdquant.get("family") or detect_family(weights).name
+    return Provenance(family, config, tuple(svdquant.get("pinned", ())), recipe, svdquant.get("source_hash", ""))
+
+
+def speaks(file: TensorFile) -> bool:
+    return any(name.endswith(f".{MARKER}") for name in file)
+
+
+def open_file(file: TensorFile) -> Checkpoint:
+    """Check every header entry and return the Checkpoint; no weight is read."""
+    layers: dict[str, dict[str, str]] = {name.removesuffix(f".{MARKER}"): {} for name in file if name.endswith(f".{MARKER}")}
+    rest: dict[str, TensorInfo] = {}
+    for name, info in file.infos.items():
+        layer, _, suffix = name.rpartition(".")
+        if layer in layers and suffix in PARTS:
+            layers[layer][PARTS[suffix]] = name
+        elif layer in layers and suffix not in ("bias", MARKER):
+            raise CheckpointError(f"{file.path.name}: layer {layer!r}: {suffix} is not part of a 4-bit layer")
+        elif suffix in PARTS and suffix != "weight":
+            raise CheckpointError(
+                f"{file.path.name}: {name} belongs to a 4-bit layer, but {layer}.{MARKER} is missing. "
+                "The file is damaged or its header was edited."
+            )
+        elif suffix != MARKER:
+            rest[name] = info
+    specs = {}
+    for layer, parts in layers.items():
+        try:
+            marker = json.loads(bytes(file[f"{layer}.{MARKER}"].numpy().tobytes()))
+            specs[layer] = spec_of(marker, {part: file.infos[name] for part, name in parts.items()})
+            _check_bias(layer, specs[layer], rest)
+        except (LayerError, ValueError) as error:
+            raise CheckpointError(f"{file.path.name}: layer {layer!r}: {error}") from error
+    weights = {**rest, **{f"{layer}.weight": TensorInfo((spec.n, spec.k), torch.bfloat16) for layer, spec in specs.items()}}
+    return Checkpoint(
+        path=file.path,
+        dialect=DIALECT.name,
+        provenance=provenance_of(file, weights),
+        specs=specs,
+        rest=rest,
+        _read_layer=lambda layer: {part: file[name] for part, name in layers[layer].items()},
+        _read_rest=file.__getitem__,
+    )
+
+
+def _check_bias(layer: str, spec: LayerSpec, rest: Mapping[str, TensorInfo]) -> None:
+    bias = rest.get(f"{layer}.bias")
+    if bias is not None and bias.shape != (spec.n,):
+        raise LayerError(f"bias has shape {bias.shape}, needed ({spec.n},)")
+    if bias is None and spec.act_unsigned != (0, 0):
+        raise LayerError("bias is missing; a layer with unsigned activations keeps their shift in it")
+
+
+DIALECT = Dialect("native", speaks, open_file)

@@ -1,0 +1,167 @@
+"""Safetensors files, read lazily and written one tensor at a time.
+
+Reading maps the file into memory: a tensor costs nothing until it is used. Writing streams: the header's room is
+computed from a plan, data follows as it is made, and the file gets its name only when it is whole.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+METADATA_ROOM = 1 << 18  # bytes kept free in the header for metadata that is known only at the end
+
+
+class TensorFileError(ValueError):
+    """A file cannot be read or written as safetensors. The message names the file."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a tensor that need not be in memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "TensorInfo":
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+
+class TensorFile(Mapping[str, torch.Tensor]):
+    """name -> memory-mapped tensor of one safetensors file.
+
+    infos     name -> TensorInfo, from the header alone
+    metadata  the header's string table
+    raises    TensorFileError for a missing, truncated or foreign file, KeyError for an unknown name
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise TensorFileError(f"{self.path}: there is no such file")
+        try:
+            self._file = safe_open(self.path, framework="pt", device="cpu")
+            self.metadata: dict[str, str] = self._file.metadata() or {}
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a dict
+            self.infos = {name: _info(part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+        except (SafetensorError, OSError, KeyError) as error:
+            raise TensorFileError(
+                f"{self.path.name}: not a whole safetensors file ({error}). It may be truncated: compare its size "
+                "with the original and download or write it again."
+            ) from error
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.infos:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+
+def _info(shape: list[int], dtype: str) -> TensorInfo:
+    return TensorInfo(tuple(shape), DTYPES[dtype])
+
+
+class TensorWriter:
+    """Write one safetensors file, tensor after tensor, in any order.
+
+        with TensorWriter(path, plan) as writer:
+            writer.write("a", tensor)
+            writer.metadata["family"] = "flux"
+
+    plan    name -> TensorInfo of everything that will be written
+    raises  TensorFileError when a tensor is not as planned or one is missing at the end. On any exception, also one
+            that comes from the `with` body, the temporary file is removed and an older file of that name is untouched.
+    """
+
+    def __init__(self, path: str | Path, plan: Mapping[str, TensorInfo]) -> None:
+        self.path = Path(path)
+        self.metadata: dict[str, str] = {}
+        self._plan = dict(plan)
+        self._offsets: dict[str, tuple[int, int]] = {}
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        longest = {name: (10**15, 10**15) for name in self._plan}  # no offset has more digits than this
+        self._room = len(self._header(longest)) + METADATA_ROOM
+
+    def __enter__(self) -> "TensorWriter":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = self._temporary.open("wb")
+        self._stream.write(bytes(8 + self._room))
+        self._end = 0
+        return self
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append one planned tensor."""
+        planned, found = self._plan.get(name), TensorInfo.of(tensor)
+        if planned != found or name in self._offsets:
+            raise TensorFileError(f"{self.path.name}: {name} is {found}, planned was {planned} once")
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._stream.write(memoryview(data))
+        self._offsets[name] = (self._end, self._end + len(data))
+        self._end += len(data)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._stream.close()
+            if kind is None and self._offsets.keys() == self._plan.keys():
+                self._temporary.replace(self.path)
+            else:
+                self._temporary.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        missing = sorted(self._plan.keys() - self._offsets.keys())
+        if missing:
+            raise TensorFileError(f"{self.path.name}: {len(missing)} planned tensors never came, first {missing[0]}")
+        header = self._header(self._offsets)
+        if len(header) > self._room:
+            raise TensorFileError(f"{self.path.name}: metadata of {len(header)} bytes, room for {self._room}")
+        self._stream.seek(0)
+        self._stream.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def _header(self, offsets: Mapping[str, tuple[int, int]]) -> bytes:
+        entries: dict[str, object] = {"__metadata__": self.metadata}
+        for name, (start, stop) in offsets.items():
+            info = self._plan[name]
+            entries[name] = {
+                "dtype": DTYPE_NAMES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [start, stop],
+            }
+        return json.dumps(entries, separators=(",", ":")).encode()

@@ -1,0 +1,12 @@
+"""Load the pack as `svdquant_pack`, whatever its folder is called."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]  # `import nodes` is ComfyUI's
+spec = importlib.util.spec_from_file_location("svdquant_pack", ROOT / "__init__.py")
+sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules[spec.name])
+sys.modules.setdefault(ROOT.name, sys.modules[spec.name])  # a folder that is an identifier would be imported twice
