@@ -7,12 +7,11 @@ from functools import cache
 
 import torch
 
-from .backends import BACKENDS
 from .dispatch import COMPUTES, Choice, choose
 from .formats import FORMATS
 from .layer import Layer, LayerError, LayerSpec
 
-__all__ = ["BACKENDS", "COMPUTES", "FORMATS", "Choice", "Layer", "LayerError", "LayerSpec", "choose", "svdquant_linear"]
+__all__ = ["COMPUTES", "FORMATS", "Choice", "Layer", "LayerError", "LayerSpec", "choose", "svdquant_linear"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _choose = cache(choose)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .backends import ABSENT, BACKENDS, Backend, Call
+from .backends import Backend, Call, discover
 
 COMPUTES = ("auto", "w4a4", "w16")
 AUTO = ("w4a4", "w16")  # what `auto` tries, best first
@@ -24,10 +24,11 @@ def choose(format: str, device: torch.device, dtype: torch.dtype, compute: str =
     if compute not in COMPUTES:
         raise ValueError(f"compute is {compute!r}, known are {', '.join(COMPUTES)}")
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    reasons = dict(ABSENT)
+    backends, absent = discover()
+    reasons = dict(absent)
     for mode in AUTO if compute == "auto" else (compute,):
         call = Call(format, device, dtype, mode, capability)
-        for backend in sorted(BACKENDS.values(), key=lambda backend: -backend.priority):
+        for backend in sorted(backends.values(), key=lambda backend: -backend.priority):
             reason = backend.refuses(call)
             if reason is None:
                 return Choice(backend, mode, reasons)

@@ -86,9 +86,7 @@ class Layer:
         return shift if bias is None else bias.float() + shift
 
 
-def shifted_bias_term(
-    weight: torch.Tensor, smooth_factor: torch.Tensor, act_unsigned: tuple[int, int]
-) -> torch.Tensor:
+def shifted_bias_term(weight: torch.Tensor, smooth_factor: torch.Tensor, act_unsigned: tuple[int, int]) -> torch.Tensor:
     """GELU_SHIFT * sum_k weight[n, k] / smooth_factor[k] over the unsigned channels, (N,) float32
 
     What the shift of the activation adds to the output, hence what the stored bias has to take off.
@@ -134,7 +132,7 @@ def check_layer(spec: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise LayerError if a float tensor holds NaN or Inf, or smooth_factor a zero (the activation is divided by it)."""
+    """Raise LayerError if a float tensor holds NaN or Inf, or smooth_factor (a divisor) a zero."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             values = tensor.float() if tensor.itemsize == 1 else tensor

@@ -136,9 +136,7 @@ def quantize_model(
                 progress(done, len(specs), layer)
             weight = _read(source, f"{layer}.weight", digest)
             bias = _read(source, f"{layer}.bias", digest) if f"{layer}.bias" in source.infos else None
-            made = quantize_layer(
-                weight.to(device), None if bias is None else bias.to(device), spec, recipe, dtype
-            )
+            made = quantize_layer(weight.to(device), None if bias is None else bias.to(device), spec, recipe, dtype)
             for key, tensor in native.encode_layer(layer, made.layer).items():
                 writer.write(key, tensor)
             if made.bias is not None:
@@ -148,9 +146,7 @@ def quantize_model(
         for key in plan:
             if key in source.infos and key not in biases and key.removesuffix(".weight") not in specs:
                 writer.write(key, _read(source, key, digest))
-        provenance = Provenance(
-            family.name, source.unet_config, source.pinned, recipe.as_dict(), digest.hexdigest()
-        )
+        provenance = Provenance(family.name, source.unet_config, source.pinned, recipe.as_dict(), digest.hexdigest())
         writer.metadata |= native.metadata_of(provenance, specs)
     if progress is not None:
         progress(len(specs), len(specs), "")

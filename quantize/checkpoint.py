@@ -42,12 +42,14 @@ class Checkpoint:
     """An opened 4-bit model.
 
     dialect     how the file is spelled
+    dtype       of its 16-bit tensors
     specs       layer name -> LayerSpec of every 4-bit layer, under ComfyUI's layer names
     rest        tensor name -> TensorInfo of everything else, biases of 4-bit layers included
     """
 
     path: Path
     dialect: str
+    dtype: torch.dtype
     provenance: Provenance
     specs: Mapping[str, LayerSpec]
     rest: Mapping[str, TensorInfo]
@@ -70,7 +72,7 @@ class Checkpoint:
 
     def weight_infos(self) -> dict[str, TensorInfo]:
         """Every tensor as the 16-bit model has it: 4-bit layers appear as `name.weight` of shape (N, K)."""
-        dense = {f"{name}.weight": TensorInfo((spec.n, spec.k), torch.bfloat16) for name, spec in self.specs.items()}
+        dense = {f"{name}.weight": TensorInfo((spec.n, spec.k), self.dtype) for name, spec in self.specs.items()}
         return {**self.rest, **dense}
 
 

@@ -1,4 +1,4 @@
-"""The commands behind `python -m quantize`. Results go to standard output, errors to standard error with exit code 1."""
+"""The commands behind `python -m quantize`. Results go to standard output, errors to standard error, exit code 1."""
 
 import argparse
 import json

@@ -18,9 +18,14 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "dialect": checkpoint.dialect,
         "family": checkpoint.provenance.family,
         "formats": dict(Counter(spec.format for spec in specs)),
-        "ranks": {str(rank): count for rank, count in Counter(spec.rank for spec in specs if spec.fmt.low_rank).items()},
+        "ranks": dict(Counter(str(spec.rank) for spec in specs if spec.fmt.low_rank)),
         "layers": {
-            name: {"format": spec.format, "shape": [spec.n, spec.k], "rank": spec.rank, "unsigned": list(spec.act_unsigned)}
+            name: {
+                "format": spec.format,
+                "shape": [spec.n, spec.k],
+                "rank": spec.rank,
+                "unsigned": list(spec.act_unsigned),
+            }
             for name, spec in checkpoint.specs.items()
         },
         "bytes": size,

@@ -110,7 +110,7 @@ class TensorWriter:
         self._plan = dict(plan)
         self._offsets: dict[str, tuple[int, int]] = {}
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        longest = {name: (10**15, 10**15) for name in self._plan}  # no offset has more digits than this
+        longest = dict.fromkeys(self._plan, (10**15, 10**15))  # no offset has more digits than this
         self._room = len(self._header(longest)) + METADATA_ROOM
 
     def __enter__(self) -> "TensorWriter":

@@ -1,4 +1,4 @@
-"""Kernel backends. BACKENDS is what lies in this folder; a backend that cannot be imported leaves its reason.
+"""Kernel backends: what lies in this folder. One that cannot be imported leaves its reason.
 
 A new backend is one new file (or folder) that defines `BACKEND`.
 """
@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -38,7 +39,9 @@ class Backend:
     linear: Callable[..., torch.Tensor]
 
 
-def _discover() -> tuple[dict[str, Backend], dict[str, str]]:
+@cache
+def discover() -> tuple[dict[str, Backend], dict[str, str]]:
+    """(backends by name, reason by name of those that cannot be imported), on first use: importing costs nothing."""
     found, absent = {}, {}
     for info in sorted(pkgutil.iter_modules(__path__), key=lambda info: info.name):
         try:
@@ -48,6 +51,3 @@ def _discover() -> tuple[dict[str, Backend], dict[str, str]]:
         else:
             found[backend.name] = backend
     return found, absent
-
-
-BACKENDS, ABSENT = _discover()

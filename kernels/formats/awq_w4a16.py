@@ -22,7 +22,7 @@ def weight_parts(n: int, k: int) -> dict[str, Part]:
 
 
 def encode_weight(weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """code = round((w - wzeros) / scale) + 8 over the group's range: scale = (max - min) / 15, wzeros = min + 8 scale"""
+    """code = round((w - wzeros) / scale) + 8 of a group, scale = (max - min) / 15, wzeros = min + 8 scale"""
     groups = by_group(weight.float(), GROUP_SIZE)
     low, high = groups.amin(-1), groups.amax(-1)
     scales = ((high - low) / 15).to(dtype)

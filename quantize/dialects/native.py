@@ -43,11 +43,12 @@ ranged formats are extensions of it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from ...kernels.formats import SIXTEEN_BIT
 from ...kernels.layer import Layer, LayerError, LayerSpec, check_layer
 from ..checkpoint import Checkpoint, CheckpointError, Provenance
 from ..families import detect as detect_family
@@ -152,10 +153,11 @@ def metadata_of(provenance: Provenance, specs: Mapping[str, LayerSpec]) -> dict[
     }
 
 
-def provenance_of(file: TensorFile, weights: Mapping[str, TensorInfo]) -> Provenance:
+def provenance_of(file: TensorFile, weights: Iterable[str]) -> Provenance:
     """Read the header; where it says nothing the family is found from the names of `weights`."""
     try:
-        svdquant, config, recipe = (json.loads(file.metadata.get(key, "{}")) for key in ("svdquant", "unet_config", "recipe"))
+        texts = (file.metadata.get(key, "{}") for key in ("svdquant", "unet_config", "recipe"))
+        svdquant, config, recipe = map(json.loads, texts)
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file.path.name}: the metadata is not JSON ({error})") from error
     if svdquant.get("version", VERSION) > VERSION:
@@ -173,7 +175,8 @@ def speaks(file: TensorFile) -> bool:
 
 def open_file(file: TensorFile) -> Checkpoint:
     """Check every header entry and return the Checkpoint; no weight is read."""
-    layers: dict[str, dict[str, str]] = {name.removesuffix(f".{MARKER}"): {} for name in file if name.endswith(f".{MARKER}")}
+    marked = (name.removesuffix(f".{MARKER}") for name in file if name.endswith(f".{MARKER}"))
+    layers: dict[str, dict[str, str]] = {layer: {} for layer in marked}
     rest: dict[str, TensorInfo] = {}
     for name, info in file.infos.items():
         layer, _, suffix = name.rpartition(".")
@@ -196,16 +199,22 @@ def open_file(file: TensorFile) -> Checkpoint:
             _check_bias(layer, specs[layer], rest)
         except (LayerError, ValueError) as error:
             raise CheckpointError(f"{file.path.name}: layer {layer!r}: {error}") from error
-    weights = {**rest, **{f"{layer}.weight": TensorInfo((spec.n, spec.k), torch.bfloat16) for layer, spec in specs.items()}}
+    weights = [*rest, *(f"{layer}.weight" for layer in specs)]
     return Checkpoint(
         path=file.path,
         dialect=DIALECT.name,
+        dtype=_dtype(file.infos[name] for parts in layers.values() for name in parts.values()),
         provenance=provenance_of(file, weights),
         specs=specs,
         rest=rest,
         _read_layer=lambda layer: {part: file[name] for part, name in layers[layer].items()},
         _read_rest=file.__getitem__,
     )
+
+
+def _dtype(infos: Iterable[TensorInfo]) -> torch.dtype:
+    """The 16-bit dtype of the layers; bf16 where they have only 4- and 8-bit tensors."""
+    return next((info.dtype for info in infos if info.dtype in SIXTEEN_BIT and info.shape), torch.bfloat16)
 
 
 def _check_bias(layer: str, spec: LayerSpec, rest: Mapping[str, TensorInfo]) -> None:

@@ -71,7 +71,8 @@ class Family:
 @cache
 def pattern(text: str) -> re.Pattern[str]:
     """`#` is a number, `*` any run without a dot, everything else is literal."""
-    return re.compile("".join({"#": r"\d+", "*": r"[^.]+"}.get(part, re.escape(part)) for part in re.split(r"([#*])", text)))
+    wild = {"#": r"\d+", "*": r"[^.]+"}
+    return re.compile("".join(wild.get(part, re.escape(part)) for part in re.split(r"([#*])", text)))
 
 
 class FamilyError(ValueError):

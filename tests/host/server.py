@@ -308,10 +308,12 @@ class Host:
     def _raise_failure(self, status: Mapping[str, Any]) -> None:
         for kind, message in status.get("messages", []):
             if kind == "execution_error":
-                text = message["exception_message"].strip()
-                raise ExecutionFailed(message["node_id"], message["node_type"], message["exception_type"], text)
-            if kind == "execution_interrupted":
-                raise ExecutionFailed(message["node_id"], message["node_type"], "Interrupted", "the run was interrupted")
+                reason = message["exception_type"], message["exception_message"].strip()
+            elif kind == "execution_interrupted":
+                reason = "Interrupted", "the run was stopped before its end"
+            else:
+                continue
+            raise ExecutionFailed(message["node_id"], message["node_type"], *reason)
         if status.get("status_str") != "success":
             raise HostError(f"ComfyUI reports {status.get('status_str')!r} without a reason\n{self.log_tail()}")
 

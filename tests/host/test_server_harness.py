@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from svdquant_pack.tests.host import server
 
 COMFYUI = os.environ.get("COMFYUI_PATH")

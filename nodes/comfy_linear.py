@@ -1,0 +1,143 @@
+"""Bridge: ComfyUI's operations, with a Linear that may be a 4-bit layer.
+
+A 4-bit layer is ONE uint8 parameter `weight` that holds every tensor it needs, beside an ordinary `bias`. Hosts move,
+count, pin and stream `weight` and `bias` of any layer; anything else a layer owns would stay on the GPU uncounted.
+"""
+
+from typing import Any
+
+import comfy.ops
+import torch
+
+from ..quantize.checkpoint import Checkpoint
+from ..quantize.dialects.native import MARKER, SUFFIXES, encode_layer
+from ..quantize.linear import LowRank, PackedLinear
+
+Base = comfy.ops.manual_cast.Linear
+SAVED = {MARKER, *SUFFIXES.values()} - {"weight"}  # state_dict names that are no attributes
+
+
+class SVDQuantLinear(Base):
+    """A linear layer of ComfyUI's own model: 4-bit when `packed` is set, else exactly ComfyUI's.
+
+    packed       description of the bytes in `weight`, or None
+    lora         the user's LoRAs as columns of the low-rank branch, as loaded
+    """
+
+    packed: PackedLinear | None = None
+    lora: LowRank | None = None
+    _lora_cast: LowRank | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        # not Linear's __init__: the dense weight of a layer that will be 4-bit is never allocated
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        empty = torch.empty(0, in_features, device=device, dtype=dtype)
+        self.weight = torch.nn.Parameter(empty, requires_grad=False)
+        self.bias = None
+        if bias:
+            zeros = torch.zeros(out_features, device=device, dtype=dtype)
+            self.bias = torch.nn.Parameter(zeros, requires_grad=False)
+
+    def take(self, packed: PackedLinear, blob: torch.Tensor) -> None:
+        """Become the 4-bit layer in `blob`."""
+        self.packed = packed
+        self.weight = torch.nn.Parameter(blob, requires_grad=False)
+        self.weight_comfy_model_dtype = torch.uint8  # else newer hosts stage the bytes as if they were floats
+
+    def set_lora(self, lora: LowRank | None) -> None:
+        """Replace the LoRA columns. Plain attributes, not buffers: hosts back buffers up and put old ones back."""
+        self.lora, self._lora_cast = lora, None
+
+    def forward_comfy_cast_weights(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.packed is None:
+            return super().forward_comfy_cast_weights(x, *args, **kwargs)
+        blob, bias, stream = comfy.ops.cast_bias_weight(
+            self, dtype=torch.uint8, device=x.device, bias_dtype=x.dtype, offloadable=True
+        )
+        try:
+            return self.packed.forward(x, blob, bias, self._lora_on(x))
+        finally:
+            comfy.ops.uncast_bias_weight(self, blob, bias, stream)
+
+    def _lora_on(self, x: torch.Tensor) -> LowRank | None:
+        if self.lora is None:
+            return None
+        cast = self._lora_cast
+        if cast is None or cast[0].device != x.device or cast[0].dtype != x.dtype:
+            cast = self._lora_cast = tuple(factor.to(device=x.device, dtype=x.dtype) for factor in self.lora)
+        return cast
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, torch.Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        shapes = {"weight": (self.out_features, self.in_features), "bias": (self.out_features,)}
+        for name, shape in shapes.items():
+            old, new = getattr(self, name), state_dict.get(prefix + name)
+            if old is None or (name == "weight" and self.packed is not None):
+                continue
+            if new is None:
+                missing_keys.append(prefix + name)
+                new = torch.zeros(shape, dtype=old.dtype)
+            elif tuple(new.shape) != shape:
+                error_msgs.append(f"{prefix}{name} has shape {tuple(new.shape)}, this model needs {shape}")
+                continue
+            if not local_metadata.get("assign_to_params_buffers", False):
+                new = new.to(device=old.device, dtype=old.dtype, copy=True)
+            setattr(self, name, torch.nn.Parameter(new, requires_grad=False))
+
+    def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:
+        """4-bit layers appear under their native checkpoint names, so that the host's save nodes write them so."""
+        if self.packed is None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        destination |= encode_layer(prefix.removesuffix("."), self.packed.layer(self.weight.detach()))
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def __getattr__(self, name: str) -> Any:
+        # hosts look every state_dict key up as an attribute
+        packed = self.__dict__.get("packed")
+        if packed is not None and name in SAVED:
+            saved = encode_layer("", packed.layer(self.weight.detach()))
+            if f".{name}" in saved:
+                return saved[f".{name}"]
+        return super().__getattr__(name)
+
+
+def operations(checkpoint: Checkpoint, compute: str) -> type:
+    """ComfyUI operations for one checkpoint: its 4-bit layers are read, one by one, while ComfyUI loads the weights.
+
+    A layer's name is what ComfyUI passes as the prefix of its state_dict keys.
+    """
+
+    class Linear(SVDQuantLinear):
+        def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
+            name = prefix.removesuffix(".")
+            if name in checkpoint.specs:
+                layer = checkpoint.layer(name)
+                wanted = (self.out_features, self.in_features)
+                if (layer.spec.n, layer.spec.k) != wanted:
+                    raise ValueError(
+                        f"{checkpoint.path.name}: layer {name!r} is {(layer.spec.n, layer.spec.k)}, "
+                        f"the model that ComfyUI built needs {wanted}"
+                    )
+                blob, packed = PackedLinear.pack(layer, compute)
+                self.take(packed, blob.to(self.weight.device))
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    return type("SVDQuantOperations", (comfy.ops.manual_cast,), {"Linear": Linear})

@@ -1,0 +1,47 @@
+"""Node: SVDQuant Model Info."""
+
+from collections import Counter
+from typing import Any
+
+from .comfy_model import describe_model
+
+
+class SVDQuantModelInfo:
+    DESCRIPTION = "Says what a 4-bit MODEL is: family, formats, ranks, size, and which kernels run it and why."
+    CATEGORY = "SVDQuant"
+    FUNCTION = "describe"
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("report",)
+    OUTPUT_TOOLTIPS = ("The report as text.",)
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL", {"tooltip": "A model from SVDQuant Load Model."})}}
+
+    def describe(self, model: Any) -> dict[str, Any]:
+        text = report(describe_model(model))
+        return {"ui": {"text": [text]}, "result": (text,)}
+
+
+def report(found: dict[str, Any] | None) -> str:
+    """The table of `describe_model` as text."""
+    if found is None:
+        return "This MODEL is not 4-bit: it was not loaded by SVDQuant Load Model."
+    lines = [
+        f"file      {found['file']} ({found['dialect']} checkpoint)",
+        f"family    {found['family']}",
+        "layers    " + ", ".join(f"{count} {name}" for name, count in found["formats"].items()),
+        "rank      " + (", ".join(f"{rank} ({count} layers)" for rank, count in found["ranks"].items()) or "none"),
+        f"size      {found['bytes']:,} bytes; 16 bit {found['bytes_16bit']:,} ({found['ratio']:.2f}x)",
+        f"device    {found['device']}, {found['dtype'].removeprefix('torch.')}",
+    ]
+    layers = found["backends"].values()
+    runs = Counter(f"{layer['backend']} {layer['compute']}" for layer in layers)
+    lines.append("backend   " + ", ".join(f"{name} ({count} layers)" for name, count in runs.items()))
+    reasons = {name: reason for layer in layers for name, reason in layer["passed_over"].items()}
+    lines += [f"not used  {name}: {reason}" for name, reason in sorted(reasons.items())]
+    loras = [layer["lora_rank"] for layer in layers if layer["lora_rank"]]
+    if loras:
+        lines.append(f"lora      {len(loras)} layers, {max(loras)} columns at most")
+    return "\n".join(lines)
