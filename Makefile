@@ -28,6 +28,8 @@ host: venv
 lint: venv
 	$(PYTHON) -m ruff check .
 
+# torch's threads are to sleep while they wait: spinning starves them on a machine with few cores
+test: export OMP_WAIT_POLICY ?= PASSIVE
 # a test that hangs ends the run, and its server with it
 test: lint host
 	$(WITH_HOST) -m pytest -q --timeout 900

@@ -48,7 +48,7 @@ class Figure:
     ceiling: float = np.inf
 
 
-# floors lie a few dB under what the CPU reference reaches, above what a wrong scale or a lost branch would leave
+# floors lie just under what the reference kernels reach on a CPU: a wrong scale or a lost branch costs more than that
 FIGURES = (
     Figure("int4_psnr", "INT4", "16 bit", floor=33),
     Figure("nvfp4_psnr", "NVFP4", "16 bit", floor=36),

@@ -1,0 +1,157 @@
+"""The reference backend is the formula."""
+
+import pytest
+import torch
+
+from svdquant_pack.kernels import FORMATS, Layer, LayerError, LayerSpec, choose, svdquant_linear
+from svdquant_pack.kernels.formats.int4 import GELU_SHIFT
+from svdquant_pack.kernels.layer import check_layer, check_values, from_blob, shifted_bias_term, to_blob
+from svdquant_pack.tests.kernels.layers import random_layer
+
+FLOATS = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-6}  # one rounding of the output
+
+
+def formula(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, rounded: bool) -> torch.Tensor:
+    """y = Q((x + shift) / smooth) @ decode(qweight).T + (x @ proj_down) @ proj_up.T + bias in float64, as written."""
+    fmt, spec, x64 = layer.spec.fmt, layer.spec, x.double()
+    act = x64
+    if fmt.low_rank:
+        shift = torch.zeros(spec.k).double()
+        shift[slice(*spec.act_unsigned)] = GELU_SHIFT
+        act = ((x64 + shift) / layer["smooth_factor"].double()).to(x.dtype)
+    if rounded and fmt.quantize_activation:
+        flat = act.reshape(-1, spec.k)
+        codes, ascales = fmt.quantize_activation(flat, spec.act_unsigned)
+        act = fmt.decode_activation(codes, ascales, spec.act_unsigned).view(act.shape)
+    y = act.double() @ layer.decode_weight().double().T
+    if spec.rank:
+        y = y + x64 @ layer["proj_down"].double() @ layer["proj_up"].double().T
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("compute", ["w4a4", "w16"])
+@pytest.mark.parametrize("rank", [0, 16, 48])
+@pytest.mark.parametrize("leading", [(), (1,), (7,), (2, 3, 5)])
+def test_it_is_the_formula(format, dtype, compute, rank, leading):
+    layer = random_layer(format, rank=rank, dtype=dtype)
+    x, bias = torch.randn(*leading, 256).to(dtype), torch.randn(96).to(dtype)
+    y = svdquant_linear(x, layer, bias, compute=compute)
+    wanted = formula(x, layer, bias, compute == "w4a4")
+    assert y.shape == (*leading, 96) and y.dtype == dtype
+    assert (y.double() - wanted).norm() <= FLOATS[dtype] * wanted.norm()
+
+
+@pytest.mark.parametrize("channels", [(0, 256), (64, 256), (64, 192)])
+@pytest.mark.parametrize("compute", ["w4a4", "w16"])
+def test_unsigned_channels(channels, compute):
+    layer = random_layer("int4", act_unsigned=channels)
+    x, bias = torch.nn.functional.gelu(torch.randn(9, 256), approximate="tanh"), torch.randn(96)
+    wanted = formula(x, layer, bias, compute == "w4a4")
+    assert (svdquant_linear(x, layer, bias, compute=compute) - wanted).norm() <= 2e-6 * wanted.norm()
+
+
+def test_the_shift_cancels():
+    """A layer with unsigned channels and shifted bias is the layer without them and the true bias."""
+    shifted, plain = random_layer("int4", act_unsigned=(64, 256)), random_layer("int4")
+    x, bias = torch.randn(9, 256).double(), torch.randn(96)
+    term = shifted_bias_term(shifted.decode_weight(), shifted["smooth_factor"], (64, 256))
+    y = svdquant_linear(x, shifted, bias - term, compute="w16")
+    torch.testing.assert_close(y, svdquant_linear(x, plain, bias, compute="w16"), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(shifted.unshifted_bias(bias - term), bias, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_dense_weight_is_the_layer_without_activation_rounding(format):
+    layer, x = random_layer(format), torch.randn(5, 256)
+    dense = torch.nn.functional.linear(x, layer.dense_weight())
+    torch.testing.assert_close(svdquant_linear(x, layer, compute="w16"), dense, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_lora_columns_add_their_product(format):
+    layer, x = random_layer(format), torch.randn(5, 256)
+    down, up = torch.randn(256, 7), torch.randn(96, 7)
+    delta = svdquant_linear(x, layer, lora=(down, up)) - svdquant_linear(x, layer)
+    torch.testing.assert_close(delta, x @ down @ up.T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_empty_strided_and_poisoned_input(format):
+    layer = random_layer(format)
+    assert svdquant_linear(torch.zeros(0, 256), layer).shape == (0, 96)
+    x = torch.randn(256, 6).T
+    assert torch.equal(svdquant_linear(x, layer), svdquant_linear(x.contiguous(), layer))
+    x = torch.randn(3, 256)
+    x[1, 9] = float("nan")
+    y = svdquant_linear(x, layer)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("x", "keywords", "message"),
+    [
+        (torch.zeros(2, 255), {}, r"needs \(\.\.\., 256\)"),
+        (torch.zeros(2, 256, dtype=torch.int32), {}, "int32"),
+        (torch.zeros(2, 256), {"bias": torch.zeros(95)}, r"needed \(96,\)"),
+        (torch.zeros(2, 256), {"lora": (torch.zeros(255, 4), torch.zeros(96, 4))}, "do not fit"),
+        (torch.zeros(2, 256), {"compute": "w3"}, "known are"),
+        (torch.zeros(2, 256, device="meta"), {}, "move one of them"),
+    ],
+)
+def test_bad_arguments_are_refused(x, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        svdquant_linear(x, random_layer("int4"), **keywords)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_blob_holds_every_tensor(format):
+    layer = random_layer(format, dtype=torch.bfloat16)
+    blob, views = to_blob(layer.tensors)
+    again = from_blob(blob, views)
+    assert again.keys() == layer.tensors.keys()
+    for name, tensor in layer.tensors.items():
+        assert again[name].dtype == tensor.dtype and torch.equal(again[name].float(), tensor.float())
+        assert (again[name].data_ptr() - blob.data_ptr()) % 256 == 0
+
+
+def broken(change) -> tuple[LayerSpec, dict[str, torch.Tensor]]:
+    layer = random_layer("int4", dtype=torch.bfloat16)
+    tensors = dict(layer.tensors)
+    return change(tensors, layer.spec) or layer.spec, tensors
+
+
+BROKEN = {
+    "missing": (lambda t, s: t.pop("wscales") and None, "wscales is missing"),
+    "shape": (lambda t, s: t.update(wscales=t["wscales"][:1]), r"wscales has shape \(1, 96\).*needs \(4, 96\)"),
+    "dtype": (lambda t, s: t.update(qweight=t["qweight"].int()), "qweight has dtype int32, needed int8"),
+    "extra": (lambda t, s: t.update(wtscale=torch.ones(())), "wtscale is not a tensor of a int4 layer"),
+    "rank": (lambda t, s: t.update(proj_up=t["proj_up"][:, :8]), r"proj_up has shape \(96, 8\)"),
+    "group": (lambda t, s: LayerSpec("int4", 96, 250, 16), "K=250 is not a multiple of the int4 group of 64"),
+    "range": (lambda t, s: LayerSpec("int4", 96, 256, 16, (32, 256)), "whole groups of 64"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_tensors_that_do_not_fit_are_named(name):
+    change, message = BROKEN[name]
+    with pytest.raises(LayerError, match=message):
+        check_layer(*broken(change))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("wscales", float("nan")), ("proj_up", float("inf")), ("smooth_factor", 0)]
+)
+def test_bad_values_are_named(name, value):
+    tensors = dict(random_layer("int4", dtype=torch.bfloat16).tensors)
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[3] = value
+    with pytest.raises(LayerError, match=name):
+        check_values(tensors)
+
+
+def test_choose_gives_a_reason_for_everything_it_passes_over():
+    choice = choose("int4", torch.device("cpu"), torch.float32)
+    assert choice.backend.name == "reference" and choice.compute == "w4a4"
+    assert all(isinstance(reason, str) and reason for reason in choice.passed_over.values())

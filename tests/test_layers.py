@@ -1,0 +1,82 @@
+"""The architecture, checked on the syntax trees: imports point one way, importing does nothing, files stay small."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = ("kernels", "quantize", "nodes")
+FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+ALLOWED = {
+    "kernels": {"torch"},
+    "quantize": {"torch", "safetensors", "einops", "huggingface_hub", "matplotlib", "numpy"},
+    "nodes": {"torch", "comfy", "comfy_api", "folder_paths", "nodes", "server"},
+}
+BACKENDS = {"triton", "comfy_kitchen"}  # only inside kernels/backends
+BANNED_CALLS = {"print", "eval", "exec", "basicConfig", "__import__"}
+
+
+def imports(tree: ast.Module, path: Path) -> list[tuple[int, str, str | None]]:
+    """(level, first part of the module, our layer or None) of every import in a file."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name.split(".")[0], None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 0:
+                found.append((0, node.module.split(".")[0], None))
+            else:
+                folder = path.parents[node.level - 1]
+                target = folder.joinpath(*(node.module or "").split(".")).relative_to(ROOT)
+                layer = target.parts[0] if target.parts else node.names[0].name
+                found.append((node.level, layer, layer))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_one_way(path):
+    layer = path.relative_to(ROOT).parts[0]
+    below = LAYERS[: LAYERS.index(layer) + 1]
+    allowed = ALLOWED[layer] | (BACKENDS if "backends" in path.parts else set())
+    for level, name, ours in imports(ast.parse(path.read_text()), path):
+        if level:
+            assert ours in below, f"{layer} imports {ours}: imports point nodes -> quantize -> kernels"
+        else:
+            assert name in allowed or name in sys.stdlib_module_names, f"{layer} may not import {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_banned_calls_and_no_long_files(path):
+    text = path.read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            assert not (name in BANNED_CALLS and isinstance(node.func, ast.Name)), f"{name}() at line {node.lineno}"
+            assert name != "basicConfig", f"the host configures logging, line {node.lineno}"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"bare except at line {node.lineno}"
+    assert len(text.splitlines()) <= 400, "a file is one idea"
+
+
+def test_importing_the_pack_does_nothing():
+    """No CUDA query, no log line, no output, no triton, no network library."""
+    code = f"""
+import importlib.util, logging, sys
+import torch
+def forbidden(*a, **k): raise AssertionError("CUDA was queried at import")
+torch.cuda.is_available = torch.cuda.get_device_capability = torch.cuda.device_count = forbidden
+spec = importlib.util.spec_from_file_location("p", {str(ROOT / "__init__.py")!r})
+pack = sys.modules["p"] = importlib.util.module_from_spec(spec)
+before = set(logging.root.manager.loggerDict), list(logging.root.handlers)
+spec.loader.exec_module(pack)
+import p.kernels, p.quantize.build, p.quantize.compare, p.quantize.command_line
+assert list(logging.root.handlers) == before[1]
+assert pack.NODE_CLASS_MAPPINGS == {{}}
+assert not {{"triton", "comfy_kitchen", "requests", "huggingface_hub"}} & set(sys.modules), "a heavy import"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and done.stderr == ""
