@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svdquant_pack.kernels import FORMATS
-from svdquant_pack.kernels.formats import int4, nvfp4
+from svdquant_pack.kernels.formats import by_group, int4, nvfp4
 from svdquant_pack.kernels.packing import sign_extend, unpack
 
 ACTIVATIONS = [fmt for fmt in FORMATS.values() if fmt.quantize_activation]
@@ -19,12 +19,27 @@ def sample(seed: int, rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns, generator=generator) ** 3 * torch.logspace(-3, 2, rows)[:, None]
 
 
+# largest error of a weight as a share of its group's absmax: half a step, and for nvfp4 the step from 4 to 6 with the
+# rounding of the E4M3 scale on top
+BOUNDS = {"int4": 0.5 / 7, "nvfp4": 1 / 6 + 1 / 16, "awq_w4a16": 1 / 15}
+
+
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 @given(seed=st.integers(0, 2**31), rows=st.integers(1, 9), groups=st.integers(1, 4))
 @settings(max_examples=25, deadline=None)
-def test_encoding_a_decoded_weight_changes_nothing(fmt, seed, rows, groups):
-    encoded = fmt.encode_weight(sample(seed, rows, groups * 64), torch.float32)
-    decoded = fmt.decode_weight(encoded)
+def test_a_weight_is_decoded_within_half_a_step(fmt, seed, rows, groups):
+    weight = sample(seed, rows, groups * 64)
+    error = by_group((fmt.decode_weight(fmt.encode_weight(weight, torch.float32)) - weight).abs(), fmt.group_size)
+    allowed = BOUNDS[fmt.name] * 1.0001 * by_group(weight.abs(), fmt.group_size).amax(-1, keepdim=True)
+    smallest_scale = weight.abs().max() / 448 * 2**-9  # below it an nvfp4 group scale is zero
+    assert (error <= allowed + smallest_scale * (fmt.name == "nvfp4")).all()
+
+
+@pytest.mark.parametrize("fmt", [FORMATS["int4"], FORMATS["awq_w4a16"]], ids=lambda fmt: fmt.name)
+@given(seed=st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_encoding_a_decoded_weight_changes_nothing(fmt, seed):
+    decoded = fmt.decode_weight(fmt.encode_weight(sample(seed, 6, 128), torch.float32))
     again = fmt.decode_weight(fmt.encode_weight(decoded, torch.float32))
     torch.testing.assert_close(again, decoded, rtol=1e-5, atol=1e-6 * decoded.abs().max().item())
 

@@ -123,7 +123,7 @@ def broken(change) -> tuple[LayerSpec, dict[str, torch.Tensor]]:
 
 
 BROKEN = {
-    "missing": (lambda t, s: t.pop("wscales") and None, "wscales is missing"),
+    "missing": (lambda t, s: t.pop("wscales") is None or None, "wscales is missing"),
     "shape": (lambda t, s: t.update(wscales=t["wscales"][:1]), r"wscales has shape \(1, 96\).*needs \(4, 96\)"),
     "dtype": (lambda t, s: t.update(qweight=t["qweight"].int()), "qweight has dtype int32, needed int8"),
     "extra": (lambda t, s: t.update(wtscale=torch.ones(())), "wtscale is not a tensor of a int4 layer"),
