@@ -9,7 +9,7 @@ from typing import Any
 import comfy.ops
 import torch
 
-from ..quantize.checkpoint import Checkpoint
+from ..quantize.checkpoint import Checkpoint, CheckpointError
 from ..quantize.dialects.native import MARKER, SUFFIXES, encode_layer
 from ..quantize.linear import LowRank, PackedLinear
 
@@ -132,7 +132,7 @@ def operations(checkpoint: Checkpoint, compute: str) -> type:
                 layer = checkpoint.layer(name)
                 wanted = (self.out_features, self.in_features)
                 if (layer.spec.n, layer.spec.k) != wanted:
-                    raise ValueError(
+                    raise CheckpointError(
                         f"{checkpoint.path.name}: layer {name!r} is {(layer.spec.n, layer.spec.k)}, "
                         f"the model that ComfyUI built needs {wanted}"
                     )

@@ -3,11 +3,14 @@
 import sys
 
 if __package__ != "svdquant_pack.quantize":  # started on its own: load the pack under one fixed name, then re-enter
-    import importlib.util
-    import runpy
     from pathlib import Path
 
     root = Path(__file__).resolve().parents[1]
+    # started by path, this folder is first on sys.path: our `inspect` would be taken for Python's
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != root / "quantize"]
+    import importlib.util
+    import runpy
+
     spec = importlib.util.spec_from_file_location("svdquant_pack", root / "__init__.py")
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])

@@ -1,0 +1,56 @@
+"""What a kernel module says about a compiled variant it ships, so that tests can compile it for GPUs nobody has here.
+
+Imports no kernel library: `kernel` is whatever object that library compiles.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+AMD = ("gfx942", "gfx1100", "gfx1201")
+TARGETS = NVIDIA + AMD
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One shipped variant of one kernel and what its machine code has to look like.
+
+    name          unique; names the row of the code table and the stored budget
+    kernel        the jit function (an autotuner or heuristics object is unwrapped)
+    signature     {argument: type}: "*bf16", "*i8", "i32", "fp32", "tensordesc<i8[128, 128]>"; pointers and integers
+                  count as divisible by 16 unless named in `undivisible`
+    constexprs    {argument: value}; every argument is in exactly one of the two
+    num_warps, num_stages  as given to the launch
+    targets       the GPUs it is shipped for
+    expect        {target: part of the mnemonic of its tensor-core instruction}; a target left out expects none
+    allow_spills  {target: why spilling is accepted there}
+    async_marker  on sm_90 the main loop must leave one group of tensor-core instructions in flight
+    undivisible   arguments that may be any number: odd M, for one
+    options       further compile options, {"maxnreg": 128} for one
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    targets: tuple[str, ...]
+    expect: Mapping[str, str] = field(default_factory=dict)
+    allow_spills: Mapping[str, str] = field(default_factory=dict)
+    async_marker: bool = False
+    undivisible: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unknown := {*self.targets, *self.expect, *self.allow_spills} - set(TARGETS):
+            raise ValueError(f"case {self.name!r} names targets {sorted(unknown)}, known are {', '.join(TARGETS)}")
+        if twice := set(self.signature) & set(self.constexprs):
+            raise ValueError(f"case {self.name!r} has {sorted(twice)} both in signature and in constexprs")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "BACKEND":  # discovery asks every module of this folder
+        raise ImportError("describes kernels, runs none")
+    raise AttributeError(name)

@@ -1,0 +1,122 @@
+"""Loading, quantizing and describing a model through the node classes, inside the host's process."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("comfy.sd", reason="no ComfyUI: set COMFYUI_PATH")
+
+import comfy.sd
+import comfy.utils
+
+from svdquant_pack.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+from svdquant_pack.nodes.comfy_model import ModelSource, describe_model, load_model
+from svdquant_pack.nodes.model_info import SVDQuantModelInfo
+from svdquant_pack.quantize.build import quantize_model
+from svdquant_pack.quantize.checkpoint import CheckpointError, open_checkpoint
+from svdquant_pack.quantize.recipe import Recipe
+from svdquant_pack.tests.nodes.sampling import LORAS, forward, pictures, relative
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean over pictures, in dB, peak 1."""
+    return (-10 * (a - b).square().flatten(1).mean(1).log10()).mean().item()
+
+
+@pytest.mark.parametrize(("format", "floor"), [("int4", 28), ("nvfp4", 31)])  # 5 dB under what 80 pictures give
+def test_a_quantized_model_paints_the_same_digits(demo_model, checkpoints, format, floor):
+    assert psnr(pictures(load_model(str(checkpoints[format]))), pictures(demo_model)) > floor
+
+
+def test_the_model_is_comfyuis_own_class(demo_model, checkpoints):
+    four_bit = load_model(str(checkpoints["int4"]))
+    assert type(four_bit.model) is type(demo_model.model)
+    assert type(four_bit.model.diffusion_model) is type(demo_model.model.diffusion_model)
+    assert isinstance(four_bit, type(demo_model))
+
+
+def test_no_dense_weight_is_left(checkpoints):
+    four_bit = load_model(str(checkpoints["int4"]))
+    for module in four_bit.packed_layers().values():
+        assert module.weight.dtype == torch.uint8 and module.weight.ndim == 1
+        assert {name for name, _ in module.named_parameters()} == {"weight", "bias"}
+        assert not list(module.buffers())
+
+
+def test_what_the_host_saves_is_the_native_spelling(checkpoints):
+    """`model.state_dict()` is what save nodes write: it must hold the layer under its file names, bit for bit."""
+    checkpoint = open_checkpoint(checkpoints["nvfp4"])
+    saved = load_model(str(checkpoints["nvfp4"])).model.diffusion_model.state_dict()
+    for name in checkpoint.specs:
+        stored = checkpoint.layer(name)
+        assert torch.equal(saved[f"{name}.weight"], stored["qweight"])
+        assert json.loads(bytes(saved[f"{name}.comfy_quant"].tolist()))["orig_shape"] == [stored.spec.n, stored.spec.k]
+        if stored.spec.rank:
+            assert torch.equal(saved[f"{name}.proj_up"], stored["proj_up"])
+
+
+def test_a_lora_that_is_on_is_baked_into_the_quantized_file(demo_model, demo_file, tmp_path):
+    lora = comfy.utils.load_torch_file(str(LORAS / "svdquant_demo_inverted_kohya.safetensors"), safe_load=True)
+    patched = comfy.sd.load_lora_for_models(demo_model, None, lora, 1.0, 0)[0]
+    for loaded_first in (False, True):  # the host may have patched the weights in place by then
+        if loaded_first:
+            forward(patched)
+        path = tmp_path / f"baked{loaded_first}.safetensors"
+        quantize_model(ModelSource(patched), path, Recipe(rank=32))
+        assert relative(forward(load_model(str(path))), forward(patched)) < 0.1
+        assert relative(forward(load_model(str(path))), forward(demo_model)) > 0.3
+
+
+def test_a_four_bit_model_is_not_quantized_again(checkpoints):
+    with pytest.raises(ValueError, match="4-bit already"):
+        ModelSource(load_model(str(checkpoints["int4"])))
+
+
+def test_pinned_keys_are_those_the_host_cannot_find(demo_model, checkpoints):
+    pinned = open_checkpoint(checkpoints["int4"]).provenance.pinned
+    assert "num_heads" in pinned and "axes_dim" in pinned
+    assert "hidden_size" not in pinned and "depth" not in pinned
+
+
+def test_the_info_node_tells_backend_and_reason(checkpoints):
+    patcher = load_model(str(checkpoints["int4"]))
+    found = describe_model(patcher)
+    layer = found["backends"]["single_blocks.0.linear2"]
+    assert layer["backend"] == "reference" and layer["compute"] == "w4a4"
+    text = SVDQuantModelInfo().describe(patcher)["result"][0]
+    for expected in ("flux", "20 int4", "6 awq_w4a16", "16 (20 layers)", "reference w4a4"):
+        assert expected in text, text
+
+
+def test_the_info_node_says_when_a_model_is_not_four_bit(demo_model):
+    assert "not 4-bit" in SVDQuantModelInfo().describe(demo_model)["result"][0]
+
+
+def test_a_layer_of_another_size_than_the_model_is_named(checkpoints, tmp_path):
+    """A file whose layer fits itself but not the model that ComfyUI builds."""
+    from svdquant_pack.quantize.tensor_file import TensorFile, TensorInfo, TensorWriter
+
+    stored = TensorFile(checkpoints["int4"])
+    tensors = dict(stored)
+    name = "double_blocks.1.txt_attn.proj"
+    for part in ("weight", "weight_scale", "proj_down", "proj_up", "smooth_factor", "bias", "comfy_quant"):
+        tensors[f"{name}.{part}"] = tensors[f"double_blocks.1.txt_mlp.2.{part}"]
+    path = tmp_path / "odd.safetensors"
+    with TensorWriter(path, {key: TensorInfo.of(tensor) for key, tensor in tensors.items()}) as writer:
+        for key, tensor in tensors.items():
+            writer.write(key, tensor)
+        writer.metadata |= stored.metadata
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors: layer 'double_blocks\.1\.txt_attn\.proj'"):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize("name", NODE_CLASS_MAPPINGS)
+def test_every_node_explains_itself(name):
+    node = NODE_CLASS_MAPPINGS[name]
+    assert name.startswith("SVDQuant") and NODE_DISPLAY_NAME_MAPPINGS[name].startswith("SVDQuant ")
+    assert node.CATEGORY.startswith("SVDQuant") and len(node.DESCRIPTION) > 20
+    assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES)
+    for group in node.INPUT_TYPES().values():
+        for entry in group.values():
+            assert entry[1]["tooltip"].endswith("."), f"{name}: every input has a tooltip"

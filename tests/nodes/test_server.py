@@ -1,0 +1,155 @@
+"""The pack in a real ComfyUI server, driven over HTTP as a front end or a script does."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from svdquant_pack.tests.host.server import ExecutionFailed, Host, PromptRefused, model_tree
+
+ROOT = Path(__file__).resolve().parents[2]
+API = ROOT / "workflows" / "api"
+NODES = {
+    "SVDQuantLoadModel",
+    "SVDQuantQuantizeModel",
+    "SVDQuantModelInfo",
+    "SVDQuantDemoModel",
+    "SVDQuantDemoPrompt",
+    "SVDQuantDemoDecode",
+}
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture(scope="module")
+def host():
+    with Host(os.environ["COMFYUI_PATH"], ROOT, models=model_tree(ROOT / "workflows" / "models")) as host:
+        yield host
+
+
+def workflow(name: str, **changes) -> dict:
+    """A shipped API workflow with fewer images and steps; `changes` are inputs of any node that has them."""
+    graph = json.loads((API / f"{name}.json").read_text())
+    for node in graph.values():
+        for key, value in {"batch_size": 10, "steps": 4, **changes}.items():
+            if key in node["inputs"] and not isinstance(node["inputs"][key], list):
+                node["inputs"][key] = value
+    return graph
+
+
+@pytest.fixture(scope="module")
+def quantized(host) -> str:
+    """Name of a 4-bit file that the quantize node has written."""
+    outputs = host.run(workflow("demo_quantize_int4"))
+    assert "26 layers of family flux" in host.texts(outputs)[0]
+    return "svdquant_demo_digits_int4_r16.safetensors"
+
+
+def test_every_node_is_there(host):
+    info = host.object_info()
+    assert info.keys() >= NODES
+    for name in NODES:
+        assert info[name]["python_module"].startswith("custom_nodes.")
+        assert info[name]["description"] and info[name]["category"].startswith("SVDQuant")
+
+
+def test_the_pack_is_imported_without_a_word(host):
+    pack_lines = [line for line in host.log.splitlines() if "comfyui-svdquant" in line]
+    assert len(pack_lines) == 1 and "seconds: " in pack_lines[0], "only the host's own list of import times"
+
+
+def test_the_quantized_file_is_offered(host, quantized):
+    choices = host.object_info("SVDQuantLoadModel")["input"]["required"]["model_name"][0]
+    assert quantized in choices
+    assert not list((host.base / "models" / "diffusion_models").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["demo_16bit", "demo_16bit_lora", "demo_int4", "demo_int4_lora"])
+def test_shipped_workflows_run(host, quantized, name):
+    assert len(host.images(host.run(workflow(name)))) == 10
+
+
+def test_nvfp4_workflows_run(host):
+    host.run(workflow("demo_quantize_nvfp4"))
+    outputs = host.run(workflow("demo_nvfp4"))
+    assert len(host.images(outputs)) == 10
+    assert any("nvfp4" in text and "reference" in text for text in host.texts(outputs))
+
+
+def refused(host, graph) -> str:
+    with pytest.raises(PromptRefused) as caught:
+        host.queue(graph)
+    assert caught.value.status == 400
+    return str(caught.value)
+
+
+def test_a_plain_model_is_refused_when_queued(host):
+    message = refused(host, workflow("demo_int4", model_name="svdquant_demo_digits.safetensors"))
+    assert "Load Diffusion Model" in message and "SVDQuantLoadModel" in message
+
+
+def test_a_missing_file_is_refused_when_queued(host):
+    assert "is not in models/diffusion_models" in refused(host, workflow("demo_int4", model_name="gone.safetensors"))
+
+
+def test_a_truncated_file_is_refused_when_queued(host, quantized):
+    folder = host.base / "models" / "diffusion_models"
+    (folder / "cut.safetensors").write_bytes((folder / quantized).read_bytes()[:-1000])
+    message = refused(host, workflow("demo_int4", model_name="cut.safetensors"))
+    assert "cut.safetensors" in message and "truncated" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 1024}, "value_bigger_than_max"),
+        ({"format": "int3"}, "value_not_in_list"),
+        ({"file_name": "../outside"}, "needed a name inside"),
+        ({"file_name": ""}, "needed a name inside"),
+    ],
+)
+def test_bad_values_are_refused_when_queued(host, changes, message):
+    assert message in refused(host, workflow("demo_quantize_int4", **changes))
+
+
+def failed(host, graph) -> ExecutionFailed:
+    with pytest.raises(ExecutionFailed) as caught:
+        host.run(graph)
+    return caught.value
+
+
+def test_a_rank_that_is_no_multiple_of_16_fails_with_the_reason(host):
+    error = failed(host, workflow("demo_quantize_int4", rank=20, file_name="odd"))
+    assert error.node_type == "SVDQuantQuantizeModel" and "multiple of 16" in error.message
+    assert not (host.base / "models" / "diffusion_models" / "odd.safetensors").exists()
+
+
+def test_an_existing_file_is_not_overwritten_unasked(host, quantized):
+    # another prefix makes the graph new to the host's cache
+    graph = workflow("demo_quantize_int4", rank=32)
+    assert "overwrite" in failed(host, graph).message
+    for node in graph.values():
+        if node["class_type"] == "SVDQuantQuantizeModel":
+            node["inputs"]["overwrite"] = True
+    assert "26 layers" in host.texts(host.run(graph))[0]
+
+
+def test_a_lora_for_another_model_fails_by_name_and_the_server_goes_on(host, quantized):
+    from safetensors.torch import save_file
+
+    torch = pytest.importorskip("torch")
+    foreign = {
+        "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": torch.zeros(3072, 4),
+        "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.zeros(4, 3072),
+    }
+    save_file(foreign, host.base / "models" / "loras" / "foreign.safetensors")
+    error = failed(host, workflow("demo_int4_lora", lora_name="foreign.safetensors"))
+    assert "double_blocks.0.img_attn.proj" in error.message and "another model" in error.message
+    assert "(3072, 4)" in error.message and "(128, r)" in error.message
+    assert len(host.images(host.run(workflow("demo_int4", seed=9)))) == 10
+
+
+@pytest.mark.parametrize("pack_name", ["comfyui-svdquant", "My Pack-1.2", "svdquant"])
+def test_the_pack_loads_under_any_folder_name(pack_name):
+    with Host(os.environ["COMFYUI_PATH"], ROOT, pack_name=pack_name) as host:
+        assert host.object_info().keys() >= NODES

@@ -1,0 +1,82 @@
+"""Safetensors files: lazy reading, streamed writing, nothing half-written."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from svdquant_pack.quantize.tensor_file import DTYPES, TensorFile, TensorFileError, TensorInfo, TensorWriter
+
+FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+
+
+def write(path, tensors, order=None, **metadata):
+    with TensorWriter(path, {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}) as writer:
+        for name in order or tensors:
+            writer.write(name, tensors[name])
+        writer.metadata |= metadata
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=5),
+    dtype=st.sampled_from(sorted(DTYPES.values(), key=str)),
+    backwards=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_is_written_is_read_by_us_and_by_the_library(tmp_path_factory, shapes, dtype, backwards):
+    path = tmp_path_factory.mktemp("round") / "x.safetensors"
+    tensors = {f"t.{i}": torch.randint(0, 2, shape).to(dtype) for i, shape in enumerate(shapes)}
+    write(path, tensors, order=list(tensors)[:: -1 if backwards else 1], family="flux")
+    ours, theirs = TensorFile(path), load_file(path)
+    assert ours.metadata == {"family": "flux"} and set(ours) == set(theirs) == set(tensors)
+    for name, tensor in tensors.items():
+        assert ours.infos[name] == TensorInfo.of(tensor)
+        assert torch.equal(ours[name].float(), tensor.float()) and torch.equal(theirs[name].float(), tensor.float())
+
+
+def test_a_failed_run_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write(path, {"a": torch.ones(3)})
+    before = path.read_bytes()
+    with pytest.raises(KeyboardInterrupt), TensorWriter(path, {"a": TensorInfo((2,), torch.float32)}) as writer:
+        writer.write("a", torch.zeros(2))
+        raise KeyboardInterrupt
+    plan = dict.fromkeys("ab", TensorInfo((2,), torch.float32))
+    with pytest.raises(TensorFileError, match="never came, first b"), TensorWriter(path, plan) as writer:
+        writer.write("a", torch.zeros(2))
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_tensor_that_is_not_as_planned_is_refused(tmp_path):
+    plan = {"a": TensorInfo((2,), torch.float32)}
+    with pytest.raises(TensorFileError, match="planned was"), TensorWriter(tmp_path / "x.safetensors", plan) as writer:
+        writer.write("a", torch.zeros(3))
+    assert not list(tmp_path.iterdir())
+
+
+def damaged(data: bytes) -> dict[str, bytes]:
+    return {
+        "empty": b"",
+        "eight bytes": data[:8],
+        "cut header": data[:40],
+        "cut data": data[:-1],
+        "longer than it says": data + b"\0",
+        "header length of 2^63": b"\xff" * 8 + data[8:],
+        "not JSON": data[:9] + b"!" + data[10:],
+        "text": b"<html>404</html>" * 9,
+    }
+
+
+@pytest.mark.parametrize("kind", damaged(b""))
+def test_a_damaged_file_is_named(tmp_path, kind):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(16), "b": torch.ones(2, 3)}, path)
+    path.write_bytes(damaged(path.read_bytes())[kind])
+    with pytest.raises(TensorFileError, match=r"model\.safetensors: not a whole safetensors file"):
+        TensorFile(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(TensorFileError, match="no such file"):
+        TensorFile(tmp_path / "gone.safetensors")
