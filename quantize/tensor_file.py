@@ -30,7 +30,9 @@ DTYPES = {
     "F64": torch.float64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-METADATA_ROOM = 1 << 18  # bytes kept free in the header for metadata that is known only at the end
+METADATA_ROOM = 1 << 14  # bytes kept free in the header for metadata that is known only at the end ...
+METADATA_ROOM_PER_TENSOR = 24  # ... and more for what is said of each layer; a header that outgrows it costs a copy
+COPY_BYTES = 1 << 26
 
 
 class TensorFileError(ValueError):
@@ -111,7 +113,7 @@ class TensorWriter:
         self._offsets: dict[str, tuple[int, int]] = {}
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         longest = dict.fromkeys(self._plan, (10**15, 10**15))  # no offset has more digits than this
-        self._room = len(self._header(longest)) + METADATA_ROOM
+        self._room = len(self._header(longest)) + METADATA_ROOM + METADATA_ROOM_PER_TENSOR * len(self._plan)
 
     def __enter__(self) -> "TensorWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,11 +151,23 @@ class TensorWriter:
             raise TensorFileError(f"{self.path.name}: {len(missing)} planned tensors never came, first {missing[0]}")
         header = self._header(self._offsets)
         if len(header) > self._room:
-            raise TensorFileError(f"{self.path.name}: metadata of {len(header)} bytes, room for {self._room}")
+            self._make_room(len(header))
         self._stream.seek(0)
         self._stream.write(struct.pack("<Q", self._room) + header.ljust(self._room))
         self._stream.flush()
         os.fsync(self._stream.fileno())
+
+    def _make_room(self, room: int) -> None:
+        """Move the data behind a header of `room` bytes, from the end backwards so that nothing is overwritten."""
+        old, new = 8 + self._room, 8 + room
+        self._stream.flush()
+        with self._temporary.open("r+b") as file:
+            for start in range((self._end - 1) // COPY_BYTES * COPY_BYTES, -1, -COPY_BYTES):
+                file.seek(old + start)
+                piece = file.read(min(COPY_BYTES, self._end - start))
+                file.seek(new + start)
+                file.write(piece)
+        self._room = room
 
     def _header(self, offsets: Mapping[str, tuple[int, int]]) -> bytes:
         entries: dict[str, object] = {"__metadata__": self.metadata}

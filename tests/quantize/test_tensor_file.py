@@ -55,6 +55,15 @@ def test_a_tensor_that_is_not_as_planned_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_metadata_of_any_size_fits(tmp_path):
+    tensors = {"a": torch.arange(1000), "b": torch.zeros(0)}
+    write(tmp_path / "x.safetensors", tensors, report="r" * 100_000)
+    stored = TensorFile(tmp_path / "x.safetensors")
+    assert stored.metadata["report"] == "r" * 100_000 and torch.equal(stored["a"], tensors["a"])
+    write(tmp_path / "y.safetensors", {"b": torch.zeros(0)}, report="r" * 100_000)
+    assert len(TensorFile(tmp_path / "y.safetensors").metadata["report"]) == 100_000
+
+
 def damaged(data: bytes) -> dict[str, bytes]:
     return {
         "empty": b"",
