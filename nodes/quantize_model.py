@@ -99,8 +99,11 @@ class SVDQuantQuantizeModel:
 
 
 def target_path(file_name: str) -> Path:
-    """models/diffusion_models/<file_name>.safetensors, in the folder of that name where there are several."""
+    """models/diffusion_models/<file_name>.safetensors"""
+    return model_folder() / (file_name if file_name.endswith(".safetensors") else f"{file_name}.safetensors")
+
+
+def model_folder() -> Path:
+    """Where new models go: of ComfyUI's folders for diffusion models the one of that name."""
     folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
-    folder = next((folder for folder in folders if folder.name == FOLDER), folders[0])
-    name = file_name if file_name.endswith(".safetensors") else f"{file_name}.safetensors"
-    return folder / name
+    return next((folder for folder in folders if folder.name == FOLDER), folders[0])
