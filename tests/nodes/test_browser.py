@@ -73,6 +73,18 @@ def test_a_dropped_workflow_runs(page, host):
     assert page.evaluate("window.previews") == 30, "ten pictures for each of the three samplers"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_every_workflow_opens_without_a_missing_node(page, path):
+    text = path.read_text()
+    wanted = json.loads(text)
+    page.evaluate("() => app.graph.clear()")
+    page.evaluate(DROP, [path.name, text])
+    page.wait_for_function(f"() => app.graph._nodes.length === {len(wanted['nodes'])}", timeout=30_000)
+    types = page.evaluate("() => app.graph._nodes.map(n => n.type).filter(t => !LiteGraph.registered_node_types[t])")
+    assert types == []
+    assert page.evaluate("() => Object.keys(app.graph.links).length || app.graph.links.size") == len(wanted["links"])
+
+
 def test_the_template_has_a_thumbnail(host):
     info = json.loads(urllib.request.urlopen(f"{host.url}/workflow_templates").read())
     assert "svdquant_demo" in info["comfyui-svdquant"]

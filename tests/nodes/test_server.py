@@ -13,6 +13,7 @@ API = ROOT / "workflows" / "api"
 NODES = {
     "SVDQuantLoadModel",
     "SVDQuantQuantizeModel",
+    "SVDQuantDownloadModel",
     "SVDQuantModelInfo",
     "SVDQuantDemoModel",
     "SVDQuantDemoPrompt",
@@ -74,6 +75,16 @@ def test_nvfp4_workflows_run(host):
     outputs = host.run(workflow("demo_nvfp4"))
     assert len(host.images(outputs)) == 10
     assert any("nvfp4" in text and "reference" in text for text in host.texts(outputs))
+
+
+@pytest.mark.parametrize("path", sorted(API.glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_workflow_fits_the_nodes(host, path):
+    """Class names and inputs are what the host offers; the files of large models are not here to run them."""
+    info = host.object_info()
+    for number, node in json.loads(path.read_text()).items():
+        inputs = info[node["class_type"]]["input"]
+        required, optional = set(inputs["required"]), set(inputs.get("optional", {}))
+        assert required <= node["inputs"].keys() <= required | optional, f"node {number}"
 
 
 def refused(host, graph) -> str:
