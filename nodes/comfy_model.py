@@ -116,7 +116,11 @@ class ModelSource:
         stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in self._tensors.items()}
         found = comfy.model_detection.detect_unet_config(stand_ins, "") or {}
         config = self.unet_config
-        self.pinned = tuple(key for key in config if key in found and not _same(found[key], config[key]))
+        # what the class adds by itself is not pinned: another ComfyUI may want other values there
+        own = patcher.model.model_config.unet_extra_config
+        self.pinned = tuple(
+            key for key in config if key not in own and not (key in found and _same(found[key], config[key]))
+        )
 
     def tensor(self, key: str) -> torch.Tensor:
         """The weight as sampling would see it."""

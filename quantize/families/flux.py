@@ -4,6 +4,9 @@ from . import Family, all_inputs, inputs_after_out_features
 
 FAMILY = Family(
     name="flux",
+    title="FLUX.1",
+    models="dev, schnell, fill, depth, canny, kontext, krea, and with redux",
+    published="Nunchaku int4 and fp4, rank 32",
     markers=(
         "double_blocks.#.img_attn.qkv.weight",
         "double_blocks.#.img_mod.lin.weight",
@@ -11,6 +14,8 @@ FAMILY = Family(
         "single_blocks.#.linear1.weight",
         "single_blocks.#.modulation.lin.weight",
         "vector_in.in_layer.weight",
+        "img_in.weight",
+        "txt_in.weight",
     ),
     w4a4=(
         "double_blocks.#.img_attn.qkv",
@@ -34,4 +39,5 @@ FAMILY = Family(
         "double_blocks.#.txt_mlp.2": all_inputs,
         "single_blocks.#.linear2": inputs_after_out_features,
     },
+    # none shared: ComfyUI has q, k, v in one layer, and q, k, v and the MLP in another
 )
