@@ -145,6 +145,26 @@ def test_an_existing_file_is_not_overwritten_unasked(host, quantized):
     assert "26 layers" in host.texts(host.run(graph))[0]
 
 
+def test_a_cancelled_quantization_leaves_nothing(host):
+    import time
+
+    import torch
+    from safetensors.torch import save_file
+
+    folder = host.base / "models" / "diffusion_models"
+    save_file({f"blocks.{i}.proj.weight": torch.randn(1024, 1024) for i in range(40)}, folder / "large.safetensors")
+    graph = workflow("demo_quantize_int4", source="large.safetensors", file_name="stopped")
+    prompt = host.queue(graph)
+    deadline = time.monotonic() + 60
+    while not list(folder.glob(".stopped*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(folder.glob(".stopped*")), "the run has begun to write"
+    host.interrupt()
+    with pytest.raises(ExecutionFailed, match="Interrupted"):
+        host.wait(prompt)
+    assert not list(folder.glob("*stopped*")) and not list(folder.glob(".stopped*"))
+
+
 def test_a_lora_for_another_model_fails_by_name_and_the_server_goes_on(host, quantized):
     from safetensors.torch import save_file
 
