@@ -30,6 +30,8 @@ class LayerSpec:
 
     act_unsigned  half-open range of input channels whose activations are shifted by GELU_SHIFT and use unsigned codes;
                   (0, 0) for none. The stored bias then already contains -GELU_SHIFT * sum(dequantized weight / smooth)
+    act_rule      how the layer's maker expects activation scales to be chosen, one of `fmt.act_rules`. A backend that
+                  has only the stock rule, absmax, may use that: the layer stays right, with a little more error
     """
 
     format: str
@@ -37,6 +39,7 @@ class LayerSpec:
     k: int
     rank: int = 0
     act_unsigned: tuple[int, int] = (0, 0)
+    act_rule: str = "absmax"
 
     @property
     def fmt(self) -> Format:
@@ -111,6 +114,8 @@ def check_layer(spec: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> None:
         raise LayerError(f"unsigned channels {start}:{stop} must be whole groups of {fmt.group_size} within K={spec.k}")
     if start != stop and spec.format != "int4":
         raise LayerError(f"unsigned channels {start}:{stop} are only defined for int4, this layer is {spec.format}")
+    if spec.act_rule not in fmt.act_rules:
+        raise LayerError(f"activation rule {spec.act_rule!r} is unknown to {spec.format}, known are {fmt.act_rules}")
     parts = fmt.parts(spec.n, spec.k, spec.rank)
     for name, part in parts.items():
         if name not in tensors:
@@ -136,7 +141,7 @@ def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             values = tensor.float() if tensor.itemsize == 1 else tensor
-            if not values.isfinite().all():
+            if values.numel() and not all(edge.isfinite() for edge in values.aminmax()):  # NaN passes through aminmax
                 raise LayerError(f"{name} holds NaN or Inf; the file is damaged or was written by a failed run")
     if "smooth_factor" in tensors and (tensors["smooth_factor"] == 0).any():
         raise LayerError("smooth_factor holds a zero, the activation is divided by it")

@@ -12,6 +12,7 @@ import torch
 from ..quantize.checkpoint import Checkpoint, CheckpointError
 from ..quantize.dialects.native import MARKER, SUFFIXES, encode_layer
 from ..quantize.linear import LowRank, PackedLinear
+from ..quantize.lora import Branch, LoadedBranch
 
 Base = comfy.ops.manual_cast.Linear
 SAVED = {MARKER, *SUFFIXES.values()} - {"weight"}  # state_dict names that are no attributes
@@ -21,12 +22,14 @@ class SVDQuantLinear(Base):
     """A linear layer of ComfyUI's own model: 4-bit when `packed` is set, else exactly ComfyUI's.
 
     packed       description of the bytes in `weight`, or None
-    lora         the user's LoRAs as columns of the low-rank branch, as loaded
+    branch       the user's LoRAs, as loaded
+    branch_stays whether they stay on the device of the activation when the weight does not
     """
 
     packed: PackedLinear | None = None
-    lora: LowRank | None = None
-    _lora_cast: LowRank | None = None
+    branch: Branch | None = None
+    branch_stays = False
+    _loaded: LoadedBranch | None = None
 
     def __init__(
         self,
@@ -52,9 +55,28 @@ class SVDQuantLinear(Base):
         self.weight = torch.nn.Parameter(blob, requires_grad=False)
         self.weight_comfy_model_dtype = torch.uint8  # else newer hosts stage the bytes as if they were floats
 
-    def set_lora(self, lora: LowRank | None) -> None:
-        """Replace the LoRA columns. Plain attributes, not buffers: hosts back buffers up and put old ones back."""
-        self.lora, self._lora_cast = lora, None
+    @property
+    def lora(self) -> LowRank | None:
+        """(lora_down, lora_up) as loaded, strengths folded in."""
+        return None if self.branch is None else self.branch.columns(self.packed.spec)
+
+    def set_lora(self, branch: Branch | None) -> None:
+        """Replace the user's LoRAs. Factors that are on the device already stay there: only their strength changes.
+
+        Plain attributes, not buffers: hosts back buffers up and put old ones back.
+        """
+        self.__dict__["branch"], loaded = branch, self._loaded  # past Module's setter, whose checks cost more than this
+        if loaded is None:
+            return
+        if branch is not None and loaded.fits(branch):
+            loaded.follow(branch)
+        else:
+            self._loaded = None
+
+    def leave_device(self) -> None:
+        """Drop the branch's copy on a device that the weight has left."""
+        if not self.branch_stays and self._loaded is not None and self._loaded.device != self.weight.device:
+            self._loaded = None
 
     def forward_comfy_cast_weights(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.packed is None:
@@ -63,17 +85,22 @@ class SVDQuantLinear(Base):
             self, dtype=torch.uint8, device=x.device, bias_dtype=x.dtype, offloadable=True
         )
         try:
-            return self.packed.forward(x, blob, bias, self._lora_on(x))
+            loaded = self._branch_on(x)
+            if loaded is None:
+                return self.packed.forward(x, blob, bias, None)
+            return loaded.forward(self.packed, x, blob, bias)
         finally:
             comfy.ops.uncast_bias_weight(self, blob, bias, stream)
 
-    def _lora_on(self, x: torch.Tensor) -> LowRank | None:
-        if self.lora is None:
+    def _branch_on(self, x: torch.Tensor) -> LoadedBranch | None:
+        branch, loaded = self.branch, self._loaded
+        if branch is None:
             return None
-        cast = self._lora_cast
-        if cast is None or cast[0].device != x.device or cast[0].dtype != x.dtype:
-            cast = self._lora_cast = tuple(factor.to(device=x.device, dtype=x.dtype) for factor in self.lora)
-        return cast
+        if loaded is None or loaded.device != x.device or loaded.dtype != x.dtype:
+            loaded = branch.on(x.device, x.dtype)
+            if self.branch_stays or self.weight.device == x.device:
+                self._loaded = loaded
+        return loaded
 
     def _load_from_state_dict(
         self,
@@ -138,6 +165,11 @@ def operations(checkpoint: Checkpoint, compute: str) -> type:
                     )
                 blob, packed = PackedLinear.pack(layer, compute)
                 self.take(packed, blob.to(self.weight.device))
+                if layer.spec.act_unsigned != (0, 0) and self.bias is None:
+                    raise CheckpointError(
+                        f"{checkpoint.path.name}: layer {name!r} keeps the shift of its unsigned activations in its "
+                        "bias, and the model that ComfyUI built has none there. Make the file again, signed."
+                    )
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     return type("SVDQuantOperations", (comfy.ops.manual_cast,), {"Linear": Linear})

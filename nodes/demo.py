@@ -8,7 +8,7 @@ import torch
 
 from ..quantize.tensor_file import TensorFile
 from .comfy_model import load_pinned_model
-from .load_model import FOLDER, modified
+from .model_files import FOLDER, find_or_raise, modified
 
 CATEGORY = "SVDQuant/demo"
 PROMPTS = Path(__file__).parents[1] / "workflows" / "models" / "svdquant_demo_prompts.safetensors"
@@ -33,7 +33,7 @@ class SVDQuantDemoModel:
         return modified(model_name)
 
     def load(self, model_name: str) -> tuple[Any]:
-        return (load_pinned_model(folder_paths.get_full_path_or_raise(FOLDER, model_name)),)
+        return (load_pinned_model(str(find_or_raise(model_name))),)
 
 
 class SVDQuantDemoPrompt:

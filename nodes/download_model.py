@@ -6,8 +6,7 @@ import comfy.model_management
 import comfy.utils
 
 from ..quantize.hub import PUBLISHED, download
-from .load_model import FOLDER
-from .quantize_model import model_folder
+from .model_files import FOLDER, write_folder
 
 OTHER = "(repo and file below)"
 
@@ -51,6 +50,6 @@ class SVDQuantDownloadModel:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, max(done, total))
 
-        path = download(repo.strip(), file.strip(), model_folder(), revision.strip() or "main", progress)
+        path = download(repo.strip(), file.strip(), write_folder(), revision.strip() or "main", progress)
         text = f"{path.name}: {path.stat().st_size:,} bytes in models/{FOLDER}"
         return {"ui": {"text": [text]}, "result": (path.name,)}

@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import folder_paths
-
 from ..quantize.checkpoint import CheckpointError, open_checkpoint
 from .comfy_model import load_model
+from .model_files import choices, find_or_raise, modified
 
-FOLDER = "diffusion_models"
 COMPUTES = ["auto", "w4a4", "w16"]
 
 
@@ -27,8 +25,8 @@ class SVDQuantLoadModel:
         return {
             "required": {
                 "model_name": (
-                    folder_paths.get_filename_list(FOLDER),
-                    {"tooltip": "A 4-bit checkpoint in models/diffusion_models."},
+                    choices(),
+                    {"tooltip": "A 4-bit checkpoint in models/diffusion_models, of any published spelling."},
                 ),
                 "compute": (
                     COMPUTES,
@@ -43,12 +41,9 @@ class SVDQuantLoadModel:
 
     @classmethod
     def VALIDATE_INPUTS(cls, model_name: str) -> bool | str:
-        path = folder_paths.get_full_path(FOLDER, model_name)
-        if path is None:
-            return f"{model_name} is not in models/{FOLDER}; put it there and refresh the node list (R)"
         try:
-            open_checkpoint(path)
-        except CheckpointError as error:
+            open_checkpoint(find_or_raise(model_name))
+        except (CheckpointError, FileNotFoundError) as error:
             return str(error)
         return True
 
@@ -57,12 +52,4 @@ class SVDQuantLoadModel:
         return modified(model_name)
 
     def load(self, model_name: str, compute: str) -> tuple[Any]:
-        return (load_model(folder_paths.get_full_path_or_raise(FOLDER, model_name), compute),)
-
-
-def modified(model_name: str) -> float:
-    """When a model file was last written; 0 if it is gone, so that the node runs and says so."""
-    from pathlib import Path
-
-    path = folder_paths.get_full_path(FOLDER, model_name)
-    return Path(path).stat().st_mtime if path else 0.0
+        return (load_model(str(find_or_raise(model_name)), compute),)

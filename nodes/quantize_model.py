@@ -7,19 +7,25 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 
-from ..quantize.build import quantize_model
-from ..quantize.recipe import RANK_MULTIPLE, Recipe
+from ..quantize.build import QuantizeReport, quantize_model
+from ..quantize.recipe import NAMED, RANK_MULTIPLE, Recipe
+from ..quantize.report import summarize, write_report
 from ..quantize.source import FileSource
+from ..quantize.statistics import Statistics
+from .calibrate import STATISTICS, statistics_files, statistics_folder
 from .comfy_model import ModelSource, load_model
-from .load_model import FOLDER
+from .model_files import FOLDER, find_or_raise, refuse_name, target
 
 MODEL_INPUT = "(model input)"
+NO_FILE = "(none)"
+AUTO = "auto"
 
 
 class SVDQuantQuantizeModel:
     DESCRIPTION = (
         "Makes a 4-bit checkpoint of a 16-bit model and returns the 4-bit model. Needs no data and no GPU; one layer "
-        "is in memory at a time. LoRAs and merges of a connected MODEL are baked in."
+        "is in memory at a time. With statistics from SVDQuant Calibrate the result is much better. LoRAs and merges "
+        "of a connected MODEL are baked in. Writes a report to output/svdquant."
     )
     CATEGORY = "SVDQuant"
     FUNCTION = "quantize"
@@ -56,31 +62,45 @@ class SVDQuantQuantizeModel:
                     {"default": "my_model_svdquant_int4", "tooltip": "Written to models/diffusion_models."},
                 ),
             },
-            "optional": {
-                "model": ("MODEL", {"tooltip": "The 16-bit model, when source is (model input)."}),
-                "overwrite": ("BOOLEAN", {"default": False, "tooltip": "Replace a file of this name."}),
-            },
+            "optional": _OPTIONAL | {"statistics_file": ([NO_FILE, *statistics_files()], _STATISTICS_FILE)},
         }
 
     @classmethod
     def VALIDATE_INPUTS(cls, file_name: str) -> bool | str:
-        name = Path(file_name)
-        if not file_name.strip() or name.is_absolute() or ".." in name.parts:
-            return f"file_name is {file_name!r}, needed a name inside models/{FOLDER}"
-        return True
+        return refuse_name(file_name) or True
 
     def quantize(
-        self, source: str, format: str, rank: int, file_name: str, model: Any = None, overwrite: bool = False
+        self,
+        source: str,
+        format: str,
+        rank: int,
+        file_name: str,
+        model: Any = None,
+        overwrite: bool = False,
+        statistics: Any = None,
+        after: Any = None,
+        statistics_file: str = NO_FILE,
+        recipe: str = AUTO,
+        activation: str = "stock",
+        auto_rank: bool = False,
+        target_size_gb: float = 0.0,
+        fallback: float = 0.0,
+        resume: bool = True,
     ) -> dict[str, Any]:
         if source == MODEL_INPUT and model is None:
             raise ValueError(f"source is {MODEL_INPUT} and no MODEL is connected: connect one or choose a file")
-        path = target_path(file_name)
-        if path.exists() and not overwrite:
-            raise ValueError(f"{path.name} exists already in {path.parent}: choose another name or turn overwrite on")
-        weights = (
-            ModelSource(model)
-            if source == MODEL_INPUT
-            else FileSource(folder_paths.get_full_path_or_raise(FOLDER, source))
+        path = target(file_name, overwrite)
+        weights = ModelSource(model) if source == MODEL_INPUT else FileSource(find_or_raise(source))
+        known = _statistics(statistics, statistics_file)
+        name = recipe if recipe != AUTO else "fast" if known is None else "balanced"
+        chosen = Recipe.named(
+            name,
+            format=format,
+            rank=rank,
+            activation=activation,
+            auto_rank=auto_rank,
+            target_size=int(target_size_gb * 10**9),
+            fallback=fallback,
         )
         device = comfy.model_management.get_torch_device()
         bar = comfy.utils.ProgressBar(1)
@@ -89,21 +109,78 @@ class SVDQuantQuantizeModel:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, total)
 
-        report = quantize_model(weights, path, Recipe(format=format, rank=rank), progress, str(device))
-        mean = sum(report.errors.values()) / len(report.errors)
-        text = (
-            f"{path.name}: {len(report.errors)} layers of family {report.family} are 4-bit, "
-            f"{report.bytes_16bit / report.bytes_4bit:.2f}x smaller, mean weight error {mean:.4f}"
-        )
-        return {"ui": {"text": [text]}, "result": (load_model(str(path)), path.name)}
+        report = quantize_model(weights, path, chosen, progress, str(device), known, resume)
+        folder = Path(folder_paths.get_output_directory()) / "svdquant" / f"{path.stem}.report"
+        write_report(report, folder)
+        return {"ui": {"text": [_text(report, folder)]}, "result": (load_model(str(path)), path.name)}
 
 
-def target_path(file_name: str) -> Path:
-    """models/diffusion_models/<file_name>.safetensors"""
-    return model_folder() / (file_name if file_name.endswith(".safetensors") else f"{file_name}.safetensors")
+_STATISTICS_FILE = {"default": NO_FILE, "tooltip": "Statistics of an earlier run, when none are connected."}
+_OPTIONAL: dict[str, Any] = {
+    "model": ("MODEL", {"tooltip": "The 16-bit model, when source is (model input)."}),
+    "overwrite": ("BOOLEAN", {"default": False, "tooltip": "Replace a file of this name."}),
+    "statistics": (STATISTICS, {"tooltip": "From SVDQuant Calibrate. Without statistics the recipe is fast."}),
+    "after": (
+        "LATENT",
+        {"tooltip": "The output of the sampler that the calibration watches, so that quantizing waits for it."},
+    ),
+    "recipe": (
+        [AUTO, *NAMED],
+        {
+            "default": AUTO,
+            "tooltip": "auto: balanced with statistics, else fast. best takes about twice as long as balanced. "
+            "svdquant: the reference method, for comparison.",
+        },
+    ),
+    "activation": (
+        ["stock", "best"],
+        {
+            "default": "stock",
+            "tooltip": "best: finer activation rounding, for kernels that have it; others fall back to stock.",
+        },
+    ),
+    "auto_rank": (
+        "BOOLEAN",
+        {"default": False, "tooltip": "Give each layer its own rank; together they take the bytes of `rank`."},
+    ),
+    "target_size_gb": (
+        "FLOAT",
+        {
+            "default": 0.0,
+            "min": 0.0,
+            "max": 1000.0,
+            "step": 0.001,
+            "tooltip": "Choose ranks so that the file has this size. 0: no limit.",
+        },
+    ),
+    "fallback": (
+        "FLOAT",
+        {
+            "default": 0.0,
+            "min": 0.0,
+            "max": 1.0,
+            "step": 0.01,
+            "tooltip": "Layers with a relative output error above this stay in 16 bit. 0: none does; 0.25 is usual.",
+        },
+    ),
+    "resume": ("BOOLEAN", {"default": True, "tooltip": "Take up a run that was stopped, layer by layer."}),
+}
 
 
-def model_folder() -> Path:
-    """Where new models go: of ComfyUI's folders for diffusion models the one of that name."""
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
-    return next((folder for folder in folders if folder.name == FOLDER), folders[0])
+def _statistics(connected: Any, file_name: str) -> Statistics | None:
+    if connected is not None:
+        return Statistics.open(connected.path)
+    return None if file_name == NO_FILE else Statistics.open(statistics_folder() / Path(file_name).name)
+
+
+def _text(report: QuantizeReport, folder: Path) -> str:
+    data = summarize(report)
+    text = (
+        f"{report.path.name}: {len(report.errors)} layers of family {report.family} are 4-bit, "
+        f"{data['ratio'] or 0:.2f}x smaller, mean weight error {data['mean_weight_error'] or 0:.4f}"
+    )
+    if data["mean_output_error"] is not None:
+        text += f", mean output error {data['mean_output_error']:.4f}"
+    if report.kept:
+        text += f", {len(report.kept)} layers stay in 16 bit"
+    return f"{text}. Report: output/svdquant/{folder.name}"

@@ -1,23 +1,35 @@
-"""Make a 4-bit model: one layer, and a whole model layer after layer."""
+"""Make a 4-bit model: layer after layer, resumable, one group of layers in memory."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..kernels.layer import Layer, LayerSpec, shifted_bias_term
-from . import lowrank, smooth
+from ..kernels.layer import Layer, LayerSpec
 from .checkpoint import Provenance
 from .dialects import native
-from .families import FAMILIES, Family, detect
+from .families import FAMILIES, detect
+from .make_layer import QuantizedLayer, quantize_group, quantize_layer
+from .memory import PeakMemory
+from .plan import group_layers, plan_layers
+from .ranks import choose_ranks
 from .recipe import Recipe
 from .source import Source
-from .tensor_file import TensorInfo, TensorWriter
+from .statistics import Entry, Statistics, StatisticsError
+from .tensor_file import TensorWriter
+from .work import WorkFolder, digest
+
+__all__ = ["Progress", "QuantizeError", "QuantizeReport", "plan_layers", "quantize_layer", "quantize_model"]
 
 Progress = Callable[[int, int, str], None]
-"""progress(done, total, layer): called before each layer; raise from it to stop, nothing is then left on disk"""
+"""progress(done, total, layer): called before each layer; raise from it to stop, nothing is then left on disk but
+the work folder, where one was asked for"""
+
+WORK_VERSION = "1"  # raise it when the same recipe starts to give other bytes
 
 
 class QuantizeError(ValueError):
@@ -25,132 +37,238 @@ class QuantizeError(ValueError):
 
 
 @dataclass(frozen=True)
-class QuantizedLayer:
-    """A layer with its bias (None if it has none) and its error ||W - dense(layer)|| / ||W||."""
-
-    layer: Layer
-    bias: torch.Tensor | None
-    error: float
-
-
-def quantize_layer(
-    weight: torch.Tensor, bias: torch.Tensor | None, spec: LayerSpec, recipe: Recipe, dtype: torch.dtype
-) -> QuantizedLayer:
-    """W * smooth = up @ down.T + decode(qweight): smooth, split, round; the rounding sees the 16-bit factors
-
-    weight (N, K), bias (N,) or None; `dtype` is that of the stored 16-bit tensors.
-    """
-    weight = weight.float()
-    if spec.fmt.low_rank:
-        tensors = _smooth_and_split(weight, spec, recipe, dtype)
-    else:
-        tensors = spec.fmt.encode_weight(weight, dtype)
-    layer = Layer(spec, tensors)
-    if spec.act_unsigned != (0, 0):
-        shift = shifted_bias_term(layer.decode_weight(), layer["smooth_factor"], spec.act_unsigned)
-        bias = (-shift if bias is None else bias.float() - shift).to(dtype)
-    scale = weight.norm()
-    error = ((weight - layer.dense_weight()).norm() / torch.where(scale == 0, 1, scale)).item()
-    return QuantizedLayer(layer, bias, error)
-
-
-def _smooth_and_split(
-    weight: torch.Tensor, spec: LayerSpec, recipe: Recipe, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    fmt = spec.fmt
-    factor = smooth.from_weight_spans(weight, recipe.smooth_power).to(dtype)
-    smoothed = weight * factor.float()
-    if not spec.rank:
-        return {**fmt.encode_weight(smoothed, dtype), "smooth_factor": factor}
-    best, rounded = None, torch.zeros_like(smoothed)
-    for _ in range(max(1, recipe.alternations)):
-        down, up = lowrank.split(smoothed - rounded, spec.rank, recipe.seed)
-        # the stored branch sees the unsmoothed activation, and rounding to 16 bit is part of what it is
-        down16, up16 = (down / factor.float()[:, None]).to(dtype), up.to(dtype)
-        residual = (weight - up16.float() @ down16.float().T) * factor.float()
-        encoded = fmt.encode_weight(residual, dtype)
-        rounded = fmt.decode_weight(encoded)
-        error = (residual - rounded).norm().item()
-        if best is not None and error >= best[0]:
-            break
-        best = error, {**encoded, "smooth_factor": factor, "proj_down": down16, "proj_up": up16}
-    return best[1]
-
-
-def plan_layers(infos: Mapping[str, TensorInfo], family: Family, recipe: Recipe) -> dict[str, LayerSpec]:
-    """Which linears become 4-bit, by the family's table. Layers whose K does not fit the group stay in 16 bit."""
-    specs = {}
-    for key, info in infos.items():
-        layer = key.removesuffix(".weight")
-        if layer == key or len(info.shape) != 2:
-            continue
-        n, k = info.shape
-        rule = family.rule(layer, n, k)
-        if rule is None or (rule.kind == "w4a16" and recipe.modulation == "16bit"):
-            continue
-        format = "awq_w4a16" if rule.kind == "w4a16" else recipe.format
-        spec = LayerSpec(format, n, k)
-        if k % spec.fmt.group_size:
-            continue
-        if spec.fmt.low_rank:
-            act_unsigned = rule.act_unsigned if format == "int4" else (0, 0)
-            spec = LayerSpec(format, n, k, recipe.rank, act_unsigned)
-        specs[layer] = spec
-    return specs
-
-
-@dataclass(frozen=True)
 class QuantizeReport:
-    """What a run did: family, error per layer, bytes of the 4-bit layers and of the same weights in 16 bit."""
+    """What a run did: family, weight error per layer, bytes of the 4-bit layers and of the same weights in 16 bit.
+
+    layers   layer -> record: shape, rank, output errors on held-out tokens, what was chosen, seconds
+    kept     layer -> why it stayed in 16 bit
+    notes    sentences about the run as a whole
+    resumed  layers that an earlier, stopped run had finished
+    """
 
     path: Path
     family: str
     errors: Mapping[str, float]
     bytes_4bit: int
     bytes_16bit: int
+    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    resumed: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
 def quantize_model(
-    source: Source, path: str | Path, recipe: Recipe, progress: Progress | None = None, device: str = "cpu"
+    source: Source,
+    path: str | Path,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    device: str = "cpu",
+    statistics: Statistics | None = None,
+    resume: bool = False,
 ) -> QuantizeReport:
-    """Write a native checkpoint of `source` to `path`, one layer in memory at a time.
+    """Write a native checkpoint of `source` to `path`; the layers that read one activation are in memory together.
 
-    raises  QuantizeError for a model without a layer to quantize, with NaN or Inf, or already quantized; whatever
-            `progress` raises. In every such case `path` is as it was before.
+    statistics  of the same model; needed by every recipe but `fast`
+    resume      keep finished layers beside `path` until the file is whole, and take up those of a stopped run
+    raises      QuantizeError for a model without a layer to quantize, with NaN or Inf, or already quantized;
+                StatisticsError for statistics of another model; BudgetError; whatever `progress` raises. In every
+                such case `path` is as it was before.
     """
-    family = detect(source.infos) if source.family is None else FAMILIES[source.family]
-    specs = plan_layers(source.infos, family, recipe)
-    if not specs:
-        raise QuantizeError(f"{source.name}: no linear layer of family {family.name} can become 4-bit")
-    dtype = _stored_dtype(source.infos[f"{layer}.weight"].dtype for layer in specs)
-    biases = {f"{layer}.bias" for layer in specs}
-    plan = {key: info for key, info in source.infos.items() if key.removesuffix(".weight") not in specs}
-    for layer, spec in specs.items():
-        plan |= native.plan_layer(layer, spec, dtype)
-        if f"{layer}.bias" in plan or spec.act_unsigned != (0, 0):
-            plan[f"{layer}.bias"] = TensorInfo((spec.n,), dtype)
-    digest, errors, size = hashlib.sha256(), {}, 0
-    with TensorWriter(path, plan) as writer:
-        for done, (layer, spec) in enumerate(specs.items()):
-            if progress is not None:
-                progress(done, len(specs), layer)
-            weight = _read(source, f"{layer}.weight", digest)
-            bias = _read(source, f"{layer}.bias", digest) if f"{layer}.bias" in source.infos else None
-            made = quantize_layer(weight.to(device), None if bias is None else bias.to(device), spec, recipe, dtype)
-            for key, tensor in native.encode_layer(layer, made.layer).items():
-                writer.write(key, tensor)
-            if made.bias is not None:
-                writer.write(f"{layer}.bias", made.bias.to(dtype))
-            errors[layer] = made.error
-            size += made.layer.nbytes()
-        for key in plan:
-            if key in source.infos and key not in biases and key.removesuffix(".weight") not in specs:
-                writer.write(key, _read(source, key, digest))
-        provenance = Provenance(family.name, source.unet_config, source.pinned, recipe.as_dict(), digest.hexdigest())
-        writer.metadata |= native.metadata_of(provenance, specs)
-    if progress is not None:
-        progress(len(specs), len(specs), "")
-    return QuantizeReport(Path(path), family.name, errors, size, sum(spec.bytes_16bit() for spec in specs.values()))
+    with PeakMemory() as peak:
+        begun = time.perf_counter()
+        run = _Run(source, Path(path), recipe, progress or _silent, device, statistics, resume)
+        run.write()
+    return replace(run.report(), seconds=time.perf_counter() - begun, peak_memory=peak.gpu_bytes or peak.bytes)
+
+
+def _silent(done: int, total: int, layer: str) -> None:
+    pass
+
+
+class _Run:
+    """One run of `quantize_model`: its plan, and what it has found out so far."""
+
+    def __init__(
+        self,
+        source: Source,
+        path: Path,
+        recipe: Recipe,
+        progress: Progress,
+        device: str,
+        statistics: Statistics | None,
+        resume: bool,
+    ) -> None:
+        self.source, self.path, self.recipe, self.device = source, path, recipe, device
+        self.progress, self.statistics = progress, statistics
+        self.family = detect(source.infos) if source.family is None else FAMILIES[source.family]
+        specs = plan_layers(source.infos, self.family, recipe)
+        if not specs:
+            raise QuantizeError(f"{source.name}: no linear layer of family {self.family.name} can become 4-bit")
+        self.groups = group_layers(specs, self.family)
+        self._check_statistics(specs)
+        self.dtype = _stored_dtype(source.infos[f"{layer}.weight"].dtype for layer in specs)
+        self.work = WorkFolder.beside(path) if resume else None
+        self.specs, self.kept, self.notes = choose_ranks(source, specs, self.groups, recipe, statistics)
+        self.digest = hashlib.sha256()
+        self.records: dict[str, dict[str, Any]] = {}
+        self.size = self.resumed = 0
+
+    def _check_statistics(self, specs: Mapping[str, LayerSpec]) -> None:
+        if self.statistics is None:
+            if self.recipe.needs_data:
+                raise QuantizeError(
+                    f"recipe {self.recipe.name} needs statistics: run SVDQuant Calibrate with this model, or use fast"
+                )
+            return
+        found = 0
+        for group in self.groups:
+            entry = self._entry(group)
+            if entry is None:
+                continue
+            found += 1
+            wanted, width = specs[group[0]].k, entry.tokens.shape[1]
+            if width != wanted:
+                raise StatisticsError(
+                    f"{self.statistics.path.name}: {group[0]} has {width} input channels there and {wanted} in "
+                    f"{self.source.name}: these are statistics of another model"
+                )
+        if not found:
+            raise StatisticsError(
+                f"{self.statistics.path.name}: holds none of the layers of {self.source.name}: statistics of another "
+                "model"
+            )
+
+    def _entry(self, group: Sequence[str]) -> Entry | None:
+        if self.statistics is None:
+            return None
+        return next((entry for layer in group if (entry := self.statistics.entry(layer)) is not None), None)
+
+    def write(self) -> None:
+        """Everything into one file, which gets its name when it is whole."""
+        done, total = 0, sum(map(len, self.groups))
+        made = {f"{layer}.{part}" for layer in self.specs for part in ("weight", "bias")}
+        with TensorWriter(self.path, {}, extra=16 * total + len(self.source.infos)) as writer:
+            for group in self.groups:
+                for layer in group:
+                    self.progress(done, total, layer)
+                    done += 1
+                for key, tensor in self._group(group).items():
+                    writer.add(key, tensor)
+            for key in self.source.infos:
+                if key not in made:
+                    writer.add(key, self._read(key))
+            specs = {layer: spec for layer, spec in self.specs.items() if layer not in self.kept}
+            provenance = Provenance(
+                self.family.name,
+                self.source.unet_config,
+                self.source.pinned,
+                self.recipe.as_dict(),
+                self.digest.hexdigest(),
+            )
+            writer.metadata |= native.metadata_of(provenance, specs)
+        if self.work is not None:
+            self.work.clear()
+        self.progress(total, total, "")
+
+    def _group(self, group: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The tensors of the file for one group of layers: made, or found in the work folder."""
+        keys = [key for layer in group for key in (f"{layer}.weight", f"{layer}.bias") if key in self.source.infos]
+        read = {key: self._read(key) for key in keys}
+        layers = [layer for layer in group if layer not in self.kept]
+        tensors = {key: read[key] for key in keys if key.rpartition(".")[0] in self.kept}
+        if not layers:
+            return tensors
+        entry = self._entry(group)
+        key = self._key(layers, read, entry) if self.work is not None else ""
+        found = self.work.find(key) if self.work is not None else None
+        if found is None:
+            specs = [self.specs[layer] for layer in layers]
+            weights = [read[f"{layer}.weight"].to(self.device) for layer in layers]
+            biases = [read[f"{layer}.bias"].to(self.device) if f"{layer}.bias" in read else None for layer in layers]
+            made = quantize_group(weights, biases, specs, self.recipe, self.dtype, entry)
+            found = self._encode(layers, made, read)
+            if self.work is not None:
+                self.work.keep(key, *found)
+        else:
+            self.resumed += len(layers)
+        new, records = found
+        for layer, record in records.items():
+            self.records[layer] = record
+            if "kept" in record:
+                self.kept[layer] = record["kept"]
+            else:
+                self.size += record["bytes"]
+        return tensors | new
+
+    def _encode(
+        self, layers: Sequence[str], made: Sequence[QuantizedLayer], read: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+        """(tensors of the file, records); a layer whose measured error is too large comes out as it went in"""
+        tensors: dict[str, torch.Tensor] = {}
+        records: dict[str, dict[str, Any]] = {}
+        for layer, one in zip(layers, made, strict=True):
+            spec, limit = self.specs[layer], self.recipe.fallback
+            record = {
+                "format": spec.format,
+                "shape": [spec.n, spec.k],
+                "rank": spec.rank,
+                "bytes": one.layer.nbytes(),
+                "weight_error": one.error,
+                **one.record,
+            }
+            measured = record.get("output_error", 0.0)
+            # with a target size every byte is spent already, and the budget has decided what stays in 16 bit
+            if limit and measured > limit and not self.recipe.target_size:
+                record["kept"] = f"output error {measured:.3f} is above {limit:g}"
+                tensors |= {key: read[key] for key in (f"{layer}.weight", f"{layer}.bias") if key in read}
+            else:
+                tensors |= _as_file(layer, one.layer, one.bias, self.dtype)
+            records[layer] = record
+        return tensors, records
+
+    def _key(self, layers: Sequence[str], read: Mapping[str, torch.Tensor], entry: Entry | None) -> str:
+        """Everything that decides the bytes of these layers."""
+        parts: list[str | torch.Tensor] = [WORK_VERSION, self.recipe.hash(), str(self.dtype), self.device]
+        for layer in layers:
+            parts += [layer, repr(self.specs[layer])]
+            parts += [read[key] for key in (f"{layer}.weight", f"{layer}.bias") if key in read]
+        if entry is not None and self.recipe.needs_data:
+            parts += [entry.tokens, entry.key, entry.stratum, entry.hold, entry.absmax]
+        return digest(parts)
+
+    def _read(self, key: str) -> torch.Tensor:
+        tensor = self.source.tensor(key)
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self.digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        self.digest.update(memoryview(raw.numpy()))
+        if tensor.is_floating_point() and not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():
+            raise QuantizeError(f"{self.source.name}: {key} holds NaN or Inf; repair or replace the source model")
+        return tensor
+
+    def report(self) -> QuantizeReport:
+        layers = {layer: record for layer, record in self.records.items() if "kept" not in record}
+        return QuantizeReport(
+            self.path,
+            self.family.name,
+            {layer: record["weight_error"] for layer, record in layers.items()},
+            self.size,
+            sum(self.specs[layer].bytes_16bit() for layer in layers),
+            self.records,
+            self.kept,
+            tuple(self.notes),
+            self.resumed,
+            recipe=self.recipe.as_dict(),
+        )
+
+
+def _as_file(
+    name: str, layer: Layer, bias: torch.Tensor | None, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    tensors = {key: tensor.cpu() for key, tensor in native.encode_layer(name, layer).items()}
+    return tensors if bias is None else {**tensors, f"{name}.bias": bias.to("cpu", dtype)}
 
 
 def _stored_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -158,11 +276,3 @@ def _stored_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return torch.float16 if set(dtypes) == {torch.float16} else torch.bfloat16
 
 
-def _read(source: Source, key: str, digest: "hashlib._Hash") -> torch.Tensor:
-    tensor = source.tensor(key)
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(memoryview(raw.numpy()))
-    if tensor.is_floating_point() and not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():
-        raise QuantizeError(f"{source.name}: {key} holds NaN or Inf; repair or replace the source model")
-    return tensor

@@ -12,7 +12,7 @@ import torch
 
 from ..kernels.layer import Layer, LayerError, LayerSpec, check_layer, check_values
 from .families import FAMILIES
-from .tensor_file import TensorFile, TensorFileError, TensorInfo
+from .tensor_file import TensorFileError, TensorInfo, open_tensors
 
 
 class CheckpointError(ValueError):
@@ -45,6 +45,7 @@ class Checkpoint:
     dtype       of its 16-bit tensors
     specs       layer name -> LayerSpec of every 4-bit layer, under ComfyUI's layer names
     rest        tensor name -> TensorInfo of everything else, biases of 4-bit layers included
+    metadata    header strings that mean nothing to us; they are kept when the model is written again
     """
 
     path: Path
@@ -55,6 +56,7 @@ class Checkpoint:
     rest: Mapping[str, TensorInfo]
     _read_layer: Callable[[str], Mapping[str, torch.Tensor]]
     _read_rest: Callable[[str], torch.Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def layer(self, name: str) -> Layer:
         """Read one layer. Raises CheckpointError if its tensors do not fit its spec or hold NaN or Inf."""
@@ -76,18 +78,20 @@ class Checkpoint:
         return {**self.rest, **dense}
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a 4-bit model of any dialect; only the header is read.
+def open_checkpoint(path: str | Path, as_is: bool = False) -> Checkpoint:
+    """Open a 4-bit model of any dialect, a file or a folder of files; only the header and a few vectors are read.
 
+    as_is   keep the file's own layer names, each layer on its own: what no model family is needed for
     raises  CheckpointError for a file that is damaged, not a 4-bit model, or of an unknown family or format
     """
     from .dialects import detect
 
     try:
-        file = TensorFile(path)
+        file = open_tensors(path)
     except TensorFileError as error:
         raise CheckpointError(str(error)) from error
-    checkpoint = detect(file).open(file)
+    dialect = detect(file)
+    checkpoint = (dialect.open_as_is or dialect.open)(file) if as_is else dialect.open(file)
     family = checkpoint.provenance.family
     if family not in FAMILIES:
         raise CheckpointError(

@@ -21,13 +21,15 @@ INTERLEAVE = 4  # rows that stand side by side in a tile-packed weight of comfy-
 
 QWEIGHT_TILES = "(t kt a r l h q) -> (t a h r) (kt q l)"
 VECTOR_TILES = "(t a q h j) -> (t a h q j)"
-INT4_SCALE_TILES = "(t g a q h j) -> g (t a h q j)"
+INT4_SCALE_TILES = "(t g a q h) -> g (t a h q)"  # of pairs j
 NVFP4_SCALE_TILES = "(t kt r q p c) -> (kt c) (t p q r)"
 # 16 x 16 blocks, channel block slowest; `up` has channels as block rows, `down` as block columns
 PROJ_UP_TILES = "(cb rb row pair rowhalf colhalf j) -> (cb rowhalf row) (rb colhalf pair j)"
 PROJ_DOWN_TILES = "(cb rb row pair rowhalf colhalf j) -> (cb colhalf pair j) (rb rowhalf row)"
 # a 16-bit word holds four codes that stand eight columns apart: byte b of neighbours (even, odd)
 AWQ_TILES = "(nq kg i half pair odd b) -> odd (nq i) (kg half b) pair"
+
+AWQ_PIECE = 1 << 20  # bytes that are unpacked at once: what is in between is several times as large
 
 
 def _inverse(pattern: str) -> str:
@@ -53,13 +55,25 @@ def _words(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (flat.clone() if flat.storage_offset() % dtype.itemsize else flat).view(dtype)
 
 
+def _pair(dtype: torch.dtype) -> torch.dtype:
+    """An integer as large as two elements."""
+    return {1: torch.int16, 2: torch.int32, 4: torch.int64}[dtype.itemsize]
+
+
 def unpack_qweight(packed: torch.Tensor) -> torch.Tensor:
     """(N, K/2) int8 in tiles -> (N, K/2) int8, low nibble = even column. Inverse: `pack_qweight`.
 
     Eight neighbouring codes of a row stay together in a 32-bit word, so whole words move.
     """
-    sizes = {"t": packed.shape[0] // TILE, "a": 8, "h": 2, "r": 8, "q": 2, "l": 4}
-    return _move(_words(packed, torch.int32), QWEIGHT_TILES, **sizes).view(torch.int8)
+    tiles, words = packed.shape[0] // TILE, _words(packed, torch.int32)
+    sizes = {"a": 8, "h": 2, "r": 8, "q": 2, "l": 4}
+    if packed.device.type != "cpu":
+        return _move(words, QWEIGHT_TILES, t=tiles, **sizes).view(torch.int8)
+    # all tiles are alike: to gather by the order of one is twice as fast as to move words one axis at a time
+    order = rearrange(torch.arange(len(words) // tiles).numpy(), QWEIGHT_TILES, t=1, **sizes).reshape(-1)
+    gathered = torch.empty(tiles, len(order), dtype=torch.int32)
+    words.view(tiles, -1).numpy().take(order, axis=1, out=gathered.numpy(), mode="clip")  # "raise" would buffer
+    return gathered.view(torch.int8).view(packed.shape)
 
 
 def pack_qweight(qweight: torch.Tensor) -> torch.Tensor:
@@ -81,13 +95,14 @@ def pack_vector(vector: torch.Tensor) -> torch.Tensor:
 
 def unpack_int4_scales(packed: torch.Tensor) -> torch.Tensor:
     """(K/64, N) in tiles -> (K/64, N) natural; in memory the tile is slowest. Inverse: `pack_int4_scales`."""
-    groups, _ = packed.shape
-    return _move(packed.reshape(-1), INT4_SCALE_TILES, g=groups, a=8, h=2, q=4, j=2)
+    pairs = _move(_words(packed, _pair(packed.dtype)), INT4_SCALE_TILES, g=packed.shape[0], a=8, h=2, q=4)
+    return pairs.view(packed.dtype)
 
 
 def pack_int4_scales(wscales: torch.Tensor) -> torch.Tensor:
     """(K/64, N) natural -> (K/64, N) in tiles. Inverse: `unpack_int4_scales`."""
-    return _move(wscales, _inverse(INT4_SCALE_TILES), a=8, h=2, q=4, j=2).view(wscales.shape)
+    pairs = _words(wscales, _pair(wscales.dtype)).view(wscales.shape[0], -1)
+    return _move(pairs, _inverse(INT4_SCALE_TILES), a=8, h=2, q=4).view(wscales.dtype).view(wscales.shape)
 
 
 def unpack_nvfp4_scales(packed: torch.Tensor) -> torch.Tensor:
@@ -132,10 +147,14 @@ def _pack_blocks(factor: torch.Tensor, pattern: str) -> torch.Tensor:
 
 def unpack_awq(packed: torch.Tensor) -> torch.Tensor:
     """(N/4, K/2) int32 in tiles -> (N, K/2) int8, low nibble = even column. Inverse: `pack_awq`."""
-    sizes = {"nq": packed.shape[0], "i": 4, "half": 2, "pair": 4, "odd": 2, "b": 2}
-    even, odd = _move(_words(packed, torch.uint8), AWQ_TILES, **sizes)  # each (N, K/16, 4)
-    codes = torch.stack((even & 15 | odd << 4, even >> 4 | odd & 0xF0), dim=-2)  # (N, K/16, 2, 4)
-    return codes.view(packed.shape[0] * 4, packed.shape[1]).view(torch.int8)
+    natural = torch.empty(packed.shape[0] * 4, packed.shape[1], dtype=torch.uint8, device=packed.device)
+    step = max(1, AWQ_PIECE // packed[0].nbytes)
+    for piece, rows in zip(packed.split(step), natural.split(step * 4), strict=True):
+        sizes = {"nq": len(piece), "i": 4, "half": 2, "pair": 4, "odd": 2, "b": 2}
+        even, odd = _move(_words(piece, torch.uint8), AWQ_TILES, **sizes)  # each (n, K/16, 4)
+        codes = rows.view(len(rows), -1, 2, 4)
+        codes[:, :, 0], codes[:, :, 1] = even & 15 | odd << 4, even >> 4 | odd & 0xF0
+    return natural.view(torch.int8)
 
 
 def pack_awq(qweight: torch.Tensor) -> torch.Tensor:

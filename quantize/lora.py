@@ -1,49 +1,148 @@
-"""A LoRA as columns of the low-rank branch."""
+"""A user's LoRAs on one 4-bit layer: the layer's branch, and how it joins the layer's output.
 
-from collections.abc import Iterable
+    W' = diag(rows) @ W @ diag(cols) + sum_i scale_i * delta_i
+
+`rows` and `cols` exist only under DoRA and merges that scale the weight. The deltas are columns of the low-rank branch,
+or Kronecker products where columns would be wider than the weight. The 4-bit weight itself is never touched.
+"""
+
+from dataclasses import dataclass, field
 
 import torch
 
 from ..kernels.layer import LayerSpec
-from .linear import LowRank
+from .linear import LowRank, PackedLinear
+from .lora_terms import Columns, Kron, LoraError, scaled
+
+__all__ = ["Branch", "LoadedBranch", "LoraError"]
 
 
-class LoraError(ValueError):
-    """A patch cannot become columns of the low-rank branch. The message says why."""
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """Everything the active LoRAs do to one layer.
 
-
-def columns(
-    up: torch.Tensor, down: torch.Tensor, scale: float, offset: tuple[int, int, int] | None, spec: LayerSpec
-) -> LowRank:
-    """(lora_down, lora_up) with x @ lora_down @ lora_up.T = scale * x @ (up @ down).T on the rows or columns `offset`
-
-    up      (n, r) or (n, r, 1, 1), down (r, k) or (r, k, 1, 1), as LoRA files have them
-    offset  (dim, start, length): the part of a fused weight that the LoRA is for, or None for all of it
-    raises  LoraError if the factors do not fit the layer
+    parts   the deltas at strength 1; shared between branches that differ in strength alone
+    scales  one factor per part
+    rows    (N,) or None: factor of every output channel of W
+    cols    (K,) or None: factor of every input channel of W
+    shift   (N,) or None: what a layer with unsigned activations keeps in its bias for their shift; needed beside `rows`
     """
-    up, down = up.float().flatten(1), down.float().flatten(1)
-    n, k = spec.n, spec.k
-    start, rows, inner = (0, n, k) if offset is None else (offset[1], n, k)
-    if offset is not None:
-        rows, inner = (offset[2], k) if offset[0] == 0 else (n, offset[2])
-    if up.shape[0] != rows or down.shape[1] != inner or up.shape[1] != down.shape[0]:
-        raise LoraError(
-            f"LoRA factors {tuple(up.shape)} and {tuple(down.shape)}, needed ({rows}, r) and (r, {inner}): "
-            "it was trained for another model"
+
+    parts: tuple[Columns | Kron, ...]
+    scales: tuple[float, ...]
+    rows: torch.Tensor | None = None
+    cols: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Columns, padding included."""
+        return sum(part.rank for part in self.parts if isinstance(part, Columns))
+
+    @property
+    def numel(self) -> int:
+        """Numbers that lie on the layer's device while it runs."""
+        found = sum([part.numel for part in self.parts])
+        if self.rows is not None or self.cols is not None:
+            found += sum(vector.numel() for vector in (self.rows, self.cols, self.shift) if vector is not None)
+        return found
+
+    def columns(self, spec: LayerSpec) -> LowRank:
+        """(lora_down, lora_up) of all column parts, strengths folded in, float32."""
+        pairs = [(part, scale) for part, scale in zip(self.parts, self.scales, strict=True) if part.rank]
+        if not pairs:
+            return torch.zeros(spec.k, 0), torch.zeros(spec.n, 0)
+        return torch.cat([p.down.float() for p, _ in pairs], 1), torch.cat([p.up.float() * s for p, s in pairs], 1)
+
+    def dense_weight(self, base: torch.Tensor) -> torch.Tensor:
+        """W' (N, K) float32 of the layer whose dense weight W is `base`."""
+        weight = scaled(base.float(), self.rows, self.cols)
+        for part, scale in zip(self.parts, self.scales, strict=True):
+            weight = weight + scale * part.dense(*base.shape).to(base.device)
+        return weight
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> "LoadedBranch":
+        """This branch on a device."""
+        wide = [part for part in self.parts if isinstance(part, Columns)]
+        down, up = (
+            _cat([getattr(part, name) for part in wide], device, dtype) if wide else None for name in ("down", "up")
         )
-    if not (up.isfinite().all() and down.isfinite().all()):
-        raise LoraError("the LoRA holds NaN or Inf")
-    up, down = up * scale, down.T
-    if rows != n:
-        up = torch.nn.functional.pad(up, (0, 0, start, n - start - rows))
-    if inner != k:
-        down = torch.nn.functional.pad(down, (0, 0, start, k - start - inner))
-    return down.contiguous(), up.contiguous()
+        krons = tuple(part.to(device, dtype) for part in self.parts if isinstance(part, Kron))
+        return LoadedBranch(self, down, up, krons, device, dtype)
 
 
-def join(branches: Iterable[LowRank]) -> LowRank | None:
-    """One branch that adds up all `branches`; None if there are none."""
-    branches = list(branches)
-    if not branches:
-        return None
-    return torch.cat([down for down, _ in branches], 1), torch.cat([up for _, up in branches], 1)
+def _cat(factors: list[torch.Tensor], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    moved = [factor.to(device=device, dtype=dtype) for factor in factors]
+    return moved[0] if len(moved) == 1 else torch.cat(moved, 1)
+
+
+@dataclass(eq=False)
+class LoadedBranch:
+    """A Branch on the device and in the dtype of the activation.
+
+    down, up  (K, R), (N, R): the factors of all column parts, without their strengths; None where there are none
+    krons     the Kronecker parts, without their strengths
+    """
+
+    branch: Branch
+    down: torch.Tensor | None
+    up: torch.Tensor | None
+    krons: tuple[Kron, ...]
+    device: torch.device
+    dtype: torch.dtype
+    _strength: torch.Tensor | float = field(init=False)
+    _vectors: dict[str, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.follow(self.branch)
+
+    def follow(self, branch: Branch) -> None:
+        """Take over the strengths of a branch that `fits`. A single strength is a number, no tensor is made for it."""
+        self.branch = branch
+        scales = branch.scales
+        self._strength = scales[0] if scales else 1.0
+        if len(scales) > 1 and len(set(scales)) > 1:
+            wide = [(p.rank, s) for p, s in zip(branch.parts, scales, strict=True) if isinstance(p, Columns)]
+            vector = [scale for rank, scale in wide for _ in range(rank)]
+            self._strength = torch.tensor(vector, device=self.device, dtype=self.dtype)
+        self._vectors = {}
+        if branch.rows is None and branch.cols is None:
+            return
+        vectors = {"rows": branch.rows, "cols": branch.cols, "shift": branch.shift}
+        self._vectors = {n: v.to(device=self.device, dtype=self.dtype) for n, v in vectors.items() if v is not None}
+
+    def fits(self, branch: Branch) -> bool:
+        """Whether the factors here are those of `branch`."""
+        mine, other = self.branch.parts, branch.parts
+        return mine is other or (len(mine) == len(other) and all(a is b for a, b in zip(mine, other, strict=True)))
+
+    def low_rank(self) -> LowRank | None:
+        """(lora_down, lora_up), the smaller of them times the strength."""
+        if self.down is None:
+            return None
+        if isinstance(self._strength, float) and self._strength == 1:
+            return self.down, self.up
+        if self.down.shape[0] <= self.up.shape[0]:
+            return self.down * self._strength, self.up
+        return self.down, self.up * self._strength
+
+    def forward(
+        self, packed: PackedLinear, x: torch.Tensor, blob: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x @ W'.T + bias; the columns run inside the 4-bit kernel, everything else beside it."""
+        lora, vectors = self.low_rank(), self._vectors
+        if "rows" in vectors or "cols" in vectors:
+            y = packed.forward(x * vectors["cols"] if "cols" in vectors else x, blob, bias, None)
+            if "rows" in vectors:
+                y = y * vectors["rows"]
+                if bias is not None:  # the factor is the weight's: the bias inside y must not have it
+                    pure = bias + vectors["shift"] if "shift" in vectors else bias
+                    y = y + (1 - vectors["rows"]) * pure
+            if lora is not None:
+                y = y + (x @ lora[0]) @ lora[1].T
+        else:
+            y = packed.forward(x, blob, bias, lora)
+        scales = [s for part, s in zip(self.branch.parts, self.branch.scales, strict=True) if isinstance(part, Kron)]
+        for kron, scale in zip(self.krons, scales, strict=True):
+            y = kron.add_to(y, x, scale)
+        return y

@@ -1,39 +1,108 @@
 """Settings of one quantization run. They are written into the checkpoint."""
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 RANK_MULTIPLE = 16  # the width of a tensor-core tile
+LARGEST_AUTO_RANK = 128  # LoRAs are appended to the branch, and kernels slow down above 256 columns in all
+BEST_RULES = {"int4": "signed_extreme", "nvfp4": "four_six"}
+
+# what each named recipe changes; `fast` is the table of defaults below
+NAMED: dict[str, dict[str, Any]] = {
+    "fast": {},
+    "balanced": {"smoothing": "noise_model", "adam_steps": 60, "start_rounds": 4, "rounds": 3},
+    "best": {"smoothing": "noise_model", "adam_steps": 120, "start_rounds": 12, "rounds": 5},
+    "svdquant": {"smoothing": "grid", "rounds": 0},
+    "svdquant+gptq": {"smoothing": "grid", "rounds": 0},
+}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a 16-bit model becomes a 4-bit one.
 
-    name           the recipe's name; `fast` needs no data
-    format         int4 or nvfp4
-    rank           width of the low-rank branch, a multiple of 16
-    smooth_power   smooth_factor = span of the weight's input channel ** -smooth_power, geometric mean 1
-    alternations   at most this many rounds of {low-rank fit, round}; the best is kept
-    modulation     "awq_w4a16", or "16bit" to leave modulation layers alone
-    seed           of the randomized SVD
+    name             `fast` needs no data; `balanced` and `best` need statistics; `svdquant` and `svdquant+gptq` are
+                     the reference quantizer's steps, to measure ours against
+    format           int4 or nvfp4
+    rank             width of the low-rank branch, a multiple of 16
+    auto_rank        choose the rank of each layer (0 to 128) so that together they take the bytes of `rank`, or fill
+                     target_size
+    target_size      bytes of the finished file, 0 for no limit
+    fallback         layers with a predicted or measured error above this stay in 16 bit; 0 to keep every layer 4-bit
+    activation       "stock", or "best": signed-extreme (int4) and 4/6 (nvfp4) activation scales, for backends with them
+    smoothing        "weight_spans" (data-free), "noise_model" or "grid" (the reference's 39 points)
+    smooth_power     weight_spans: smooth_factor = span of the weight's input channel ** -smooth_power
+    alternations     fast and svdquant: at most this many rounds of {low-rank fit, round}; the best is kept
+    adam_steps       of the noise model's descent
+    start_rounds     rounds of {low-rank fit, round to nearest} before the first GPTQ
+    rounds           rounds of {scales, GPTQ, low-rank refit}
+    damping          of the Hessian, relative to its mean diagonal
+    refit_damping    of the refit's metric, times channels per token
+    hessian_block    widest block of a layer's Hessian; wider layers get a block-diagonal one, which takes less memory
+    input_noise      follow the correlation of an activation with its rounding error, where tokens suffice (50 per
+                     channel) and the layer is better for it on held-out tokens
+    bias_correction  whether the bias takes up the mean error
+    modulation       "awq_w4a16", or "16bit" to leave modulation layers alone
+    seed             of the randomized SVD
     """
 
     name: str = "fast"
     format: str = "int4"
     rank: int = 32
+    auto_rank: bool = False
+    target_size: int = 0
+    fallback: float = 0.0
+    activation: str = "stock"
+    smoothing: str = "weight_spans"
     smooth_power: float = 0.5
     alternations: int = 8
+    adam_steps: int = 0
+    start_rounds: int = 0
+    rounds: int = 0
+    damping: float = 0.01
+    refit_damping: float = 0.01
+    hessian_block: int = 16384
+    input_noise: bool = False
+    bias_correction: bool = True
     modulation: str = "awq_w4a16"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.format not in ("int4", "nvfp4"):
-            raise ValueError(f"format is {self.format!r}, needed int4 or nvfp4")
+        for field, known in (
+            ("name", tuple(NAMED)),
+            ("format", ("int4", "nvfp4")),
+            ("activation", ("stock", "best")),
+            ("smoothing", ("weight_spans", "noise_model", "grid")),
+            ("modulation", ("awq_w4a16", "16bit")),
+        ):
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field} is {getattr(self, field)!r}, needed {' or '.join(known)}")
         if self.rank < 0 or self.rank % RANK_MULTIPLE:
             raise ValueError(f"rank is {self.rank}, needed a multiple of {RANK_MULTIPLE}, or 0 for no low-rank branch")
-        if self.modulation not in ("awq_w4a16", "16bit"):
-            raise ValueError(f"modulation is {self.modulation!r}, needed awq_w4a16 or 16bit")
+        if self.target_size < 0:
+            raise ValueError(f"target_size is {self.target_size}, needed a number of bytes, or 0 for no limit")
+
+    @classmethod
+    def named(cls, name: str, **changes: Any) -> "Recipe":
+        """A named recipe with some settings changed."""
+        if name not in NAMED:
+            raise ValueError(f"recipe is {name!r}, known are {', '.join(NAMED)}")
+        return cls(name=name, **(NAMED[name] | changes))
+
+    @property
+    def needs_data(self) -> bool:
+        return self.smoothing != "weight_spans"
+
+    @property
+    def act_rule(self) -> str:
+        """How activation scales are chosen, as LayerSpec names it."""
+        return BEST_RULES[self.format] if self.activation == "best" else "absmax"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def hash(self) -> str:
+        """Of every setting: work done under another recipe is not taken up again."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()

@@ -34,6 +34,8 @@ METADATA_ROOM = 1 << 14  # bytes kept free in the header for metadata that is kn
 METADATA_ROOM_PER_TENSOR = 24  # ... and more for what is said of each layer; a header that outgrows it costs a copy
 COPY_BYTES = 1 << 26
 
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of whole checkpoints, and of some exports
+
 
 class TensorFileError(ValueError):
     """A file cannot be read or written as safetensors. The message names the file."""
@@ -72,7 +74,8 @@ class TensorFile(Mapping[str, torch.Tensor]):
             self.metadata: dict[str, str] = self._file.metadata() or {}
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a dict
             self.infos = {name: _info(part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-        except (SafetensorError, OSError, KeyError) as error:
+            self._starts = _data_starts(self.path)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise TensorFileError(
                 f"{self.path.name}: not a whole safetensors file ({error}). It may be truncated: compare its size "
                 "with the original and download or write it again."
@@ -83,11 +86,97 @@ class TensorFile(Mapping[str, torch.Tensor]):
             raise KeyError(name)
         return self._file.get_tensor(name)
 
+    def read(self, name: str, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy in memory. Unlike the mapped tensor it does not keep the file's pages in the process as well.
+
+        buffer  uint8 vector of at least the tensor's bytes to read into; the tensor is then a view of it
+        """
+        info = self.infos[name]
+        data = torch.empty(info.nbytes, dtype=torch.uint8) if buffer is None else buffer[: info.nbytes]
+        with self.path.open("rb", buffering=0) as stream:
+            stream.seek(self._starts[name])
+            view, done = memoryview(data.numpy()), 0
+            while done < info.nbytes:
+                count = stream.readinto(view[done:])
+                if not count:
+                    raise TensorFileError(
+                        f"{self.path.name}: {name} ends early; the file was changed while it was read"
+                    )
+                done += count
+        return data.view(info.dtype).view(info.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk."""
+        return self.path.stat().st_size
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
 
     def __len__(self) -> int:
         return len(self.infos)
+
+
+def _data_starts(path: Path) -> dict[str, int]:
+    """tensor name -> where its data starts in the file"""
+    with path.open("rb") as stream:
+        (size,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+LEGACY_FOLDER = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")  # Nunchaku's, beside two configs
+DIFFUSERS_FILES = "diffusion_pytorch_model*.safetensors"
+
+
+def folder_files(path: Path) -> list[Path]:
+    """The tensor files that together are one model: Nunchaku's older folder, or the folder of a Diffusers component."""
+    legacy = [path / name for name in LEGACY_FOLDER]
+    return legacy if all(file.is_file() for file in legacy) else sorted(path.glob(DIFFUSERS_FILES))
+
+
+class TensorFolder(TensorFile):
+    """A model in several files, as one: the union of their tensors. `*.json` beside them become metadata.
+
+    raises  TensorFileError for a folder that holds no model, and for a tensor that is there twice
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        found = folder_files(self.path)
+        if not found:
+            raise TensorFileError(
+                f"{self.path.name}: a folder, but neither {' and '.join(LEGACY_FOLDER)} nor {DIFFUSERS_FILES} are in "
+                "it. Choose one file."
+            )
+        self._files: dict[str, TensorFile] = {}
+        self._parts = [TensorFile(file) for file in found]
+        self.infos, self.metadata = {}, {}
+        for part in self._parts:
+            for name, info in part.infos.items():
+                if name in self.infos:
+                    raise TensorFileError(f"{self.path.name}: {name} is in more than one of its files")
+                self.infos[name], self._files[name] = info, part
+            self.metadata |= part.metadata
+        for name in ("config", "comfy_config"):
+            file = self.path / f"{name}.json"
+            if file.is_file():
+                self.metadata[name] = file.read_text(encoding="utf-8", errors="replace")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._files[name][name]
+
+    def read(self, name: str, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        return self._files[name].read(name, buffer)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self._parts)
+
+
+def open_tensors(path: str | Path) -> TensorFile:
+    """The tensors of a file or of a folder of files. Raises TensorFileError."""
+    return TensorFolder(path) if Path(path).is_dir() else TensorFile(path)
 
 
 def _info(shape: list[int], dtype: str) -> TensorInfo:
@@ -102,11 +191,12 @@ class TensorWriter:
             writer.metadata["family"] = "flux"
 
     plan    name -> TensorInfo of everything that will be written
+    extra   how many tensors more will come through `add`, whose shapes are not known yet
     raises  TensorFileError when a tensor is not as planned or one is missing at the end. On any exception, also one
             that comes from the `with` body, the temporary file is removed and an older file of that name is untouched.
     """
 
-    def __init__(self, path: str | Path, plan: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, path: str | Path, plan: Mapping[str, TensorInfo], extra: int = 0) -> None:
         self.path = Path(path)
         self.metadata: dict[str, str] = {}
         self._plan = dict(plan)
@@ -121,6 +211,13 @@ class TensorWriter:
         self._stream.write(bytes(8 + self._room))
         self._end = 0
         return self
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a tensor that was not planned; there must be room for it, see `extra`."""
+        if name in self._plan:
+            raise TensorFileError(f"{self.path.name}: {name} comes twice")
+        self._plan[name] = TensorInfo.of(tensor)
+        self.write(name, tensor)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append one planned tensor."""

@@ -1,40 +1,115 @@
 """Plain torch on any device: the definition of right.
 
-Two ways to compute, both with every sum in float32 (float64 for a float64 activation) and one rounding at the end:
+Every sum is kept in float32 (float64 for a float64 activation) and rounded once at the end:
 
-    w4a4   y = Q((x + shift) / smooth) @ decode(qweight).T + (x @ proj_down) @ proj_up.T + bias
-    w16    the same without Q: what a dense layer holding the decoded weight would give
+    w4a4           y = Q((x + shift) / smooth) @ decode(qweight).T + (x @ proj_down) @ proj_up.T + bias
+    w16, w4a16     the same without Q: what a dense layer holding the decoded weight would give
+    w4a8           Q rounds to int8 with one scale per 64 channels
+    w8a8, w4a8-jit, fp8   Q rounds to 8 bit with one scale per row, and so does the weight, see kernels/eight_bit.py
+
+On a CPU the decoded weights are kept, as far as a quarter of the memory allows, so that a step costs about what the
+16-bit model costs. The numbers are the same with and without.
 """
+
+import os
+from functools import cache
 
 import torch
 
-from ..formats.int4 import GELU_SHIFT
-from ..layer import Layer
+from .. import eight_bit, stages
+from ..layer import Layer, LayerSpec
+from ..weight_cache import WeightCache
 from . import Backend, Call
 
-COMPUTES = ("w4a4", "w16")
+COMPUTES = ("w4a4", "w4a8", "w8a8", "w4a8-jit", "fp8", "w16", "w4a16")
+BUDGET = 0.25  # of the machine's memory, for decoded weights of all models together
+BLOCK = 1 << 18  # activation values quantized at a time: what a core's cache holds with the copies in between
+
+
+@cache
+def budget() -> int:
+    """Bytes of decoded weights that may be kept; none where the machine does not say how much memory it has."""
+    try:
+        return int(BUDGET * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):  # Windows
+        return _budget_from_psutil()
+
+
+def _budget_from_psutil() -> int:
+    try:
+        import psutil  # ComfyUI brings it
+    except ImportError:
+        return 0
+    return int(BUDGET * psutil.virtual_memory().total)
+
+
+WEIGHTS = WeightCache(budget)
 
 
 def refuses(call: Call) -> str | None:
     if call.compute not in COMPUTES:
-        return f"computes {' or '.join(COMPUTES)}, not {call.compute}"
+        return f"computes {', '.join(COMPUTES)}, not {call.compute}"
+    if call.format == "awq_w4a16":
+        return None if call.compute in ("w4a4", "w16", "w4a16") else f"{call.format} has no {call.compute}"
+    if call.compute == "w4a16":
+        return f"w4a16 is for awq_w4a16, this layer is {call.format}"
+    if call.compute == "w4a8" and call.format != "int4":
+        return f"w4a8 is for int4, this layer is {call.format}"
     return None
+
+
+def decoded_weight(layer: Layer) -> torch.Tensor:
+    """layer.decode_weight(), kept on a CPU."""
+    qweight = layer["qweight"]
+    if qweight.device.type != "cpu" or qweight.numel() == 0:
+        return layer.decode_weight()
+    spec = layer.spec
+    return WEIGHTS.get(qweight, (spec.format,), layer.decode_weight, 4 * spec.n * spec.k)
 
 
 def smooth_activation(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     """(x + shift) / smooth_factor, computed in fp32 and rounded once to the dtype of x. x is (M, K)."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    start, stop = layer.spec.act_unsigned
-    if start != stop:
-        shift = torch.zeros(x.shape[-1], dtype=wide.dtype, device=x.device)
-        shift[start:stop] = GELU_SHIFT
-        wide = wide + shift
-    return (wide / layer["smooth_factor"].to(wide.dtype)).to(x.dtype)
+    return stages.smoothed(x, layer["smooth_factor"], layer.spec.act_unsigned).to(x.dtype)
 
 
-def low_rank(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """(x @ down) @ up.T in the dtype of x. down (K, R), up (N, R)."""
-    return (x @ down.to(x.dtype)) @ up.to(x.dtype).T
+def _rounded(act: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
+    """decode(quantize(act)), float32, in blocks of rows that stay in the cache"""
+    fmt, unsigned, rows = spec.fmt, spec.act_unsigned, max(1, BLOCK // act.shape[1])
+    blocks = [
+        fmt.decode_activation(*fmt.quantize_activation(block, unsigned, spec.act_rule), unsigned)
+        for block in act.split(rows)
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _smoothed(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    return stages.smoothed(x, layer["smooth_factor"], layer.spec.act_unsigned).float()
+
+
+def _rounded_to_rows(x: torch.Tensor, layer: Layer, dtype: torch.dtype) -> torch.Tensor:
+    """The product of both sides in 8 bit, one scale per row"""
+    codes, scales = eight_bit.quantize_rows(_smoothed(x, layer), dtype)
+    weight, row_scales = eight_bit.expand_rows(layer.spec.format, layer.tensors, dtype)
+    return (codes.to(scales.dtype) @ weight.to(scales.dtype).T) * scales[:, None] * row_scales
+
+
+def product(x: torch.Tensor, layer: Layer, compute: str) -> torch.Tensor:
+    """The layer without its branches and bias, on x (M, K), in float32 or float64."""
+    spec, fmt = layer.spec, layer.spec.fmt
+    wide = stages.wide_dtype(x)
+    if not fmt.low_rank:
+        return x.to(wide) @ decoded_weight(layer).to(wide).T
+    if compute in ("w8a8", "w4a8-jit"):
+        return _rounded_to_rows(x, layer, torch.int8).to(wide)
+    if compute == "fp8":
+        return _rounded_to_rows(x, layer, torch.float8_e4m3fn).to(wide)
+    if compute == "w4a8":
+        act = eight_bit.decode_groups(*eight_bit.quantize_groups(_smoothed(x, layer)))
+    else:
+        act = smooth_activation(x, layer)
+        if compute == "w4a4" and fmt.quantize_activation is not None and x.shape[0]:
+            act = _rounded(act, spec)
+    return act.to(wide) @ decoded_weight(layer).to(wide).T
 
 
 def linear(
@@ -43,23 +118,20 @@ def linear(
     bias: torch.Tensor | None,
     lora: tuple[torch.Tensor, torch.Tensor] | None,
     compute: str,
+    lora_strength: torch.Tensor | None = None,
+    activation: str = "",
 ) -> torch.Tensor:
     """One layer on x (M, K); see the module docstring. Returns (M, N) in the dtype of x."""
-    spec, fmt = layer.spec, layer.spec.fmt
-    act = smooth_activation(x, layer) if fmt.low_rank else x
-    wide_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if compute == "w4a4" and fmt.quantize_activation is not None:
-        codes, ascales = fmt.quantize_activation(act, spec.act_unsigned)
-        act = fmt.decode_activation(codes, ascales, spec.act_unsigned)
-    y = act.to(wide_dtype) @ layer.decode_weight().to(wide_dtype).T
-    wide = x.to(wide_dtype)
-    if spec.rank:
-        y += low_rank(wide, layer["proj_down"], layer["proj_up"])
+    y = product(x, layer, compute)
+    wide = x.to(y.dtype)
+    if layer.spec.rank:
+        y += stages.branch(wide @ layer["proj_down"].to(y.dtype), layer["proj_up"])
     if lora is not None:
-        y += low_rank(wide, *lora)
+        down, up = lora
+        y += stages.branch(wide @ down.to(y.dtype), up, lora_strength)
     if bias is not None:
-        y += bias.to(wide_dtype)
-    return y.to(x.dtype)
+        y += bias.to(y.dtype)
+    return stages.activate(y, activation).to(x.dtype)
 
 
-BACKEND = Backend("reference", 0, refuses, linear)
+BACKEND = Backend("reference", 0, refuses, linear, True, stages.STAGES)

@@ -35,9 +35,10 @@ class Format:
     weight_parts         (N, K) -> {name: Part} of the encoded weight alone
     encode_weight        (weight (N, K) float32, dtype of 16-bit scales) -> {name: tensor}
     decode_weight        {name: tensor} -> (N, K) float32, in the smoothed domain
-    quantize_activation  (x (M, K), act_unsigned range) -> (codes (M, K) uint8 nibbles, ascales (M, K/group) in the
-                         dtype that is stored), or None when activations stay in 16 bit
+    quantize_activation  (x (M, K), act_unsigned range, rule) -> (codes (M, K) uint8 nibbles, ascales (M, K/group) in
+                         the dtype that is stored), or None when activations stay in 16 bit
     decode_activation    (codes, ascales, act_unsigned range) -> (M, K) float32
+    act_rules            how the scale of an activation may be chosen, the stock rule first
     """
 
     name: str
@@ -46,8 +47,9 @@ class Format:
     weight_parts: Callable[[int, int], dict[str, Part]]
     encode_weight: Callable[[torch.Tensor, torch.dtype], dict[str, torch.Tensor]]
     decode_weight: Callable[[Tensors], torch.Tensor]
-    quantize_activation: Callable[[torch.Tensor, tuple[int, int]], tuple[torch.Tensor, torch.Tensor]] | None = None
+    quantize_activation: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     decode_activation: Callable[[torch.Tensor, torch.Tensor, tuple[int, int]], torch.Tensor] | None = None
+    act_rules: tuple[str, ...] = ("absmax",)
 
     def parts(self, n: int, k: int, rank: int) -> dict[str, Part]:
         """Every tensor of an (n, k) layer of this format, low-rank branch included."""

@@ -5,7 +5,8 @@ A nibble can hold -8..7. Weights and signed activations are emitted in -7..7 wit
 they are never negative, and use the unsigned codes 0..15 with scale = max / 15.
 
 Rounding (activations): the scale is computed in fp32 and stored in the dtype of x; codes are rounded to nearest even
-from x * (1 / scale) with the *unstored* fp32 scale, then saturated.
+from x * (1 / scale) with the *unstored* fp32 scale, then saturated. The rule `signed_extreme` uses all sixteen codes
+of signed groups: scale = -(element of largest magnitude) / 8, so that this element is code -8 whatever its sign.
 Source: SVDQuant, arXiv 2411.05007; the rule of the Nunchaku kernels, see quantize/dialects/native.py for the layout.
 """
 
@@ -47,10 +48,13 @@ def _unsigned_groups(k: int, act_unsigned: tuple[int, int], device: torch.device
     return ((first >= start) & (first < stop))[:, None]
 
 
-def quantize_activation(x: torch.Tensor, act_unsigned: tuple[int, int] = (0, 0)) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_activation(
+    x: torch.Tensor, act_unsigned: tuple[int, int] = (0, 0), rule: str = "absmax"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """code = round(x / scale) to nibbles; scale = absmax / 7, or max / 15 for channels in the range `act_unsigned`
 
     x        (M, K) already smoothed (and shifted where unsigned)
+    rule     absmax, or signed_extreme: scale = -extreme / 8 in signed groups
     returns  nibbles (M, K) uint8, ascales (M, K/64) in the dtype of x. NaN and Inf make their group's scale NaN.
     """
     groups = by_group(x.float(), GROUP_SIZE)  # (M, K/64, 64)
@@ -58,6 +62,10 @@ def quantize_activation(x: torch.Tensor, act_unsigned: tuple[int, int] = (0, 0))
     extreme = torch.where(unsigned, groups, groups.abs()).amax(-1, keepdim=True).clamp_min(0)
     extreme = torch.where(extreme.isfinite(), extreme, torch.nan)
     scales = extreme / torch.where(unsigned, 15.0, 7.0)
+    if rule == "signed_extreme":
+        largest = groups.amax(-1, keepdim=True)
+        signed = torch.where(largest >= extreme, -extreme, extreme) / 8  # NaN compares false and stays NaN
+        scales = torch.where(unsigned, scales, signed)
     reciprocal = torch.where(scales == 0, 0.0, 1 / scales)
     codes = torch.nan_to_num(groups * reciprocal).round()
     codes = torch.where(unsigned, codes.clamp(0, 15), codes.clamp(-8, 7))
@@ -75,5 +83,13 @@ def decode_activation(
 
 
 FORMAT = Format(
-    "int4", GROUP_SIZE, True, weight_parts, encode_weight, decode_weight, quantize_activation, decode_activation
+    "int4",
+    GROUP_SIZE,
+    True,
+    weight_parts,
+    encode_weight,
+    decode_weight,
+    quantize_activation,
+    decode_activation,
+    ("absmax", "signed_extreme"),
 )

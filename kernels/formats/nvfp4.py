@@ -2,7 +2,8 @@
 
 Weights: W[n, k] = e2m1(code) * e4m3(wscales[k / 16, n]) * wtscale * wcscales[n]. Activations have no upper scale:
 scale = min(absmax / 6, 448) stored as E4M3, and codes are rounded to nearest even from x times the reciprocal of the
-*unstored* fp32 scale.
+*unstored* fp32 scale. The rule `four_six` also tries scale = min(absmax / 4, 448) and keeps, group by group, the one
+with the smaller squared error (Four Over Six, arXiv 2512.02010).
 Source: NVIDIA NVFP4; the rule of the Nunchaku kernels.
 """
 
@@ -69,17 +70,36 @@ def decode_weight(tensors: Tensors) -> torch.Tensor:
     return (values * scales[..., None]).flatten(-2)
 
 
-def quantize_activation(x: torch.Tensor, act_unsigned: tuple[int, int] = (0, 0)) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_activation(
+    x: torch.Tensor, act_unsigned: tuple[int, int] = (0, 0), rule: str = "absmax"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """code = e2m1(x / scale); scale = min(absmax of 16 channels / 6, 448), stored as E4M3
 
     x        (M, K) already smoothed; act_unsigned must be empty, E2M1 has a sign bit
+    rule     absmax, or four_six: absmax / 4 where that is nearer
     returns  nibbles (M, K) uint8, ascales (M, K/16) float8_e4m3fn. NaN and Inf make their group's scale NaN.
     """
     groups = by_group(x.float(), GROUP_SIZE)
     absmax = groups.abs().amax(-1, keepdim=True)
-    scales = torch.where(absmax.isfinite(), (absmax / E2M1_MAX).clamp_max(E4M3_MAX), torch.nan)
+    absmax = torch.where(absmax.isfinite(), absmax, torch.nan)
+    codes, scales = _codes_at(groups, absmax, E2M1_MAX)
+    if rule == "four_six":
+        other_codes, other_scales = _codes_at(groups, absmax, 4.0)
+        error, other_error = (
+            (from_e2m1(found) * stored.float() - groups).square().sum(-1, keepdim=True)
+            for found, stored in ((codes, scales), (other_codes, other_scales))
+        )
+        better = other_error < error
+        codes = torch.where(better, other_codes, codes)
+        scales = torch.where(better, other_scales.float(), scales.float()).to(torch.float8_e4m3fn)
+    return codes.flatten(-2), scales[..., 0]
+
+
+def _codes_at(groups: torch.Tensor, absmax: torch.Tensor, top: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, E4M3 scales) with scale = min(absmax / top, 448)"""
+    scales = (absmax / top).clamp_max(E4M3_MAX)
     codes = to_e2m1(groups * torch.where(scales == 0, 0.0, 1 / scales))
-    return codes.flatten(-2), scales[..., 0].to(torch.float8_e4m3fn)
+    return codes, scales.to(torch.float8_e4m3fn)
 
 
 def decode_activation(
@@ -90,5 +110,13 @@ def decode_activation(
 
 
 FORMAT = Format(
-    "nvfp4", GROUP_SIZE, True, weight_parts, encode_weight, decode_weight, quantize_activation, decode_activation
+    "nvfp4",
+    GROUP_SIZE,
+    True,
+    weight_parts,
+    encode_weight,
+    decode_weight,
+    quantize_activation,
+    decode_activation,
+    ("absmax", "four_six"),
 )

@@ -6,21 +6,31 @@ from dataclasses import dataclass
 
 from ...kernels.discover import modules
 from ..checkpoint import Checkpoint, CheckpointError
-from ..tensor_file import TensorFile
+from ..tensor_file import TensorFile, TensorWriter
+
+Save = Callable[[Checkpoint, TensorWriter, bool, Callable[[str], None]], list[str]]
+"""save(checkpoint, writer, as_is, step) -> notes on what the dialect holds differently
+
+step  is called with the name of each layer before it is written
+"""
 
 
 @dataclass(frozen=True)
 class Dialect:
     """One spelling.
 
-    name    as shown to the user
-    speaks  whether a file's keys are of this dialect
-    open    TensorFile -> Checkpoint, raising CheckpointError
+    name        as shown to the user
+    speaks      whether a file's keys are of this dialect
+    open        TensorFile -> Checkpoint under ComfyUI's names, raising CheckpointError
+    open_as_is  the same under the file's own names; None where they are ComfyUI's anyway
+    save        writes a Checkpoint in this dialect, or says why it cannot; None where that is not possible
     """
 
     name: str
     speaks: Callable[[TensorFile], bool]
     open: Callable[[TensorFile], Checkpoint]
+    open_as_is: Callable[[TensorFile], Checkpoint] | None = None
+    save: Save | None = None
 
 
 DIALECTS: dict[str, Dialect] = {module.DIALECT.name: module.DIALECT for module in modules(sys.modules[__name__])}
@@ -34,10 +44,6 @@ def detect(file: TensorFile) -> Dialect:
     if found:
         names = ", ".join(dialect.name for dialect in found)
         raise CheckpointError(f"{file.path.name}: mixes several dialects ({names}); convert its parts separately")
-    if any(name.endswith(".qweight") for name in file):
-        raise CheckpointError(
-            f"{file.path.name}: holds `.qweight` tensors of a 4-bit format that this version cannot read"
-        )
     raise CheckpointError(
         f"{file.path.name}: holds no 4-bit layers, it looks like a plain model. Load it with the Load Diffusion Model "
         "node, or make a 4-bit file of it with the SVDQuant Quantize Model node."

@@ -32,6 +32,8 @@ fp32 is legal wherever 16-bit is written. All other tensors are ordinary tensors
     act_unsigned_range  [start, stop], format svdquant_w4a4_ranged only: the same for these input channels. A format
                         name of its own, so that a reader that does not know ranges stops instead of running signed
     lowrank_branch_input_basis  "raw"
+    act_rule    "signed_extreme" (int4) or "four_six" (nvfp4): how activation scales are best chosen, see
+                kernels/formats; absent for the stock rule. A reader may ignore it
 
 The header's metadata (strings) carries
     svdquant     JSON {"version": 1, "family", "pinned", "rank", "formats": {layer: format}, "source_hash"}
@@ -43,7 +45,8 @@ ranged formats are extensions of it.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,12 +54,18 @@ import torch
 from ...kernels.formats import SIXTEEN_BIT
 from ...kernels.layer import Layer, LayerError, LayerSpec, check_layer
 from ..checkpoint import Checkpoint, CheckpointError, Provenance
+from ..families import FamilyError
 from ..families import detect as detect_family
-from ..tensor_file import TensorFile, TensorInfo
+from ..tensor_file import TensorFile, TensorInfo, TensorWriter
 from . import Dialect
 
 VERSION = 1
+OURS = ("svdquant", "unet_config", "recipe")
 MARKER = "comfy_quant"
+AFTER_GELU = (
+    ".img_mlp.net.2",
+    ".txt_mlp.net.2",
+)  # Qwen-Image; unsigned unless said otherwise: ComfyUI pull request 13580
 SUFFIXES = {
     "qweight": "weight",
     "wscales": "weight_scale",
@@ -82,6 +91,8 @@ def marker_of(spec: LayerSpec) -> dict[str, Any]:
         marker |= {"format": "svdquant_w4a4_ranged", "act_unsigned_range": [start, stop]}
     if spec.fmt.low_rank:
         marker |= {"rank": spec.rank, "lowrank_branch_input_basis": "raw"}
+    if spec.act_rule != "absmax":
+        marker["act_rule"] = spec.act_rule
     return marker | {"orig_shape": [spec.n, spec.k]}
 
 
@@ -91,7 +102,7 @@ def spec_of(marker: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Layer
     raises  LayerError
     """
     name = marker.get("format")
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise LayerError(f"format {name!r} is unknown, known are {', '.join(FORMATS)}")
     if "qweight" not in infos:
         raise LayerError("weight is missing")
@@ -101,10 +112,11 @@ def spec_of(marker: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Layer
     n, k = shape[0], shape[1] * 2
     down = infos.get("proj_down")
     rank = down.shape[1] if down is not None and len(down.shape) == 2 else 0
-    act_unsigned = (0, k) if marker.get("act_unsigned") is True else tuple(marker.get("act_unsigned_range") or (0, 0))
-    if len(act_unsigned) != 2 or not all(isinstance(channel, int) for channel in act_unsigned):
-        raise LayerError(f"act_unsigned_range is {act_unsigned}, needed [start, stop]")
-    spec = LayerSpec(FORMATS[name], n, k, rank, act_unsigned)
+    channels = [0, k] if marker.get("act_unsigned") is True else marker.get("act_unsigned_range", [0, 0])
+    if not (isinstance(channels, list) and len(channels) == 2 and all(type(channel) is int for channel in channels)):
+        raise LayerError(f"act_unsigned_range is {channels}, needed [start, stop]")
+    act_unsigned = channels[0], channels[1]
+    spec = LayerSpec(FORMATS[name], n, k, rank, act_unsigned, marker.get("act_rule", "absmax"))
     stated = {"group_size": spec.fmt.group_size, "rank": rank, "orig_shape": [n, k]}
     for key, value in stated.items():
         if key in marker and marker[key] != value:
@@ -112,7 +124,30 @@ def spec_of(marker: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Layer
     if marker.get("lowrank_branch_input_basis", "raw") != "raw":
         raise LayerError(f"low-rank branch in basis {marker['lowrank_branch_input_basis']!r}, needed 'raw'")
     check_layer(spec, infos)
+    check_one_dtype(infos)
     return spec
+
+
+def check_one_dtype(infos: Mapping[str, TensorInfo]) -> None:
+    """Raise LayerError for a layer with both kinds of 16-bit floats: then one of them is mislabelled."""
+    if {torch.bfloat16, torch.float16} <= {info.dtype for info in infos.values()}:
+        raise LayerError("mixes bfloat16 and float16 tensors; the header was edited or the file is damaged")
+
+
+def _unsigned_by_convention(spec: LayerSpec) -> LayerSpec:
+    """Other writers leave act_unsigned out of Qwen-Image's layers behind a GELU and mean true (see AFTER_GELU)."""
+    return replace(spec, act_unsigned=(0, spec.k)) if spec.format == "int4" and spec.act_unsigned == (0, 0) else spec
+
+
+def read_marker(file: TensorFile, layer: str) -> dict[str, Any]:
+    """The `comfy_quant` JSON of a layer. Raises LayerError for anything else."""
+    try:
+        marker = json.loads(bytes(file[f"{layer}.{MARKER}"].flatten().view(torch.uint8).numpy()))
+    except (ValueError, RecursionError) as error:
+        raise LayerError(f"{MARKER} is not JSON ({error})") from error
+    if not isinstance(marker, dict):
+        raise LayerError(f"{MARKER} is a {type(marker).__name__}, needed an object")
+    return marker
 
 
 def plan_layer(name: str, spec: LayerSpec, dtype: torch.dtype) -> dict[str, TensorInfo]:
@@ -153,24 +188,60 @@ def metadata_of(provenance: Provenance, specs: Mapping[str, LayerSpec]) -> dict[
     }
 
 
-def provenance_of(file: TensorFile, weights: Iterable[str]) -> Provenance:
-    """Read the header; where it says nothing the family is found from the names of `weights`."""
+def provenance_of(file: TensorFile, weights: Iterable[str], family: str | None = None) -> Provenance:
+    """Read the header; where neither it nor the caller says it the family is found from the names of `weights`."""
     try:
         texts = (file.metadata.get(key, "{}") for key in ("svdquant", "unet_config", "recipe"))
         svdquant, config, recipe = map(json.loads, texts)
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file.path.name}: the metadata is not JSON ({error})") from error
+    _check_types(file, svdquant, config, recipe)
     if svdquant.get("version", VERSION) > VERSION:
         raise CheckpointError(
             f"{file.path.name}: written as version {svdquant['version']} of the native checkpoint, this pack reads "
             f"up to {VERSION}. Update the pack."
         )
-    family = svdquant.get("family") or detect_family(weights).name
+    try:
+        family = family or svdquant.get("family") or detect_family(weights).name
+    except FamilyError as error:
+        raise CheckpointError(f"{file.path.name}: {error}") from error
     return Provenance(family, config, tuple(svdquant.get("pinned", ())), recipe, svdquant.get("source_hash", ""))
 
 
+def _check_types(file: TensorFile, svdquant: object, config: object, recipe: object) -> None:
+    objects = {"svdquant": svdquant, "unet_config": config, "recipe": recipe}
+    kinds = dict.fromkeys(objects, dict)
+    if isinstance(svdquant, dict):
+        objects |= svdquant
+        kinds |= {"version": int, "family": str, "pinned": list, "formats": dict, "source_hash": str}
+    for key, kind in kinds.items():
+        if not isinstance(objects.get(key, kind()), kind):
+            raise CheckpointError(
+                f"{file.path.name}: {key} in the metadata is {objects[key]!r:.40}, needed {kind.__name__}"
+            )
+    if not all(isinstance(key, str) for key in objects.get("pinned", ())):
+        raise CheckpointError(f"{file.path.name}: pinned in the metadata holds more than names")
+
+
+def _check_stated(file: TensorFile, specs: Mapping[str, LayerSpec]) -> None:
+    """Raise CheckpointError where the metadata states another format than a layer's tensors have."""
+    for name, stated in json.loads(file.metadata.get("svdquant", "{}")).get("formats", {}).items():
+        if name in specs and specs[name].format != stated:
+            raise CheckpointError(
+                f"{file.path.name}: layer {name!r}: the metadata says {stated}, its tensors are {specs[name].format}. "
+                "The header was edited or belongs to another file."
+            )
+
+
+def kept_metadata(file: TensorFile) -> dict[str, str]:
+    """Header strings that are not ours and do not repeat what the tensors of one dialect say."""
+    return {key: text for key, text in file.metadata.items() if key not in (*OURS, "_quantization_metadata")}
+
+
 def speaks(file: TensorFile) -> bool:
-    return any(name.endswith(f".{MARKER}") for name in file)
+    from . import kitchen
+
+    return any(name.endswith(f".{MARKER}") for name in file) and not kitchen.speaks(file)
 
 
 def open_file(file: TensorFile) -> Checkpoint:
@@ -194,30 +265,35 @@ def open_file(file: TensorFile) -> Checkpoint:
     specs = {}
     for layer, parts in layers.items():
         try:
-            marker = json.loads(bytes(file[f"{layer}.{MARKER}"].numpy().tobytes()))
+            marker = read_marker(file, layer)
             specs[layer] = spec_of(marker, {part: file.infos[name] for part, name in parts.items()})
-            _check_bias(layer, specs[layer], rest)
+            if "svdquant" not in file.metadata and "act_unsigned" not in marker and layer.endswith(AFTER_GELU):
+                specs[layer] = _unsigned_by_convention(specs[layer])
+            check_bias(layer, specs[layer], rest)
         except (LayerError, ValueError) as error:
             raise CheckpointError(f"{file.path.name}: layer {layer!r}: {error}") from error
     weights = [*rest, *(f"{layer}.weight" for layer in specs)]
+    provenance = provenance_of(file, weights)
+    _check_stated(file, specs)
     return Checkpoint(
         path=file.path,
         dialect=DIALECT.name,
-        dtype=_dtype(file.infos[name] for parts in layers.values() for name in parts.values()),
-        provenance=provenance_of(file, weights),
+        dtype=dtype_of(file.infos[name] for parts in layers.values() for name in parts.values()),
+        provenance=provenance,
         specs=specs,
         rest=rest,
         _read_layer=lambda layer: {part: file[name] for part, name in layers[layer].items()},
         _read_rest=file.__getitem__,
+        metadata=kept_metadata(file),
     )
 
 
-def _dtype(infos: Iterable[TensorInfo]) -> torch.dtype:
+def dtype_of(infos: Iterable[TensorInfo]) -> torch.dtype:
     """The 16-bit dtype of the layers; bf16 where they have only 4- and 8-bit tensors."""
     return next((info.dtype for info in infos if info.dtype in SIXTEEN_BIT and info.shape), torch.bfloat16)
 
 
-def _check_bias(layer: str, spec: LayerSpec, rest: Mapping[str, TensorInfo]) -> None:
+def check_bias(layer: str, spec: LayerSpec, rest: Mapping[str, TensorInfo]) -> None:
     bias = rest.get(f"{layer}.bias")
     if bias is not None and bias.shape != (spec.n,):
         raise LayerError(f"bias has shape {bias.shape}, needed ({spec.n},)")
@@ -225,4 +301,16 @@ def _check_bias(layer: str, spec: LayerSpec, rest: Mapping[str, TensorInfo]) -> 
         raise LayerError("bias is missing; a layer with unsigned activations keeps their shift in it")
 
 
-DIALECT = Dialect("native", speaks, open_file)
+def save(checkpoint: Checkpoint, writer: TensorWriter, as_is: bool, step: Callable[[str], None]) -> list[str]:
+    """Write any checkpoint as a native one; it holds everything. Inverse: `open_file`."""
+    for name in checkpoint.specs:
+        step(name)
+        for key, tensor in encode_layer(name, checkpoint.layer(name)).items():
+            writer.add(key, tensor)
+    for name in checkpoint.rest:
+        writer.add(name, checkpoint.tensor(name))
+    writer.metadata |= {**checkpoint.metadata, **metadata_of(checkpoint.provenance, checkpoint.specs)}
+    return []
+
+
+DIALECT = Dialect("native", speaks, open_file, save=save)

@@ -15,6 +15,7 @@ from svdquant_pack.nodes.comfy_model import load_model, load_pinned_model
 from svdquant_pack.nodes.comfy_patcher import layer_name
 from svdquant_pack.quantize.checkpoint import open_checkpoint
 from svdquant_pack.quantize.lora import LoraError
+from svdquant_pack.quantize.lora_fit import LoraLimits
 from svdquant_pack.tests.nodes.sampling import LORAS, forward, relative
 
 EXACT = 1e-5  # float32 sums in another order
@@ -162,9 +163,10 @@ def test_a_lora_that_does_not_fit_names_the_layer(checkpoints, kind):
     assert torch.equal(forward(patcher), before)
 
 
-def test_a_patch_of_another_kind_is_refused_by_name(checkpoints):
+def test_a_patch_without_a_low_rank_form_is_refused_by_name(checkpoints):
     patcher = load_model(str(checkpoints["int4"])).clone()
-    patcher.add_patches({"diffusion_model.single_blocks.1.linear2.weight": ("diff", (torch.zeros(128, 640),))})
+    patcher.add_patches({"diffusion_model.single_blocks.1.linear2.weight": ("diff", (torch.randn(128, 640),))})
+    patcher.set_lora_limits(LoraLimits(max_rank=32))  # the layer is so small that all its columns are fewer than usual
     with pytest.raises(LoraError, match=r"single_blocks\.1\.linear2.*diff"):
         forward(patcher)
 

@@ -1,0 +1,211 @@
+"""A whole INT4 layer around the tensor-core kernel of int4_mma."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...formats.int4 import FORMAT as INT4
+from ...formats.int4 import GELU_SHIFT, GROUP_SIZE
+from ...layer import Layer
+from ...packing import pack
+from ..cases import CompileCase
+from . import verify
+from .branch import side_by_side
+from .fragments import Fragments, pack_fragments
+from .int4_mma import LARGE, PAIR, SMALL, SMALL_ROWS, compile_time, int4_mma_kernel
+
+TURING = (7, 5)
+QUANTIZE_ROWS = 16  # rows of one program of the quantizer, two groups per warp
+MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it to a small float rounds that to the nearest even integer
+
+
+@triton.jit(do_not_specialize=["M", "stride", "first_unsigned", "stop_unsigned"])
+def quantize_kernel(
+    x, smooth, qact, ascales, M, K, stride, first_unsigned, stop_unsigned,
+    SHIFT: tl.constexpr, SIGNED_EXTREME: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of ROWS rows in one group of 64 channels; the rounding of formats/int4.py step by step."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
+    inside = rows < M
+    unsigned = (group >= first_unsigned) & (group < stop_unsigned)
+    channel = group * 64 + tl.arange(0, 64)
+    values = tl.load(x + rows[:, None].to(tl.int64) * stride + channel[None, :], mask=inside[:, None], other=0.0)
+    divisor = tl.load(smooth + channel).to(tl.float32)
+    wide = values.to(tl.float32)
+    wide = tl.where(unsigned, wide + SHIFT, wide)
+    wide = tl.div_rn(wide, tl.broadcast_to(divisor[None, :], (ROWS, 64))).to(x.dtype.element_ty).to(tl.float32)
+    counted = tl.where(unsigned & (wide < 0.0), 0.0, wide)
+    extreme = tl.max(tl.abs(counted), 1)
+    spoilt = tl.sum(counted * 0.0, 1)  # a maximum drops NaN; this is NaN where a row has NaN or Inf, else 0
+    scale = tl.div_rn(extreme, tl.where(unsigned, 15.0, 7.0) + tl.zeros_like(extreme))
+    if SIGNED_EXTREME:
+        signed = tl.where(tl.max(counted, 1) >= extreme, -extreme, extreme) * 0.125
+        scale = tl.where(unsigned, scale, signed)
+    reciprocal = tl.where(scale == 0.0, 0.0, tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale))
+    scaled = wide * reciprocal[:, None]
+    scaled = tl.minimum(tl.maximum(scaled, tl.where(unsigned, 0.0, -8.0)), tl.where(unsigned, 15.0, 7.0))
+    nibbles = (scaled + MAGIC).to(tl.int32, bitcast=True) & 15
+    even, odd = tl.split(nibbles.reshape(ROWS, 32, 2))
+    byte = group * 32 + tl.arange(0, 32)
+    target = qact + rows[:, None].to(tl.int64) * (K // 2) + byte[None, :]
+    tl.store(target, (even | (odd << 4)).to(tl.int8), mask=inside[:, None])
+    tl.store(ascales + group.to(tl.int64) * M + rows, (scale + spoilt).to(ascales.dtype.element_ty), mask=inside)
+
+
+def quantize(
+    x: torch.Tensor, smooth: torch.Tensor, act_unsigned: tuple[int, int], rule: str = "absmax"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """code = round((x + shift) / smooth / scale) as formats/int4.py defines it, with its rules
+
+    x        (M, K), rows may be apart by any stride
+    returns  qact (M, K/2) int8 low nibble = even channel, ascales (K/64, M) in the dtype of x
+    """
+    m, k = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    qact = x.new_empty(m, k // 2, dtype=torch.int8)
+    ascales = x.new_empty(k // GROUP_SIZE, m)
+    first, stop = (edge // GROUP_SIZE for edge in act_unsigned)
+    grid = (triton.cdiv(m, QUANTIZE_ROWS), k // GROUP_SIZE)
+    quantize_kernel[grid](
+        x,
+        smooth,
+        qact,
+        ascales,
+        m,
+        k,
+        x.stride(0),
+        first,
+        stop,
+        SHIFT=GELU_SHIFT,
+        SIGNED_EXTREME=rule == "signed_extreme",
+        ROWS=QUANTIZE_ROWS,
+        num_warps=4,
+    )
+    return qact, ascales
+
+
+def int4_gemm(
+    qact: torch.Tensor,
+    ascales: torch.Tensor,
+    weight: Fragments | tuple[torch.Tensor, torch.Tensor],
+    branch_act: torch.Tensor | None,
+    proj_up: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    act_unsigned: tuple[int, int] = (0, 0),
+) -> torch.Tensor:
+    """out = decode(qact) @ decode(weight).T + branch_act @ proj_up.T + bias
+
+    qact          (M, K/2) int8 in natural order; channels in act_unsigned hold codes 0..15, all others -8..7
+    ascales       (K/64, M) in the dtype of out
+    weight        Fragments, or (qweight (N, K/2), wscales (K/64, N)) in natural order; N even
+    branch_act    (M, R), proj_up (N, R), R a multiple of 16, both in the dtype of out; or both None
+    bias          (N,) in the dtype of out, or None
+    out           (M, N) float16 or bfloat16 (float16 alone on sm_75); all tensors contiguous
+    """
+    m, n = out.shape
+    k = 2 * qact.shape[1]
+    packed = isinstance(weight, Fragments)
+    codes, wscales = (weight.codes, weight.scales) if packed else weight
+    tiling = SMALL if m <= SMALL_ROWS else LARGE
+    nothing = out.new_empty(0, dtype=torch.int64)  # stands in for an absent tensor, never read
+    rank = 0 if proj_up is None else proj_up.shape[1]
+    int4_mma_kernel[(triton.cdiv(m, tiling.rows) * triton.cdiv(n, tiling.columns),)](
+        qact.view(torch.int64),
+        ascales,
+        codes.view(torch.int64),
+        wscales.view(PAIR[wscales.dtype]),
+        branch_act.view(torch.int64) if rank else nothing,
+        proj_up.view(torch.int64) if rank else nothing,
+        nothing if bias is None else bias.view(torch.int32),
+        out.view(torch.int32),
+        m,
+        n,
+        k,
+        rank,
+        act_unsigned[0] // GROUP_SIZE,
+        act_unsigned[1] // GROUP_SIZE,
+        **compile_time(tiling, k, act_unsigned, wscales.dtype, packed, bias is not None, _is_turing(out.device)),
+        num_warps=tiling.warps,
+    )
+    return out
+
+
+def _is_turing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == TURING
+
+
+def _check(
+    device: torch.device, dtype: torch.dtype, few: bool, packed: bool, scales: torch.dtype, kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(kernel, exact) for a small product: ragged rows and columns, every part of the epilogue."""
+    draw = verify.numbers(device, 0)
+    m, n, k = 5 if few else 77, 130, 256
+    codes, qweight = (draw(0, 16, rows, k, dtype=torch.uint8) for rows in (m, n))
+    ascales, wscales = draw(0.1, 0.2, k // GROUP_SIZE, m, dtype=dtype), draw(0.1, 0.2, k // GROUP_SIZE, n, dtype=scales)
+    act, up, bias = (draw(-1, 1, *shape, dtype=dtype) for shape in ((m, 32), (n, 32), (n,)))
+    natural = pack(qweight), wscales
+    weight = pack_fragments(*natural) if packed else natural
+    act_unsigned = {"signed": (0, 0), "unsigned": (0, k), "mixed": (64, 128)}[kind]
+    out = int4_gemm(pack(codes), ascales, weight, act, up, bias, ascales.new_empty(m, n), act_unsigned)
+    decoded = INT4.decode_weight({"qweight": natural[0], "wscales": wscales}).double()
+    wanted = INT4.decode_activation(codes, ascales.T, act_unsigned).double() @ decoded.T
+    return out, wanted + act.double() @ up.double().T + bias
+
+
+def _verify(x: torch.Tensor, packed: bool, scales: torch.dtype, layer: Layer) -> None:
+    start, stop = layer.spec.act_unsigned
+    kind = "signed" if start == stop else "unsigned" if stop - start == layer.spec.k else "mixed"
+    variant = (x.device, x.dtype, x.shape[0] <= SMALL_ROWS, packed, scales, kind)
+    verify.once(variant, lambda: _check(*variant))
+
+
+def int4_linear(
+    x: torch.Tensor,
+    layer: Layer,
+    bias: torch.Tensor | None,
+    lora: tuple[torch.Tensor, torch.Tensor] | None,
+    weight: Fragments | None = None,
+) -> torch.Tensor:
+    """One layer on x (M, K), w4a4; `weight` is the layer's, if it was put in fragment order before.
+
+    The branch is rounded to the dtype of x between its two factors, as a 16-bit branch is everywhere.
+    """
+    m, n = x.shape[0], layer.spec.n
+    if m == 0:
+        return x.new_empty(0, n)
+    pairs = [(x @ layer["proj_down"].to(x.dtype), layer["proj_up"])] if layer.spec.rank else []
+    if lora is not None:
+        pairs.append((x @ lora[0].to(x.dtype), lora[1]))
+    branch_act, up = side_by_side(pairs, x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if n % 2:  # results are stored in pairs: an odd column gets a partner that is cut off again
+        weight = weight or pack_fragments(layer["qweight"], layer["wscales"])
+        up, bias = (None if t is None else torch.cat((t, t.new_zeros(1, *t.shape[1:]))) for t in (up, bias))
+    natural = layer["qweight"], layer["wscales"]
+    out = x.new_empty(m, n + n % 2)
+    with torch.cuda.device_of(x):  # a kernel is launched on the current device, whatever its tensors are on
+        _verify(x, weight is not None, layer["wscales"].dtype, layer)
+        qact, ascales = quantize(x, layer["smooth_factor"], layer.spec.act_unsigned, layer.spec.act_rule)
+        int4_gemm(qact, ascales, weight or natural, branch_act, up, bias, out, layer.spec.act_unsigned)
+    return out[:, :n]
+
+
+def compile_cases() -> list[CompileCase]:
+    """The quantizer; Ampere and Turing differ in the type of x alone."""
+    pointers = {"smooth": "*bf16", "qact": "*i8"}
+    numbers = dict.fromkeys(("M", "K", "stride", "first_unsigned", "stop_unsigned"), "i32")
+    return [
+        CompileCase(
+            name=f"gluon-int4-quantize-{dtype}",
+            kernel=quantize_kernel,
+            signature={**pointers, **numbers, "x": f"*{dtype}", "ascales": f"*{dtype}"},
+            constexprs={"SHIFT": GELU_SHIFT, "SIGNED_EXTREME": True, "ROWS": QUANTIZE_ROWS},
+            num_warps=4,
+            num_stages=1,
+            targets=targets,
+            undivisible=("M", "stride", "first_unsigned", "stop_unsigned"),
+        )
+        for dtype, targets in (("bf16", ("sm_80", "sm_86", "sm_89")), ("fp16", ("sm_75",)))
+    ]

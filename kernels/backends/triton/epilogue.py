@@ -1,0 +1,72 @@
+"""What every matrix product ends with: low-rank branch, the user's LoRA, bias, activation function.
+
+y = act(acc + branch_act @ proj_up.T + (lora_act * strength) @ lora_up.T + bias)
+"""
+
+import triton
+import triton.language as tl
+
+from .codes import gelu, silu
+
+
+@triton.jit
+def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GM: tl.constexpr):
+    """Row and column of tile `pid`: GM row tiles share a column of weights while it is in the cache"""
+    rows = tl.cdiv(M, BM)
+    columns = tl.cdiv(N, BN)
+    first = pid // (GM * columns) * GM
+    height = min(rows - first, GM)
+    inside = pid % (GM * columns)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def add_branch(acc, act, up, strength, rows, columns, R, SLICE: tl.constexpr, STRENGTH: tl.constexpr):
+    """acc + (act * strength of 16 columns) @ up.T, SLICE columns of the branch at a time; act (M, R), up (N, R)"""
+    for start in tl.range(0, R, SLICE, num_stages=1):
+        rr = start + tl.arange(0, SLICE)
+        inside = rr < R
+        left = tl.load(act + rows[:, None].to(tl.int64) * R + rr[None, :], mask=inside[None, :], other=0.0)
+        if STRENGTH:
+            factor = tl.load(strength + rr // 16, mask=inside, other=0.0)
+            left = (left.to(tl.float32) * factor[None, :]).to(left.dtype)
+        right = tl.load(up + columns[None, :].to(tl.int64) * R + rr[:, None], mask=inside[:, None], other=0.0)
+        acc = tl.dot(left, right.to(left.dtype), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def finish(
+    acc,
+    branch_act,
+    proj_up,
+    lora_act,
+    lora_up,
+    lora_strength,
+    bias,
+    rows,
+    columns,
+    R,
+    R_LORA,
+    SLICE: tl.constexpr,
+    STRENGTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """The formula of this module on one tile; `rows` and `columns` lie inside the matrix"""
+    acc = add_branch(acc, branch_act, proj_up, lora_strength, rows, columns, R, SLICE, False)
+    acc = add_branch(acc, lora_act, lora_up, lora_strength, rows, columns, R_LORA, SLICE, STRENGTH)
+    if BIAS:
+        acc += tl.load(bias + columns).to(tl.float32)[None, :]
+    if ACTIVATION == 1:
+        acc = gelu(acc)
+    elif ACTIVATION == 2:
+        acc = silu(acc)
+    return acc
+
+
+@triton.jit
+def store(out, acc, rm, rn, M, N):
+    """out[rm, rn] = acc where inside"""
+    target = out + rm[:, None].to(tl.int64) * N + rn[None, :]
+    tl.store(target, acc.to(out.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])

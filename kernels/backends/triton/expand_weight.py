@@ -1,0 +1,155 @@
+"""int8: code = round(w / s), s = largest |group scale| of a row / UNIT;  fp8: e4m3(w / s);  16 bit: w / smooth_factor
+
+w is the decoded 4-bit weight: int4, awq, or nvfp4 without the scales above its groups, which go into row_scales. The
+row scale needs no look at the codes, so expansion is one pass that keeps no state and always gives the same bytes.
+"""
+
+import triton
+import triton.language as tl
+
+from ..cases import TARGETS, CompileCase
+from .codes import GELU_SHIFT, from_e2m1, from_e4m3, interleave, round_bits
+from .tiles import launch_options, shipped
+
+
+@triton.jit
+def group_scales(wscales, group, rn, N, inside, NVFP4: tl.constexpr):
+    """(BN, groups) fp32"""
+    found = tl.load(wscales + group[None, :].to(tl.int64) * N + rn[:, None], mask=inside, other=0)
+    if NVFP4:
+        return from_e4m3(found.to(tl.int32))
+    else:
+        return found.to(tl.float32)
+
+
+@triton.jit
+def largest_scale(wscales, rn, N, K, BN: tl.constexpr, GROUPS: tl.constexpr, NVFP4: tl.constexpr):
+    """Largest |group scale| of each row; the scales are 1/8 of the bytes at most"""
+    GROUP: tl.constexpr = 16 if NVFP4 else 64
+    largest = tl.zeros((BN,), tl.float32)
+    for first in range(0, K // GROUP, GROUPS):
+        group = first + tl.arange(0, GROUPS)
+        inside = (rn < N)[:, None] & (group < K // GROUP)[None, :]
+        largest = tl.maximum(largest, tl.max(tl.abs(group_scales(wscales, group, rn, N, inside, NVFP4)), axis=1))
+    return largest
+
+
+@triton.jit
+def codes_of(b, NVFP4: tl.constexpr, AWQ: tl.constexpr):
+    """Values of the low nibbles of int32 bytes, fp32"""
+    if NVFP4:
+        return from_e2m1(b)
+    elif AWQ:
+        return (b & 15).to(tl.float32) - 8.0
+    else:
+        return ((b << 28) >> 28).to(tl.float32)
+
+
+@triton.jit
+def expand_weight(
+    qweight,
+    wscales,
+    wzeros,
+    channel_scales,
+    smooth_factor,
+    weight,
+    row_scales,
+    shift,
+    N,
+    K,
+    unsigned_start,
+    unsigned_stop,
+    BN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    NVFP4: tl.constexpr,
+    AWQ: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """One program: BN whole rows. weight (N, K) int8 or fp8 with UNIT, 16 bit without
+
+    row_scales (N,) fp32 with UNIT; else SHIFT writes shift (N,) fp32 = GELU_SHIFT * sum of w / smooth_factor over the
+    unsigned channels, which a layer that does not shift its activations owes its bias
+    """
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = rn[:, None].to(tl.int64)
+    GROUP: tl.constexpr = 16 if NVFP4 else 64
+    WIDTH: tl.constexpr = GROUPS * GROUP
+    upper = tl.full((BN,), 1.0, tl.float32)
+    if CHANNEL:
+        upper = tl.load(channel_scales + rn, mask=rn < N, other=1.0)
+    if UNIT:
+        largest = largest_scale(wscales, rn, N, K, BN, GROUPS, NVFP4)
+        unit = tl.full((BN,), UNIT, tl.float32)
+        factor = tl.where(largest == 0.0, 0.0, tl.div_rn(unit, tl.where(largest == 0.0, 1.0, largest)))
+        tl.store(row_scales + rn, tl.div_rn(largest, unit) * upper, mask=rn < N)
+    else:
+        factor = upper
+    total = tl.zeros((BN,), tl.float32)
+    for first in range(0, K // GROUP, GROUPS):
+        kb = first * (GROUP // 2) + tl.arange(0, WIDTH // 2)
+        k = first * GROUP + tl.arange(0, WIDTH)
+        group = first + tl.arange(0, GROUPS)
+        inside = (rn < N)[:, None]
+        b = tl.load(qweight + rows * (K // 2) + kb[None, :], mask=inside & (kb < K // 2)[None, :], other=0)
+        b = tl.reshape(b.to(tl.int32), (BN, GROUPS, GROUP // 2))
+        valid = inside & (group < K // GROUP)[None, :]
+        scale = (group_scales(wscales, group, rn, N, valid, NVFP4) * factor[:, None])[:, :, None]
+        low = codes_of(b, NVFP4, AWQ) * scale
+        high = codes_of(b >> 4, NVFP4, AWQ) * scale
+        if AWQ:
+            zero = group_scales(wzeros, group, rn, N, valid, False)[:, :, None]
+            low += zero
+            high += zero
+        even = tl.reshape(low, (BN, WIDTH // 2))
+        odd = tl.reshape(high, (BN, WIDTH // 2))
+        w = interleave(even, odd, BN, WIDTH)
+        if SMOOTH:
+            w = w * (1.0 / tl.load(smooth_factor + k, mask=k < K, other=1.0).to(tl.float32))[None, :]
+        if SHIFT:
+            total += tl.sum(tl.where(((k >= unsigned_start) & (k < unsigned_stop))[None, :], w, 0.0), axis=1)
+        target = weight + rows * K + k[None, :]
+        if weight.dtype.element_ty == tl.int8:
+            tl.store(target, round_bits(w).to(tl.int8), mask=inside & (k < K)[None, :])
+        else:
+            tl.store(target, w.to(weight.dtype.element_ty), mask=inside & (k < K)[None, :])
+    if SHIFT:
+        tl.store(shift + rn, total * GELU_SHIFT, mask=rn < N)
+
+
+FLAVOURS = {  # what is read and written: signature, flags
+    "int4-int8": ({"wscales": "*bf16", "weight": "*i8"}, {"NVFP4": False, "UNIT": 15, "SMOOTH": False}),
+    "nvfp4-int8": ({"wscales": "*u8", "weight": "*i8"}, {"NVFP4": True, "UNIT": 20, "SMOOTH": False}),
+    "int4-fp16": ({"wscales": "*fp16", "weight": "*fp16"}, {"NVFP4": False, "UNIT": 0, "SMOOTH": True}),
+    "nvfp4-bf16": ({"wscales": "*u8", "weight": "*bf16"}, {"NVFP4": True, "UNIT": 0, "SMOOTH": True}),
+}
+
+
+def compile_cases() -> list[CompileCase]:
+    """int8 and 16-bit weights of both formats in every shipped setting; no tensor cores, so Turing too"""
+    signature = {"qweight": "*i8", "wzeros": "*bf16", "smooth_factor": "*bf16"}
+    signature |= dict.fromkeys(("channel_scales", "row_scales", "shift"), "*fp32")
+    signature |= dict.fromkeys(("N", "K", "unsigned_start", "unsigned_stop"), "i32")
+    cases = []
+    for name, options, targets in shipped("expand_weight", TARGETS):
+        constexprs, warps, stages = launch_options(options)
+        size = constexprs.pop("BYTES")
+        for flavour, (types, flags) in FLAVOURS.items():
+            more = {"GROUPS": size // (8 if flags["NVFP4"] else 32), "CHANNEL": flags["NVFP4"]}
+            more |= {"AWQ": False, "SHIFT": False}
+            # bf16 does not exist on Turing
+            able = tuple(target for target in targets if target != "sm_75" or flavour != "nvfp4-bf16")
+            cases.append(
+                CompileCase(
+                    f"{name}-{flavour}",
+                    expand_weight,
+                    signature | types,
+                    constexprs | flags | more,
+                    warps,
+                    stages,
+                    able,
+                )
+            )
+    return cases

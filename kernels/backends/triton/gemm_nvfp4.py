@@ -1,0 +1,121 @@
+"""y[m, n] = act(channel_scales[n] * sum over k of decode(qact)[m, k] * decode(qweight)[n, k] + ...), NVFP4 tensor cores
+
+The dots stand for epilogue.py. Only sm_100 and sm_120 have the instruction.
+"""
+
+import triton
+import triton.language as tl
+
+from ..cases import CompileCase
+from .epilogue import finish, store, tile_of
+from .tiles import launch_options, shipped
+
+E2M1 = tl.constexpr("e2m1")  # a name, because the interpreter of triton 3.6 takes no bare string here
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_nvfp4(
+    qact,
+    qweight,
+    ascales,
+    wscales,
+    channel_scales,
+    branch_act,
+    proj_up,
+    lora_act,
+    lora_up,
+    lora_strength,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    R,
+    R_LORA,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GM: tl.constexpr,
+    SLICE: tl.constexpr,
+    EVEN: tl.constexpr,
+    STRENGTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """One program: one (BM, BN) tile of y. qact (M, K/2), qweight (N, K/2), ascales (K/16, M), wscales (K/16, N)"""
+    pm, pn = tile_of(tl.program_id(0), M, N, BM, BN, GM)
+    rm = pm * BM + tl.arange(0, BM)
+    rn = pn * BN + tl.arange(0, BN)
+    rows = tl.where(rm < M, rm, 0)
+    columns = tl.where(rn < N, rn, 0)
+    kb = tl.arange(0, BK // 2)
+    kg = tl.arange(0, BK // 16)
+    ap = qact + rows[:, None].to(tl.int64) * (K // 2) + kb[None, :]
+    wp = qweight + columns[None, :].to(tl.int64) * (K // 2) + kb[:, None]
+    sap = ascales + kg[None, :].to(tl.int64) * M + rows[:, None]
+    swp = wscales + kg[None, :].to(tl.int64) * N + columns[:, None]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, tl.cdiv(K, BK)):
+        if EVEN:
+            a = tl.load(ap)
+            w = tl.load(wp)
+            sa = tl.load(sap)
+            sw = tl.load(swp)
+        else:
+            bytes_left = k * (BK // 2) + kb < K // 2
+            groups_left = (k * (BK // 16) + kg < K // 16)[None, :]
+            a = tl.load(ap, mask=bytes_left[None, :], other=0)
+            w = tl.load(wp, mask=bytes_left[:, None], other=0)
+            sa = tl.load(sap, mask=groups_left, other=0.0)
+            sw = tl.load(swp, mask=groups_left, other=0.0)
+        acc = tl.dot_scaled(a, sa, E2M1, w, sw, E2M1, acc)
+        ap += BK // 2
+        wp += BK // 2
+        sap += M * (BK // 16)
+        swp += N * (BK // 16)
+    acc *= tl.load(channel_scales + columns)[None, :]
+    acc = finish(
+        acc,
+        branch_act,
+        proj_up,
+        lora_act,
+        lora_up,
+        lora_strength,
+        bias,
+        rows,
+        columns,
+        R,
+        R_LORA,
+        SLICE,
+        STRENGTH,
+        BIAS,
+        ACTIVATION,
+    )
+    store(out, acc, rm, rn, M, N)
+
+
+def compile_cases() -> list[CompileCase]:
+    """With and without GELU in every shipped setting"""
+    signature = dict.fromkeys(("branch_act", "proj_up", "lora_act", "lora_up", "bias", "out"), "*bf16")
+    signature |= {"qact": "*u8", "qweight": "*u8", "ascales": "*fp8e4nv", "wscales": "*fp8e4nv"}
+    signature |= {"channel_scales": "*fp32", "lora_strength": "*fp32"}
+    signature |= dict.fromkeys(("M", "N", "K", "R", "R_LORA"), "i32")
+    cases = []
+    for name, options, targets in shipped("gemm_nvfp4", ("sm_100", "sm_120")):
+        constexprs, warps, stages = launch_options(options)
+        constexprs |= {"EVEN": True, "STRENGTH": False, "BIAS": True}
+        for activation in (0, 1):
+            cases.append(
+                CompileCase(
+                    name + "-gelu" * activation,
+                    gemm_nvfp4,
+                    signature,
+                    constexprs | {"ACTIVATION": activation},
+                    warps,
+                    stages,
+                    targets,
+                    {"sm_100": "UTCOMMA", "sm_120": "OMMA"},
+                    undivisible=("M",),
+                )
+            )
+    return cases

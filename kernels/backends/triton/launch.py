@@ -1,0 +1,338 @@
+"""Host side of the kernels: outputs, tile sizes, one launch. Tensors are right already; nothing is checked here."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from ...eight_bit import UNITS
+from .expand_weight import expand_weight
+from .gemm_nvfp4 import gemm_nvfp4
+from .gemm_w4 import gemm_w4
+from .gemm_w8 import gemm_w8
+from .gemv_w4a16 import gemv_w4a16
+from .quantize_groups import quantize_groups
+from .quantize_nvfp4 import quantize_nvfp4
+from .quantize_rows import quantize_rows
+from .tiles import arch_of, has_asm, settings
+
+ACTIVATIONS = {"": 0, "gelu": 1, "silu": 2}
+FUSED_RANK = 128  # wider branches go through torch.mm: their sums would not stay in registers
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What the epilogue adds: branch_act @ proj_up.T + (lora_act * strength of 16 columns) @ lora_up.T + bias.
+
+    branch_act, lora_act  (M, R) and (M, R') contiguous, or None
+    lora_strength         (ceil(R' / 16),) float32, or None
+    """
+
+    branch_act: torch.Tensor | None = None
+    proj_up: torch.Tensor | None = None
+    lora_act: torch.Tensor | None = None
+    lora_up: torch.Tensor | None = None
+    lora_strength: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    activation: str = ""
+
+    def pointers(self, unused: torch.Tensor) -> list[torch.Tensor]:
+        """The kernel's six pointers; `unused` where there is nothing to read."""
+        parts = (self.branch_act, self.proj_up, self.lora_act, self.lora_up, self.lora_strength, self.bias)
+        return [unused if part is None else part for part in parts]
+
+    def weighted_lora(self) -> torch.Tensor | None:
+        """lora_act * strength of 16 columns, for products that have no place for the strength"""
+        if self.lora_act is None or self.lora_strength is None:
+            return self.lora_act
+        factors = self.lora_strength.repeat_interleave(16)[: self.lora_act.shape[1]]
+        return self.lora_act * factors.to(self.lora_act.dtype)
+
+    def widths(self) -> tuple[int, int]:
+        return tuple(0 if act is None else act.shape[1] for act in (self.branch_act, self.lora_act))
+
+    def flags(self) -> dict[str, Any]:
+        return {
+            "STRENGTH": self.lora_strength is not None,
+            "BIAS": self.bias is not None,
+            "ACTIVATION": ACTIVATIONS[self.activation],
+        }
+
+
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def rank_and_branch(x: torch.Tensor, proj_down: torch.Tensor | None, fuse: bool) -> tuple[int, torch.Tensor | None]:
+    """(padded rank of the branch the kernel is to compute, 0 if none; its output or the finished product)"""
+    if proj_down is None or not proj_down.shape[1]:
+        return 0, None
+    rank = proj_down.shape[1]
+    if not fuse or rank > FUSED_RANK:
+        return 0, x @ proj_down.to(x.dtype)
+    return max(16, triton.next_power_of_2(rank)), x.new_empty(x.shape[0], rank)
+
+
+def quantize(
+    x: torch.Tensor,
+    smooth_factor: torch.Tensor | None,
+    proj_down: torch.Tensor | None,
+    codes: str,
+    unsigned: Range,
+    rule: str = "absmax",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(qact, ascales, branch_act) of x (M, K), see kernels.quantize_activation; `rule` counts for 4-bit codes alone"""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if codes in ("int8_row", "fp8_row"):
+        return _quantize_rows(x, smooth_factor, proj_down, codes == "fp8_row", unsigned)
+    m, k = x.shape
+    nvfp4, eight = codes == "nvfp4", codes == "int8_group"
+    name = "quantize_nvfp4" if nvfp4 else "quantize_groups"
+    options = settings(name, x.device, m)
+    chunks = options.pop("CHUNKS")
+    rank, branch_act = rank_and_branch(x, proj_down, not chunks)
+    qact = x.new_empty(m, k if eight else k // 2, dtype=torch.int8)
+    kind = torch.float8_e4m3fn if nvfp4 else torch.float32 if eight else x.dtype
+    ascales = x.new_empty(k // (16 if nvfp4 else 64), m, dtype=kind)
+    if not m:
+        return qact, ascales, branch_act
+    steps = triton.cdiv(k, 64)
+    each = chunks or steps
+    grid = (triton.cdiv(m, options["BM"]), triton.cdiv(steps, each))
+    tensors = (
+        x,
+        x if smooth_factor is None else smooth_factor,
+        proj_down if rank else x,
+        qact,
+        ascales,
+        branch_act if rank else x,
+    )
+    sizes = (m, k, proj_down.shape[1] if rank else 0, x.stride(0))
+    flags = {"RANK": rank, "SMOOTH": smooth_factor is not None, "ASM": has_asm(arch_of(x.device)), **options}
+    with on_device_of(x):
+        if nvfp4:
+            quantize_nvfp4[grid](*tensors, *sizes, each, FOUR_SIX=rule == "four_six", **flags)
+        else:
+            quantize_groups[grid](
+                *tensors,
+                *sizes,
+                *unsigned,
+                each,
+                EIGHT=eight,
+                UNSIGNED=unsigned[0] != unsigned[1],
+                SIGNED_EXTREME=rule == "signed_extreme" and not eight,
+                **flags,
+            )
+    return qact, ascales, branch_act
+
+
+def _quantize_rows(
+    x: torch.Tensor, smooth_factor: torch.Tensor | None, proj_down: torch.Tensor | None, fp8: bool, unsigned: Range
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    m, k = x.shape
+    options = settings("quantize_rows", x.device, m)
+    rank, branch_act = rank_and_branch(x, proj_down, options.pop("FUSE"))
+    qact = x.new_empty(m, k, dtype=torch.float8_e4m3fn if fp8 else torch.int8)
+    ascales = x.new_empty(m, dtype=torch.float32)
+    if m:
+        tensors = (
+            x,
+            x if smooth_factor is None else smooth_factor,
+            proj_down if rank else x,
+            qact,
+            ascales,
+            branch_act if rank else x,
+        )
+        sizes = (m, k, proj_down.shape[1] if rank else 0, x.stride(0), *unsigned)
+        with on_device_of(x):
+            quantize_rows[(triton.cdiv(m, options["BM"]),)](
+                *tensors,
+                *sizes,
+                RANK=rank,
+                SMOOTH=smooth_factor is not None,
+                FP8=fp8,
+                UNSIGNED=unsigned[0] != unsigned[1],
+                ASM=has_asm(arch_of(x.device)),
+                **options,
+            )
+    return qact, ascales, branch_act
+
+
+def _grid(m: int, n: int, options: dict[str, Any]) -> tuple[int]:
+    return (triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"]),)
+
+
+def multiply_w4(
+    qact: torch.Tensor,
+    ascales: torch.Tensor,
+    qweight: torch.Tensor,
+    wscales: torch.Tensor,
+    branches: Branches,
+    unsigned: Range,
+    dtype: torch.dtype,
+    next_smooth: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """(y,) of 4-bit weights and 4- or 8-bit activations; with `next_smooth` also unsigned codes and scales of y"""
+    (m, width), (n, half) = qact.shape, qweight.shape
+    eight = width == 2 * half
+    out = qact.new_empty(m, n, dtype=dtype)
+    more = ()
+    if next_smooth is not None:
+        more = qact.new_empty(m, n // 2), qact.new_empty(n // 64, m, dtype=dtype)
+    if m:
+        options = settings("gemm_w4", qact.device, m)
+        with on_device_of(qact):
+            gemm_w4[_grid(m, n, options)](
+                qact,
+                qweight,
+                ascales,
+                wscales,
+                *branches.pointers(out),
+                out,
+                *((next_smooth, *more) if more else (out, out, out)),
+                m,
+                n,
+                2 * half,
+                *branches.widths(),
+                *unsigned,
+                EIGHT=eight,
+                # scales of int8 codes have 12 bits, those of 16-bit activations fewer
+                FOLD=eight or ascales.element_size() == 2,
+                REQUANTIZE=bool(more),
+                ASM=has_asm(arch_of(qact.device)),
+                **branches.flags(),
+                **options,
+            )
+    return out, *more
+
+
+def multiply_w8(
+    qact: torch.Tensor,
+    ascales: torch.Tensor,
+    weight: torch.Tensor,
+    row_scales: torch.Tensor,
+    branches: Branches,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y of int8 codes on both sides"""
+    (m, k), n = qact.shape, weight.shape[0]
+    out = qact.new_empty(m, n, dtype=dtype)
+    if m:
+        options = settings("gemm_w8", qact.device, m)
+        tensors = (qact, weight, ascales, row_scales, *branches.pointers(out), out)
+        with on_device_of(qact):
+            gemm_w8[_grid(m, n, options)](
+                *tensors, m, n, k, *branches.widths(), EVEN=k % options["BK"] == 0, **branches.flags(), **options
+            )
+    return out
+
+
+def multiply_nvfp4(
+    qact: torch.Tensor,
+    ascales: torch.Tensor,
+    qweight: torch.Tensor,
+    wscales: torch.Tensor,
+    channel_scales: torch.Tensor | None,
+    branches: Branches,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """y of NVFP4 codes on both sides; channel_scales (N,) float32 or None"""
+    m, n, k = qact.shape[0], qweight.shape[0], 2 * qweight.shape[1]
+    out = qact.new_empty(m, n, dtype=dtype)
+    if m:
+        options = settings("gemm_nvfp4", qact.device, m)
+        codes = (qact.view(torch.uint8), qweight.view(torch.uint8))
+        if channel_scales is None:
+            channel_scales = ascales.new_ones(n, dtype=torch.float32)
+        tensors = (*codes, ascales, wscales, channel_scales, *branches.pointers(out), out)
+        with on_device_of(qact):
+            gemm_nvfp4[_grid(m, n, options)](
+                *tensors, m, n, k, *branches.widths(), EVEN=k % options["BK"] == 0, **branches.flags(), **options
+            )
+    return out
+
+
+def expand(
+    format: str,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    channel_scales: torch.Tensor | None = None,
+    smooth_factor: torch.Tensor | None = None,
+    unsigned: Range = (0, 0),
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight (N, K), row_scales (N,)) for int8 and fp8; (weight, shift (N,) or None) for 16 bit"""
+    qweight, wscales = tensors["qweight"], tensors["wscales"]
+    n, k = qweight.shape[0], 2 * qweight.shape[1]
+    unit, nvfp4 = UNITS.get((format, dtype), 0), format == "nvfp4"
+    weight = qweight.new_empty(n, k, dtype=dtype)
+    shifted = not unit and unsigned[0] != unsigned[1]
+    beside = qweight.new_empty(n, dtype=torch.float32) if unit or shifted else None
+    options = settings("expand_weight", qweight.device, n)
+    options["GROUPS"] = options.pop("BYTES") // (8 if nvfp4 else 32)
+    unused = beside if beside is not None else weight
+    with on_device_of(qweight):
+        expand_weight[(triton.cdiv(n, options["BN"]),)](
+            qweight,
+            wscales.view(torch.uint8) if nvfp4 else wscales,
+            tensors.get("wzeros", wscales.view(torch.uint8) if nvfp4 else wscales),
+            unused if channel_scales is None else channel_scales,
+            unused if smooth_factor is None else smooth_factor,
+            weight,
+            unused,
+            unused,
+            n,
+            k,
+            *unsigned,
+            NVFP4=nvfp4,
+            AWQ=format == "awq_w4a16",
+            UNIT=unit,
+            CHANNEL=channel_scales is not None,
+            SMOOTH=smooth_factor is not None,
+            SHIFT=shifted,
+            **options,
+        )
+    return weight, beside
+
+
+def multiply_gemv(
+    x: torch.Tensor, qweight: torch.Tensor, wscales: torch.Tensor, wzeros: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """y of 4-bit weights with zeros and 16-bit activations"""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    m, n, k = x.shape[0], qweight.shape[0], 2 * qweight.shape[1]
+    out = x.new_empty(m, n)
+    if m:
+        options = settings("gemv_w4a16", x.device, m)
+        grid = (triton.cdiv(n, options["BN"]), triton.cdiv(m, options["BM"]))
+        with on_device_of(x):
+            gemv_w4a16[grid](
+                x,
+                qweight,
+                wscales,
+                wzeros,
+                out if bias is None else bias,
+                out,
+                m,
+                n,
+                k,
+                x.stride(0),
+                BIAS=bias is not None,
+                **options,
+            )
+    return out
+
+
+def channel_scales_of(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """wtscale * wcscales, (N,) float32; None when the layer has neither"""
+    scales = [tensors[name].float() for name in ("wtscale", "wcscales") if name in tensors]
+    if not scales:
+        return None
+    n = tensors["qweight"].shape[0]
+    return (scales[0] * scales[1] if len(scales) == 2 else scales[0]).expand(n).contiguous()

@@ -1,0 +1,173 @@
+"""A whole layer in each compute mode: the launches, in order."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...layer import Layer
+from ...stages import activate
+from ...weight_cache import WeightCache
+from . import launch
+from .launch import Branches
+
+KEPT = 0.5  # of a GPU's free memory, for weights that w8a8 keeps expanded
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call: x (M, K), the layer, and the epilogue without branch_act, which comes out of the quantization."""
+
+    x: torch.Tensor
+    layer: Layer
+    epilogue: Branches
+
+    @property
+    def proj_down(self) -> torch.Tensor | None:
+        return self.layer["proj_down"] if self.layer.spec.rank else None
+
+    def quantize(self, codes: str) -> tuple[torch.Tensor, torch.Tensor, Branches]:
+        """(qact, ascales, epilogue with branch_act)"""
+        spec, smooth_factor = self.layer.spec, self.layer["smooth_factor"]
+        found = launch.quantize(self.x, smooth_factor, self.proj_down, codes, spec.act_unsigned, spec.act_rule)
+        return found[0], found[1], replace(self.epilogue, branch_act=found[2])
+
+
+def w4a4(work: Work) -> torch.Tensor:
+    layer, x = work.layer, work.x
+    qact, ascales, epilogue = work.quantize(layer.spec.format)
+    if layer.spec.format == "nvfp4":
+        scales = launch.channel_scales_of(layer.tensors)
+        return launch.multiply_nvfp4(qact, ascales, layer["qweight"], layer["wscales"], scales, epilogue, x.dtype)
+    unsigned = layer.spec.act_unsigned
+    return launch.multiply_w4(qact, ascales, layer["qweight"], layer["wscales"], epilogue, unsigned, x.dtype)[0]
+
+
+def w4a8(work: Work) -> torch.Tensor:
+    layer, x = work.layer, work.x
+    qact, ascales, epilogue = work.quantize("int8_group")
+    # 8-bit codes have a sign bit to spare: the shift is in them, unsigned codes are not needed
+    return launch.multiply_w4(qact, ascales, layer["qweight"], layer["wscales"], epilogue, (0, 0), x.dtype)[0]
+
+
+def expanded(layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight with one scale per row. torch's allocator hands out the same scratch memory for each call"""
+    return launch.expand(layer.spec.format, layer.tensors, dtype, launch.channel_scales_of(layer.tensors))
+
+
+def w4a8_jit(work: Work) -> torch.Tensor:
+    qact, ascales, epilogue = work.quantize("int8_row")
+    return launch.multiply_w8(qact, ascales, *expanded(work.layer, torch.int8), epilogue, work.x.dtype)
+
+
+_kept: dict[torch.device, WeightCache] = {}
+
+
+def kept_weight(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """`expanded`, kept while the layer's own bytes are where they are, as far as there is room"""
+    layer, x = work.layer, work.x
+    if x.device not in _kept:
+        _kept[x.device] = WeightCache(lambda: _may_keep(x.device))
+    size = layer.spec.n * layer.spec.k
+    variant = (layer.spec.format, "int8")
+    return _kept[x.device].get(layer["qweight"], variant, lambda: expanded(layer, torch.int8), size)
+
+
+def w8a8(work: Work) -> torch.Tensor:
+    """The same bytes as w4a8_jit, kept"""
+    weight = kept_weight(work)
+    qact, ascales, epilogue = work.quantize("int8_row")
+    return launch.multiply_w8(qact, ascales, *weight, epilogue, work.x.dtype)
+
+
+def _may_keep(device: torch.device) -> int:
+    """Bytes of expanded weights in all that this device has room for now"""
+    if device.type != "cuda":
+        return 1 << 30
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(KEPT * (free + _kept[device].nbytes))
+
+
+def fp8(work: Work) -> torch.Tensor:
+    """The product by torch, which has its own row scales; the branches are added to it"""
+    qact, ascales, epilogue = work.quantize("fp8_row")
+    if not work.x.shape[0]:
+        return work.x.new_empty(0, work.layer.spec.n)
+    weight, row_scales = expanded(work.layer, torch.float8_e4m3fn)
+    y = torch._scaled_mm(qact, weight.t(), scale_a=ascales[:, None], scale_b=row_scales[None], out_dtype=torch.bfloat16)
+    return add_branches(y.to(work.x.dtype), epilogue)
+
+
+def w16(work: Work) -> torch.Tensor:
+    """x @ (decode(qweight) / smooth_factor).T: smoothing goes into the expanded weight, the shift into the bias"""
+    x, layer = work.x, work.layer
+    tensors, unsigned = layer.tensors, layer.spec.act_unsigned
+    weight, shift = launch.expand(
+        layer.spec.format, tensors, x.dtype, launch.channel_scales_of(tensors), tensors.get("smooth_factor"), unsigned
+    )
+    epilogue = work.epilogue
+    if shift is not None:
+        bias = shift if epilogue.bias is None else epilogue.bias.float() + shift
+        epilogue = replace(epilogue, bias=bias.to(x.dtype))
+    branch_act = None if work.proj_down is None else x @ work.proj_down.to(x.dtype)
+    return add_branches(x @ weight.t(), replace(epilogue, branch_act=branch_act))
+
+
+def w4a16(work: Work) -> torch.Tensor:
+    layer, epilogue = work.layer, work.epilogue
+    y = launch.multiply_gemv(work.x, layer["qweight"], layer["wscales"], layer["wzeros"], epilogue.bias)
+    return add_branches(y, replace(epilogue, bias=None))
+
+
+def add_branches(y: torch.Tensor, epilogue: Branches) -> torch.Tensor:
+    """What the fused epilogue does, by torch, in place of y"""
+    if epilogue.branch_act is not None:
+        y.addmm_(epilogue.branch_act, epilogue.proj_up.to(y.dtype).t())
+    if epilogue.lora_act is not None:
+        y.addmm_(epilogue.weighted_lora(), epilogue.lora_up.to(y.dtype).t())
+    if epilogue.bias is not None:
+        y += epilogue.bias.to(y.dtype)
+    return activate(y, epilogue.activation)
+
+
+MODES = {
+    "w4a4": w4a4,
+    "w4a8": w4a8,
+    "w8a8": w8a8,
+    "w4a8-jit": w4a8_jit,
+    "fp8": fp8,
+    "w16": w16,
+    "w4a16": w4a16,
+}
+
+
+def work(
+    x: torch.Tensor,
+    layer: Layer,
+    bias: torch.Tensor | None,
+    lora: tuple[torch.Tensor, torch.Tensor] | None,
+    lora_strength: torch.Tensor | None = None,
+    activation: str = "",
+) -> Work:
+    """A call, with the product of x and lora_down, which is torch's"""
+    epilogue = Branches(
+        proj_up=layer["proj_up"] if layer.spec.rank else None,
+        lora_act=None if lora is None else x @ lora[0].to(x.dtype),
+        lora_up=None if lora is None else lora[1].contiguous(),
+        lora_strength=None if lora is None or lora_strength is None else lora_strength.float(),
+        bias=bias,
+        activation=activation,
+    )
+    return Work(x, layer, epilogue)
+
+
+def linear(
+    x: torch.Tensor,
+    layer: Layer,
+    bias: torch.Tensor | None,
+    lora: tuple[torch.Tensor, torch.Tensor] | None,
+    compute: str,
+    lora_strength: torch.Tensor | None = None,
+    activation: str = "",
+) -> torch.Tensor:
+    """One layer on x (M, K). Returns (M, N) in the dtype of x."""
+    return MODES[compute](work(x, layer, bias, lora, lora_strength, activation))

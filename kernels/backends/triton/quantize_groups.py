@@ -1,0 +1,141 @@
+"""int4: code = round(y / scale), scale = absmax(y of 64 channels) / 7 or max / 15;  int8: scale = absmax / 127
+
+SIGNED_EXTREME: scale of signed int4 groups = -(element of largest magnitude) / 8.
+y = (x + shift) / smooth_factor, and in the same pass branch_act = x @ proj_down.
+"""
+
+import triton
+import triton.language as tl
+
+from ..cases import CompileCase
+from .codes import (
+    GELU_SHIFT,
+    extreme_or_nan,
+    magnitude_bits,
+    pairs,
+    reciprocal,
+    round_bits,
+    round_up_12_bits,
+    smoothing,
+)
+from .tiles import FLOAT, INT8_TARGETS, launch_options, shipped, split_by_asm
+
+
+@triton.jit
+def encode_group(
+    y, unsigned, KIND: tl.constexpr, EIGHT: tl.constexpr, UNSIGNED: tl.constexpr, SIGNED_EXTREME: tl.constexpr
+):
+    """(round_bits of the codes, scale) along the last axis of y; rounded to KIND first where 4-bit codes follow"""
+    top = 127.0 if EIGHT else 7.0
+    if not EIGHT:
+        y = y.to(KIND).to(tl.float32)  # the reference rounds the smoothed activation to the dtype of x
+        if UNSIGNED:
+            top = tl.where(unsigned, 15.0, 7.0)
+            y = tl.where(unsigned & (y < 0.0), 0.0, y)
+    bits = magnitude_bits(y)
+    extreme_bits = tl.max(bits, axis=-1)
+    extreme = extreme_or_nan(extreme_bits)
+    scale = extreme / top
+    if SIGNED_EXTREME:
+        # the element of largest magnitude becomes code -8, so the scale has the opposite of its sign
+        positive = tl.max(tl.where(y > 0.0, bits, 0), axis=-1) == extreme_bits
+        signed = tl.where(positive, -extreme, extreme) / 8.0
+        scale = tl.where(unsigned, scale, signed) if UNSIGNED else signed
+    if EIGHT:
+        scale = round_up_12_bits(scale)
+    code = y * tl.expand_dims(reciprocal(scale), -1)
+    if SIGNED_EXTREME:
+        code = tl.minimum(code, tl.where(unsigned, 15.0, 7.0) if UNSIGNED else 7.0)
+    return round_bits(code), scale
+
+
+@triton.jit(do_not_specialize=["M", "unsigned_start", "unsigned_stop", "groups"])
+def quantize_groups(
+    x,
+    smooth_factor,
+    proj_down,
+    qact,
+    ascales,
+    branch_act,
+    M,
+    K,
+    R,
+    stride_x,
+    unsigned_start,
+    unsigned_stop,
+    groups,
+    BM: tl.constexpr,
+    RANK: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    EIGHT: tl.constexpr,
+    UNSIGNED: tl.constexpr,
+    SIGNED_EXTREME: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """One program: BM rows, `groups` groups of 64 channels. RANK is R padded to a power of two, 0 leaves the branch out
+
+    qact (M, K/2), low nibble = even column; or EIGHT: (M, K), in each group the even columns, then the odd ones, which
+    is how the nibbles of a weight come apart
+    """
+    rm = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = (rm < M)[:, None]
+    rows = rm[:, None].to(tl.int64)
+    kk = tl.arange(0, 64)
+    half = tl.arange(0, 32)
+    first = tl.program_id(1) * groups
+    last = min(first + groups, K // 64)
+    if RANK:
+        rr = tl.arange(0, RANK)
+        acc = tl.zeros((BM, RANK), tl.float32)
+    for g in range(first, last):
+        k = g * 64 + kk
+        v = tl.load(x + rows * stride_x + k[None, :], mask=inside, other=0.0)
+        if RANK:
+            down = tl.load(proj_down + k[:, None] * R + rr[None, :], mask=(rr < R)[None, :], other=0.0)
+            acc = tl.dot(v, down.to(v.dtype), acc, input_precision="ieee")
+        unsigned = (g * 64 >= unsigned_start) & (g * 64 < unsigned_stop)
+        y = v.to(tl.float32)
+        if UNSIGNED:
+            y += tl.where(unsigned, GELU_SHIFT, 0.0)
+        if SMOOTH:
+            y = y * smoothing(smooth_factor, k, k < K, ASM)[None, :]
+        bits, scale = encode_group(y, unsigned, x.dtype.element_ty, EIGHT, UNSIGNED, SIGNED_EXTREME)
+        even, odd = pairs(bits, BM, 64)
+        if EIGHT:
+            target = qact + rows * K + (g * 64 + half)[None, :]
+            tl.store(target, even.to(tl.int8), mask=inside)
+            tl.store(target + 32, odd.to(tl.int8), mask=inside)
+        else:
+            packed = (even & 15) | (odd << 4)
+            tl.store(qact + rows * (K // 2) + (g * 32 + half)[None, :], packed.to(tl.int8), mask=inside)
+        tl.store(ascales + g * M + rm, scale.to(ascales.dtype.element_ty), mask=rm < M)
+    if RANK:
+        target = branch_act + rows * R + rr[None, :]
+        tl.store(target, acc.to(branch_act.dtype.element_ty), mask=inside & (rr < R)[None, :])
+
+
+def compile_cases() -> list[CompileCase]:
+    """int4 and int8 codes in every shipped setting; with few rows the branch is not part of the kernel"""
+    signature = dict.fromkeys(("x", "smooth_factor", "proj_down", "branch_act"), "*bf16") | {"qact": "*i8"}
+    signature |= dict.fromkeys(("M", "K", "R", "stride_x", "unsigned_start", "unsigned_stop", "groups"), "i32")
+    cases = []
+    for name, options, reached in shipped("quantize_groups", INT8_TARGETS):
+        chunks = options.pop("CHUNKS")
+        constexprs, warps, stages = launch_options(options)
+        constexprs |= {"RANK": 0 if chunks else 32, "SMOOTH": True, "UNSIGNED": False, "SIGNED_EXTREME": False}
+        for eight in (False, True):
+            for asm, targets in split_by_asm(reached):
+                cases.append(
+                    CompileCase(
+                        f"{name}-{'int8' if eight else 'int4'}" + "-amd" * (not asm),
+                        quantize_groups,
+                        signature | {"ascales": "*fp32" if eight else "*bf16"},
+                        constexprs | {"EIGHT": eight, "ASM": asm},
+                        warps,
+                        stages,
+                        targets,
+                        {} if chunks else {target: FLOAT[target] for target in targets},
+                        undivisible=("M", "groups"),
+                    )
+                )
+    return cases

@@ -1,0 +1,115 @@
+"""code = e2m1(y / scale), scale = min(absmax(y of 16 channels) / 6, 448), stored as E4M3
+
+FOUR_SIX: or min(absmax / 4, 448), group by group whichever has the smaller squared error.
+y = x / smooth_factor, and in the same pass branch_act = x @ proj_down.
+"""
+
+import triton
+import triton.language as tl
+
+from ..cases import CompileCase
+from .codes import extreme_or_nan, from_e2m1, magnitude_bits, pairs, reciprocal, smoothing, to_e2m1
+from .tiles import FLOAT, launch_options, shipped
+
+
+@triton.jit
+def encode(y, extreme, top):
+    """(codes, unrounded scale) with scale = min(extreme / top, 448)"""
+    scale = extreme / top
+    scale = tl.where(scale > 448.0, 448.0, scale)  # a comparison keeps NaN, minimum() would drop it
+    return to_e2m1(y * reciprocal(scale)[:, :, None]), scale
+
+
+@triton.jit
+def squared_error(y, code, scale):
+    """Of each group, with the scale as it will be stored"""
+    difference = from_e2m1(code) * scale.to(tl.float8e4nv).to(tl.float32)[:, :, None] - y
+    return tl.sum(difference * difference, axis=2)
+
+
+@triton.jit(do_not_specialize=["M", "steps"])
+def quantize_nvfp4(
+    x,
+    smooth_factor,
+    proj_down,
+    qact,
+    ascales,
+    branch_act,
+    M,
+    K,
+    R,
+    stride_x,
+    steps,
+    BM: tl.constexpr,
+    RANK: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    FOUR_SIX: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """One program: BM rows, `steps` times 64 channels. qact (M, K/2), ascales (K/16, M) e4m3"""
+    rm = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = (rm < M)[:, None]
+    rows = rm[:, None].to(tl.int64)
+    kk = tl.arange(0, 64)
+    half = tl.arange(0, 32)
+    quarter = tl.arange(0, 4)
+    first = tl.program_id(1) * steps
+    last = min(first + steps, tl.cdiv(K, 64))
+    if RANK:
+        rr = tl.arange(0, RANK)
+        acc = tl.zeros((BM, RANK), tl.float32)
+    for step in range(first, last):
+        k = step * 64 + kk
+        v = tl.load(x + rows * stride_x + k[None, :], mask=inside & (k < K)[None, :], other=0.0)
+        if RANK:
+            valid = (k < K)[:, None] & (rr < R)[None, :]
+            down = tl.load(proj_down + k[:, None] * R + rr[None, :], mask=valid, other=0.0)
+            acc = tl.dot(v, down.to(v.dtype), acc, input_precision="ieee")
+        y = v.to(tl.float32)
+        if SMOOTH:
+            y = y * smoothing(smooth_factor, k, k < K, ASM)[None, :]
+        y = tl.reshape(y.to(x.dtype.element_ty).to(tl.float32), (BM, 4, 16))
+        extreme = extreme_or_nan(tl.max(magnitude_bits(y), axis=2))
+        code, scale = encode(y, extreme, 6.0)
+        if FOUR_SIX:
+            other_code, other_scale = encode(y, extreme, 4.0)
+            better = squared_error(y, other_code, other_scale) < squared_error(y, code, scale)
+            code = tl.where(better[:, :, None], other_code, code)
+            scale = tl.where(better, other_scale, scale)
+        low, high = pairs(tl.reshape(code, (BM, 64)), BM, 64)
+        kb = step * 32 + half
+        target = qact + rows * (K // 2) + kb[None, :]
+        tl.store(target, (low | (high << 4)).to(tl.int8), mask=inside & (kb < K // 2)[None, :])
+        group = step * 4 + quarter
+        target = ascales + group[None, :].to(tl.int64) * M + rm[:, None]
+        tl.store(target, scale.to(tl.float8e4nv), mask=inside & (group < K // 16)[None, :])
+    if RANK:
+        target = branch_act + rows * R + rr[None, :]
+        tl.store(target, acc.to(branch_act.dtype.element_ty), mask=inside & (rr < R)[None, :])
+
+
+def compile_cases() -> list[CompileCase]:
+    """Both rules in every shipped setting; with few rows the branch is not part of the kernel"""
+    signature = dict.fromkeys(("x", "smooth_factor", "proj_down", "branch_act"), "*bf16")
+    signature |= {"qact": "*i8", "ascales": "*fp8e4nv"}
+    signature |= dict.fromkeys(("M", "K", "R", "stride_x", "steps"), "i32")
+    cases = []
+    for name, options, targets in shipped("quantize_nvfp4", ("sm_100", "sm_120")):
+        chunks = options.pop("CHUNKS")
+        constexprs, warps, stages = launch_options(options)
+        constexprs |= {"RANK": 0 if chunks else 32, "SMOOTH": True, "ASM": True}
+        for four_six in (False, True):
+            cases.append(
+                CompileCase(
+                    name + "-four-six" * four_six,
+                    quantize_nvfp4,
+                    signature,
+                    constexprs | {"FOUR_SIX": four_six},
+                    warps,
+                    stages,
+                    targets,
+                    {} if chunks else {target: FLOAT[target] for target in targets},
+                    undivisible=("M", "steps"),
+                )
+            )
+    return cases

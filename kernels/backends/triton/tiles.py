@@ -1,0 +1,108 @@
+"""Launch settings as data: tiles.json, by kernel, GPU and rows. Nothing is tuned while a model runs.
+
+A new resolution compiles nothing: rows are looked up by bucket, and no kernel is specialized on their number.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cases import TARGETS
+
+LARGEST = 1 << 20  # rows; every bucket above is treated like it
+INT8_TARGETS = tuple(target for target in TARGETS if target != "sm_75")  # Triton has no int8 product for Turing
+# what the tensor cores of a target are called in its machine code
+INT8 = {
+    "sm_80": "IMMA",
+    "sm_86": "IMMA",
+    "sm_89": "IMMA",
+    "sm_90": "IGMMA",
+    "sm_100": "IMMA",
+    "sm_120": "IMMA",
+    "gfx942": "v_mfma_i32",
+    "gfx1100": "v_wmma_i32",
+    "gfx1201": "v_wmma_i32",
+}
+FLOAT = {
+    "sm_80": "HMMA",
+    "sm_86": "HMMA",
+    "sm_89": "HMMA",
+    "sm_90": "HMMA",
+    "sm_100": "HMMA",
+    "sm_120": "HMMA",
+    "gfx942": "v_mfma_f32",
+    "gfx1100": "v_wmma_f32",
+    "gfx1201": "v_wmma_f32",
+}
+
+
+@cache
+def table() -> dict[str, list[dict[str, Any]]]:
+    return json.loads(Path(__file__).with_name("tiles.json").read_text())
+
+
+@cache
+def arch_of(device: torch.device) -> str:
+    """sm_90, gfx942, ...; "" for the interpreter on a CPU"""
+    if device.type != "cuda":
+        return ""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def has_asm(arch: str) -> bool:
+    """Whether kernels may hold PTX instructions: not on AMD, not in the interpreter"""
+    return arch.startswith("sm_")
+
+
+def bucket(rows: int) -> int:
+    """Rows rounded up to a power of four from 16 on: what settings are looked up by"""
+    size = 16
+    while size < min(rows, LARGEST):
+        size *= 4
+    return size
+
+
+def entry(kernel: str, arch: str, rows: int) -> int:
+    """Index in the kernel's list of the first entry whose arch is a prefix and that takes so many rows."""
+    for index, found in enumerate(table()[kernel]):
+        if arch.startswith(found["arch"]) and (found["rows"] is None or bucket(rows) <= found["rows"]):
+            return index
+    raise LookupError(f"tiles.json has no {kernel} for {arch} and {rows} rows")
+
+
+@cache
+def _settings(kernel: str, index: int) -> dict[str, Any]:
+    return {key: value for key, value in table()[kernel][index].items() if key not in ("arch", "rows")}
+
+
+def settings(kernel: str, device: torch.device, rows: int) -> dict[str, Any]:
+    """Tile sizes and launch options of one call; the caller's own copy."""
+    return dict(_settings(kernel, entry(kernel, arch_of(device), rows)))
+
+
+def shipped(kernel: str, targets: tuple[str, ...]) -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
+    """(name, settings, the targets that use them) of every entry that any of `targets` reaches"""
+    sizes = [4**power for power in range(2, 11)]
+    users: dict[int, list[str]] = {}
+    for target in targets:
+        for index in sorted({entry(kernel, target, rows) for rows in sizes}):
+            users.setdefault(index, []).append(target)
+    return [(f"{kernel}-{index}", dict(_settings(kernel, index)), tuple(found)) for index, found in users.items()]
+
+
+def split_by_asm(targets: tuple[str, ...]) -> list[tuple[bool, tuple[str, ...]]]:
+    """[(ASM, its targets)]: a kernel is another one where it may not hold PTX"""
+    parts = [(asm, tuple(target for target in targets if has_asm(target) is asm)) for asm in (True, False)]
+    return [part for part in parts if part[1]]
+
+
+def launch_options(options: dict[str, Any]) -> tuple[dict[str, Any], int, int]:
+    """(constexprs, num_warps, num_stages) of one entry's settings"""
+    constexprs = dict(options)
+    return constexprs, constexprs.pop("num_warps"), constexprs.pop("num_stages")

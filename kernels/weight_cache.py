@@ -1,0 +1,104 @@
+"""Weights computed from a layer's bytes, kept as long as those bytes live.
+
+A host owns the bytes: it may free, move or overwrite them at any time. An entry holds none of them. It is found by the
+storage they lie in and dies with it, and it is used only while the version counter and a sample of the bytes are those
+it was made from.
+"""
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+SAMPLES = 256  # bytes compared before an entry is used, evenly spread
+IDLE_SECONDS = 60.0  # an entry unused for so long makes room for others
+
+
+@dataclass
+class Entry:
+    storage: weakref.ref
+    version: int
+    sample: bytes
+    value: object
+    nbytes: int
+    used: float = field(default_factory=time.monotonic)
+
+
+class WeightCache:
+    """A bounded cache. What does not fit is not kept: evicting in turn would keep nothing at all, as a model's layers
+
+    come round in the same order each step.
+
+    budget  () -> bytes that all entries together may take
+    """
+
+    def __init__(self, budget: Callable[[], int]) -> None:
+        self._budget = budget
+        self._entries: dict[tuple, Entry] = {}
+        self._lock = threading.Lock()
+        self.nbytes = 0
+
+    def get(self, source: torch.Tensor, variant: tuple, compute: Callable[[], object], nbytes: int) -> object:
+        """compute(), or what it gave for the same bytes. `source` is the tensor they are sampled from
+
+        variant  tells apart the values made from one source
+        nbytes   size of the value
+        """
+        storage = source.untyped_storage()
+        key = (storage.data_ptr(), source.storage_offset(), tuple(source.shape), *variant)
+        version, sample = _version(source), _sample(source)
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None:
+                if entry.storage() is storage and (entry.version, entry.sample) == (version, sample):
+                    entry.used = time.monotonic()
+                    return entry.value
+                self._remove(key, entry)
+        value = compute()
+        with self._lock:
+            if self._make_room(nbytes):
+                ref = weakref.ref(storage, lambda ref: self._forget(key, ref))
+                self._entries[key] = Entry(ref, version, sample, value, nbytes)
+                self.nbytes += nbytes
+        return value
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+            self.nbytes = 0
+
+    def _make_room(self, nbytes: int) -> bool:
+        budget = self._budget()
+        if nbytes > budget:
+            return False
+        if self.nbytes + nbytes > budget:
+            oldest = time.monotonic() - IDLE_SECONDS
+            for key, entry in list(self._entries.items()):
+                if entry.used < oldest:
+                    self._remove(key, entry)
+        return self.nbytes + nbytes <= budget
+
+    def _forget(self, key: tuple, ref: weakref.ref) -> None:
+        # called when a storage dies, possibly while this thread holds the lock: dict operations are atomic
+        entry = self._entries.get(key)
+        if entry is not None and entry.storage is ref:
+            self._remove(key, entry)
+
+    def _remove(self, key: tuple, entry: Entry) -> None:
+        if self._entries.pop(key, None) is entry:
+            self.nbytes -= entry.nbytes
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _sample(tensor: torch.Tensor) -> bytes:
+    """A few bytes of the tensor; none on a GPU, where looking would wait for it"""
+    if tensor.device.type != "cpu":
+        return b""
+    flat = tensor.reshape(-1).view(torch.uint8)
+    return flat[:: max(1, flat.numel() // SAMPLES)].numpy().tobytes()

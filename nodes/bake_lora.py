@@ -1,0 +1,70 @@
+"""Node: SVDQuant Bake LoRA."""
+
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+
+from .comfy_bake import bake
+from .comfy_model import load_model
+from .comfy_patcher import SVDQuantPatcher
+from .model_files import refuse_name, target
+
+
+class SVDQuantBakeLora:
+    DESCRIPTION = (
+        "Writes a 4-bit checkpoint that has the MODEL's active LoRAs inside. The 4-bit weights stay as they are: the "
+        "low-rank branch takes the LoRAs in."
+    )
+    CATEGORY = "SVDQuant"
+    FUNCTION = "bake"
+    RETURN_TYPES = ("MODEL", "STRING")
+    RETURN_NAMES = ("MODEL", "file_name")
+    OUTPUT_TOOLTIPS = ("The written model.", "Name of the written file in models/diffusion_models.")
+    OUTPUT_NODE = True
+    SEARCH_ALIASES = ("merge lora", "save lora into model", "4bit")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "A 4-bit model with LoRAs."}),
+                "file_name": (
+                    "STRING",
+                    {"default": "svdquant_with_lora", "tooltip": "Name in models/diffusion_models."},
+                ),
+                "refit": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "tooltip": "Off: the branch grows by the LoRAs' columns, nothing is lost. On: every layer "
+                        "keeps its rank, so the file keeps its size; the report says what is lost.",
+                    },
+                ),
+            },
+            "optional": {
+                "overwrite": ("BOOLEAN", {"default": False, "tooltip": "Replace a file of that name."}),
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, file_name: str) -> bool | str:
+        return refuse_name(file_name) or True
+
+    def bake(self, model: Any, file_name: str, refit: bool, overwrite: bool = False) -> dict[str, Any]:
+        if not isinstance(model, SVDQuantPatcher):
+            raise ValueError("the model is not 4-bit; SVDQuant Quantize Model bakes the LoRAs of a 16-bit MODEL in")
+        path = target(file_name, overwrite)
+        bar = comfy.utils.ProgressBar(1)
+
+        def progress(done: int, total: int, layer: str) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, total)
+
+        report = bake(model, path, refit, progress)
+        text = (
+            f"{path.name}: {report.layers} layers have the LoRAs inside, {report.lost:.3%} of their energy lost at most"
+        )
+        if report.dense:
+            text += f"; {len(report.dense)} layers without a low-rank branch are stored in 16 bit"
+        return {"ui": {"text": [text]}, "result": (load_model(str(path)), path.name)}

@@ -1,0 +1,93 @@
+"""Node: SVDQuant Calibrate."""
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+
+from .comfy_calibrate import Collector
+from .model_files import refuse_name
+
+STATISTICS = "SVDQUANT_STATISTICS"
+SUFFIX = ".statistics.safetensors"
+GB = 10**9
+
+
+class SVDQuantCalibrate:
+    DESCRIPTION = (
+        "Watches a 16-bit MODEL while your own sampler runs it, and keeps what SVDQuant Quantize Model needs to know. "
+        "Every run adds to the same file: a few different prompts make it better."
+    )
+    CATEGORY = "SVDQuant"
+    FUNCTION = "calibrate"
+    RETURN_TYPES = ("MODEL", STATISTICS)
+    RETURN_NAMES = ("MODEL", "statistics")
+    OUTPUT_TOOLTIPS = (
+        "The same model; connect it to your sampler.",
+        "For SVDQuant Quantize Model. Connect the sampler's LATENT there as well, so that it waits for the run.",
+    )
+    SEARCH_ALIASES = ("calibration", "statistics", "4bit")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The 16-bit model, LoRAs included."}),
+                "file_name": (
+                    "STRING",
+                    {"default": "my_model", "tooltip": "Written to output/svdquant; can be shared and merged."},
+                ),
+                "tokens": (
+                    "INT",
+                    {
+                        "default": 8192,
+                        "min": 64,
+                        "max": 65536,
+                        "step": 64,
+                        "tooltip": "Activations kept per layer. 2 to 10 per input channel are good.",
+                    },
+                ),
+                "disk_gb": (
+                    "FLOAT",
+                    {
+                        "default": 16.0,
+                        "min": 0.01,
+                        "max": 1000.0,
+                        "step": 0.01,
+                        "tooltip": "The file is at most this large; fewer tokens are kept if need be.",
+                    },
+                ),
+                "start_over": ("BOOLEAN", {"default": False, "tooltip": "Forget what a file of this name holds."}),
+            },
+            "optional": {
+                "sensitivity": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "tooltip": "Also measure how much each layer matters, for a budget. Slow: at four steps of "
+                        "each run the model is run once more per layer.",
+                    },
+                )
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, file_name: str) -> bool | str:
+        return refuse_name(file_name) or True
+
+    def calibrate(
+        self, model: Any, file_name: str, tokens: int, disk_gb: float, start_over: bool, sensitivity: bool = False
+    ) -> tuple[Any, Collector]:
+        path = statistics_folder() / f"{file_name.removesuffix(SUFFIX)}{SUFFIX}"
+        collector = Collector.of(model, path, tokens, int(disk_gb * GB), not start_over, sensitivity)
+        return collector.watch(model), collector
+
+
+def statistics_folder() -> Path:
+    """Where statistics are written and looked for."""
+    return Path(folder_paths.get_output_directory()) / "svdquant"
+
+
+def statistics_files() -> list[str]:
+    """Names of the statistics that a user may choose."""
+    return sorted(path.name for path in statistics_folder().glob(f"*{SUFFIX}"))

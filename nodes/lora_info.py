@@ -1,0 +1,56 @@
+"""Node: SVDQuant LoRA Info."""
+
+from typing import Any
+
+from .comfy_lora_report import describe_loras
+
+
+class SVDQuantLoraInfo:
+    DESCRIPTION = (
+        "Says what each LoRA of a 4-bit MODEL does: kind, layers, columns of the low-rank branch, energy kept where it "
+        "is approximated, time, and keys that found no place."
+    )
+    CATEGORY = "SVDQuant"
+    FUNCTION = "describe"
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("report",)
+    OUTPUT_TOOLTIPS = ("The table as text.",)
+    OUTPUT_NODE = True
+    SEARCH_ALIASES = ("lora report", "lora keys")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL", {"tooltip": "A 4-bit model behind LoRA loaders."})}}
+
+    def describe(self, model: Any) -> dict[str, Any]:
+        text = report(describe_loras(model))
+        return {"ui": {"text": [text]}, "result": (text,)}
+
+
+def report(found: dict[str, Any] | None) -> str:
+    """The table of `describe_loras` as text."""
+    if found is None:
+        return "This MODEL is not 4-bit: ComfyUI adds LoRAs to its weights."
+    if not found["rows"]:
+        return "This MODEL has no LoRA."
+    head = ("", "strength", "kind", "4-bit layers", "other keys", "columns", "kept", "ms")
+    table = [head, *(_cells(row) for row in found["rows"])]
+    widths = [max(len(line[column]) for line in table) for column in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    lines.append(
+        f"total: {found['layers']} of {found['of']} 4-bit layers, {found['columns']} columns "
+        f"({found['widest']} in the widest layer), {found['bytes']:,} bytes"
+    )
+    for row in found["rows"]:
+        if row["unknown"]:
+            lines.append(f"{row['name']}: {len(row['unknown'])} keys found no place: {', '.join(row['unknown'][:10])}")
+    if found["refused"]:
+        lines.append(f"cannot be applied: {found['refused']}")
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in row["kinds"].items()) or "-"
+    kept = f"{row['kept']:.4%}" if row["kept"] < 1 else "exact"
+    numbers = str(len(row["layers"])), str(len(row["other"])), str(row["columns"])
+    return row["name"], f"{row['strength']:g}", kinds, *numbers, kept, f"{row['milliseconds']:.1f}"

@@ -1,0 +1,61 @@
+"""Which model files a user may choose: what lies in models/diffusion_models, and folders of the older layout."""
+
+from pathlib import Path
+
+import folder_paths
+
+FOLDER = "diffusion_models"
+LEGACY_FILES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
+
+
+def choices() -> list[str]:
+    """Every file, and a folder of two tensor files as one entry in place of its parts."""
+    names = folder_paths.get_filename_list(FOLDER)
+    parents = {str(Path(name).parent) for name in names if Path(name).name == LEGACY_FILES[0]}
+    parts = {str(Path(parent) / file) for parent in parents for file in LEGACY_FILES}
+    return sorted({str(Path(name)) for name in names} - parts | parents - {"."})
+
+
+def find(model_name: str) -> Path | None:
+    """The path of a choice, or None if it is gone."""
+    path = folder_paths.get_full_path(FOLDER, model_name)
+    if path is not None:
+        return Path(path)
+    first = folder_paths.get_full_path(FOLDER, str(Path(model_name) / LEGACY_FILES[0]))
+    return None if first is None else Path(first).parent
+
+
+def find_or_raise(model_name: str) -> Path:
+    """The path of a choice. Raises FileNotFoundError that says where it should be."""
+    path = find(model_name)
+    if path is None:
+        raise FileNotFoundError(f"{model_name} is not in models/{FOLDER}; put it there and refresh the node list (R)")
+    return path
+
+
+def modified(model_name: str) -> float:
+    """When a model was last written; 0 if it is gone, so that the node runs and says so."""
+    path = find(model_name)
+    return path.stat().st_mtime if path else 0.0
+
+
+def write_folder() -> Path:
+    """Where new models go: of ComfyUI's folders for diffusion models the one of that name."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
+    return next((folder for folder in folders if folder.name == FOLDER), folders[0])
+
+
+def target(file_name: str, overwrite: bool) -> Path:
+    """models/diffusion_models/<file_name>.safetensors. Raises ValueError if it exists and may not be replaced."""
+    path = write_folder() / (file_name if file_name.endswith(".safetensors") else f"{file_name}.safetensors")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path.name} exists already in {path.parent}: choose another name or turn overwrite on")
+    return path
+
+
+def refuse_name(file_name: str) -> str | None:
+    """Why `file_name` is no name for a new file inside the folder, or None if it is."""
+    name = Path(file_name)
+    if not file_name.strip() or name.is_absolute() or ".." in name.parts:
+        return f"file_name is {file_name!r}, needed a name inside models/{FOLDER}"
+    return None

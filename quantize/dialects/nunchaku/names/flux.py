@@ -1,0 +1,126 @@
+"""FLUX.1: dev, schnell, fill, depth, canny, kontext, krea and their finetunes.
+
+ComfyUI keeps the joined linears of a single block: linear1 = [q, k, v, mlp in], linear2 = [attention out, mlp out].
+Nunchaku stores the two parts of each; the whole bias of linear2 sits in `mlp_fc2`. Rows of q and k are in the order
+of ComfyUI. `norm_out.linear` is (scale, shift) here and (shift, scale) there.
+"""
+
+from ..tables import Block, Linear, NameMap, Part, same
+
+
+def qkv(*names: str) -> tuple[Part, ...]:
+    return tuple(Part(name, "h", "h") for name in names)
+
+
+def stream(host: str, norm: str, suffix: str, attention: tuple[str, ...], feed_forward: str) -> tuple[Linear, ...]:
+    """The linears of the image or the text stream of a double block.
+
+    attention  Diffusers' names: q, k, v, out, merged q k v
+    """
+    q, k, v, out, merged = (f"attn.{name}" for name in attention)
+    return (
+        same(f"{host}_mod.lin", f"{norm}.linear", "6h", "h", chunks=6),
+        Linear(
+            (f"{host}_attn.qkv",),
+            (Part(f"qkv_proj{suffix}", "3h", "h"),),
+            also=((Part(merged, "3h", "h"),),),
+            lite=qkv(q, k, v),
+        ),
+        same(f"{host}_attn.proj", f"out_proj{suffix}", "h", "h", also=(out,), lite=out),
+        same(
+            f"{host}_mlp.0",
+            f"mlp{suffix}_fc1",
+            "mlp",
+            "h",
+            also=(f"{feed_forward}.net.0.proj",),
+            lite=f"{feed_forward}.net.0.proj",
+        ),
+        same(
+            f"{host}_mlp.2",
+            f"mlp{suffix}_fc2",
+            "h",
+            "mlp",
+            unsigned=True,
+            also=(f"{feed_forward}.net.2",),
+            lite=f"{feed_forward}.net.2",
+        ),
+    )
+
+
+DOUBLE = Block(
+    "transformer_blocks.#",
+    "double_blocks.#",
+    stream("img", "norm1", "", ("to_q", "to_k", "to_v", "to_out.0", "to_qkv"), "ff")
+    + stream(
+        "txt",
+        "norm1_context",
+        "_context",
+        ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "add_qkv_proj"),
+        "ff_context",
+    ),
+    {
+        "img_attn.norm.query_norm.scale": ("norm_q.weight", "attn.norm_q.weight"),
+        "img_attn.norm.key_norm.scale": ("norm_k.weight", "attn.norm_k.weight"),
+        "txt_attn.norm.query_norm.scale": ("norm_added_q.weight", "attn.norm_added_q.weight"),
+        "txt_attn.norm.key_norm.scale": ("norm_added_k.weight", "attn.norm_added_k.weight"),
+    },
+)
+
+SINGLE = Block(
+    "single_transformer_blocks.#",
+    "single_blocks.#",
+    (
+        same("modulation.lin", "norm.linear", "3h", "h", chunks=3),
+        Linear(
+            ("linear1",),
+            (Part("qkv_proj", "3h", "h"), Part("mlp_fc1", "mlp", "h")),
+            also=((Part("attn.to_qkv", "3h", "h"), Part("mlp_fc1", "mlp", "h")),),
+            lite=(*qkv("attn.to_q", "attn.to_k", "attn.to_v"), Part("proj_mlp", "mlp", "h")),
+        ),
+        Linear(
+            ("linear2",),
+            (Part("out_proj", "h", "h"), Part("mlp_fc2", "h", "mlp", unsigned=True)),
+            also=((Part("attn.to_out", "h", "h"), Part("mlp_fc2", "h", "mlp", unsigned=True)),),
+            lite=(Part("proj_out", "h"),),
+            join="columns",
+        ),
+    ),
+    {
+        "norm.query_norm.scale": ("norm_q.weight", "attn.norm_q.weight"),
+        "norm.key_norm.scale": ("norm_k.weight", "attn.norm_k.weight"),
+    },
+)
+
+
+def embedder(host: str, stored: str, optional: bool = False) -> Block:
+    linears = (same("in_layer", "linear_1", "h"), same("out_layer", "linear_2", "h", "h"))
+    return Block(f"time_text_embed.{stored}", host, linears, optional=optional)
+
+
+EMBEDDERS = (
+    embedder("time_in", "timestep_embedder"),
+    embedder("guidance_in", "guidance_embedder", optional=True),  # schnell has none
+    embedder("vector_in", "text_embedder"),
+)
+
+OUTSIDE = Block(
+    "",
+    "",
+    (
+        same("img_in", "x_embedder", "h"),
+        same("txt_in", "context_embedder", "h"),
+        same("final_layer.adaLN_modulation.1", "norm_out.linear", "2h", "h", swap=True),
+        same("final_layer.linear", "proj_out", None, "h"),
+    ),
+)
+
+NAMES = NameMap(
+    "flux",
+    (
+        ("single_transformer_blocks.#.mlp_fc1.qweight", "single_transformer_blocks.#.proj_mlp.qweight"),
+        ("transformer_blocks.#.norm1.linear.qweight", "transformer_blocks.#.norm1.linear.weight"),
+    ),
+    (OUTSIDE, *EMBEDDERS, DOUBLE, SINGLE),
+    class_name="FluxTransformer2DModel",
+    model_class="NunchakuFluxTransformer2dModel",
+)

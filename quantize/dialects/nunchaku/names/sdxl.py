@@ -1,0 +1,89 @@
+"""SDXL and SDXL-Turbo: Diffusers' UNet, ComfyUI's blocks. Convolutions, norms and resnets stay in 16 bit.
+
+Block numbers follow from two resnets on the way down and three on the way up. GEGLU is (value, gate) in both.
+"""
+
+from ..tables import Block, Linear, NameMap, Part, same
+
+LEVELS = range(4)
+
+TRANSFORMER = (
+    Linear(
+        ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        (Part("attn1.to_qkv"),),
+        lite=(Part("attn1.to_q"), Part("attn1.to_k"), Part("attn1.to_v")),
+        bias=False,
+    ),
+    same("attn1.to_out.0", "attn1.to_out.0"),
+    same("attn2.to_q", "attn2.to_q", bias=False),
+    same("attn2.to_k", "attn2.to_k", bias=False),
+    same("attn2.to_v", "attn2.to_v", bias=False),
+    same("attn2.to_out.0", "attn2.to_out.0"),
+    same("ff.net.0.proj", "ff.net.0.proj"),
+    same("ff.net.2", "ff.net.2"),
+    *(same(name, name) for name in ("norm1", "norm2", "norm3")),
+)
+AROUND = tuple(same(name, name) for name in ("norm", "proj_in", "proj_out"))
+RESNET = (
+    same("in_layers.0", "norm1"),
+    same("in_layers.2", "conv1"),
+    same("emb_layers.1", "time_emb_proj"),
+    same("out_layers.0", "norm2"),
+    same("out_layers.3", "conv2"),
+    same("skip_connection", "conv_shortcut", optional=True),
+)
+
+
+def attention(stored: str, host: str) -> tuple[Block, ...]:
+    return (
+        Block(f"{stored}.transformer_blocks.#", f"{host}.transformer_blocks.#", TRANSFORMER, optional=True),
+        Block(stored, host, AROUND, optional=True),
+    )
+
+
+def blocks() -> tuple[Block, ...]:
+    found = [*attention("mid_block.attentions.0", "middle_block.1")]
+    found += [Block(f"mid_block.resnets.{i}", f"middle_block.{2 * i}", RESNET) for i in range(2)]
+    for level in LEVELS:
+        for i in range(2):
+            stored, host = f"down_blocks.{level}", f"input_blocks.{1 + 3 * level + i}"
+            found += attention(f"{stored}.attentions.{i}", f"{host}.1")
+            found.append(Block(f"{stored}.resnets.{i}", f"{host}.0", RESNET, optional=True))
+        for i in range(3):
+            stored, host = f"up_blocks.{level}", f"output_blocks.{3 * level + i}"
+            found += attention(f"{stored}.attentions.{i}", f"{host}.1")
+            found.append(Block(f"{stored}.resnets.{i}", f"{host}.0", RESNET, optional=True))
+        down, up = (same("op", "conv"),), (same("conv", "conv"),)
+        host = f"input_blocks.{3 + 3 * level}.0"
+        found.append(Block(f"down_blocks.{level}.downsamplers.0", host, down, optional=True))
+        host = f"output_blocks.{3 * level + 2}.2"
+        found.append(Block(f"up_blocks.{level}.upsamplers.0", host, up, optional=True))
+    return tuple(found)
+
+
+OUTSIDE = Block(
+    "",
+    "",
+    (
+        same("input_blocks.0.0", "conv_in"),
+        same("out.0", "conv_norm_out"),
+        same("out.2", "conv_out"),
+        same("time_embed.0", "time_embedding.linear_1"),
+        same("time_embed.2", "time_embedding.linear_2"),
+        same("label_emb.0.0", "add_embedding.linear_1"),
+        same("label_emb.0.2", "add_embedding.linear_2"),
+    ),
+)
+
+NAMES = NameMap(
+    "sdxl",
+    (
+        (
+            "down_blocks.#.attentions.#.transformer_blocks.#.attn1.to_qkv.qweight",
+            "down_blocks.#.attentions.#.transformer_blocks.#.attn1.to_q.qweight",
+        ),
+    ),
+    (*blocks(), OUTSIDE),
+    class_name="UNet2DConditionModel",
+    model_class="NunchakuSDXLUNet2DConditionModel",
+)

@@ -1,0 +1,204 @@
+"""How a Nunchaku file names the layers of one model, as tables. `names/` holds one file per model family.
+
+A stored name and ComfyUI's name belong together block by block: `#` is the block number. Sizes are written with
+symbols, "h" (the hidden size) and "mlp" (the width inside the MLP), each optionally with a factor: "3h".
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+NUMBER = "#"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored linear: name within its block, out and in features (None: anything), GELU in front of it."""
+
+    name: str
+    n: str | None = None
+    k: str | None = None
+    unsigned: bool = False
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Stored linears and the linears of ComfyUI that they are.
+
+    host    one name, or several when ComfyUI has separate linears where the file has one (equal shares of its rows).
+            A spelling of as many parts as there are host names has them apart as well
+    stored  one part, or several that are joined into the one host linear
+    also    other spellings of `stored` that are read
+    lite    how Nunchaku Lite spells it, where that differs: the names of Diffusers, nothing merged
+    join    "rows": outputs side by side, or "columns": inputs side by side, outputs added
+    chunks  modulation layer whose rows lie interleaved, that many to a channel, with +1 in the bias of the scales
+    swap    the two halves of the rows are exchanged in ComfyUI (scale, shift -> shift, scale)
+    bias    whether ComfyUI's linear has one; a stored bias of zeros is dropped where it has none
+    plain   how it is written in 16 bit: "lite" (apart, Diffusers' names) or "stored"
+    """
+
+    host: tuple[str, ...]
+    stored: tuple[Part, ...]
+    also: tuple[tuple[Part, ...], ...] = ()
+    lite: tuple[Part, ...] = ()
+    join: str = "rows"
+    chunks: int = 0
+    swap: bool = False
+    bias: bool = True
+    plain: str = "lite"
+    optional: bool = False
+
+    @property
+    def spellings(self) -> tuple[tuple[Part, ...], ...]:
+        """Every spelling, Nunchaku's own first."""
+        return (self.stored, *self.also, *((self.lite,) if self.lite else ()))
+
+
+def same(
+    host: str,
+    stored: str,
+    n: str | None = None,
+    k: str | None = None,
+    *,
+    also: tuple[str, ...] = (),
+    lite: str = "",
+    unsigned: bool = False,
+    chunks: int = 0,
+    swap: bool = False,
+    bias: bool = True,
+    optional: bool = False,
+) -> Linear:
+    """A linear that is one in the file and one in ComfyUI."""
+    return Linear(
+        (host,),
+        (Part(stored, n, k, unsigned),),
+        tuple((Part(name, n, k, unsigned),) for name in also),
+        (Part(lite, n, k),) if lite else (),
+        chunks=chunks,
+        swap=swap,
+        bias=bias,
+        optional=optional,
+    )
+
+
+@dataclass(frozen=True)
+class Block:
+    """A group of layers that comes once, or once per block number where the names hold `#`.
+
+    tensors   ComfyUI's name -> stored names, of vectors and other tensors that are no linear
+    optional  whether a model may do without the whole group, or without single blocks of it
+    """
+
+    stored: str
+    host: str
+    linears: tuple[Linear, ...] = ()
+    tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    optional_tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    optional: bool = False
+
+    def stored_name(self, number: int | None, name: str) -> str:
+        return _join(self.stored, number, name)
+
+    def host_name(self, number: int | None, name: str) -> str:
+        return _join(self.host, number, name)
+
+
+def _join(prefix: str, number: int | None, name: str) -> str:
+    prefix = prefix if number is None else prefix.replace(NUMBER, str(number))
+    return f"{prefix}.{name}" if prefix else name
+
+
+def split_name(prefix: str, name: str) -> tuple[int | None, str] | None:
+    """(block number, name within the block) of a full name, or None if it is not in the block. Inverse: `_join`."""
+    if not prefix:
+        return None, name
+    found = _prefix_pattern(prefix).match(name)
+    if found is None:
+        return None
+    number, rest = found.groups() if NUMBER in prefix else (None, found.group(1))
+    return (None if number is None else int(number)), rest
+
+
+@cache
+def _prefix_pattern(prefix: str) -> re.Pattern[str]:
+    return re.compile(re.escape(prefix).replace(re.escape(NUMBER), r"(\d+)") + r"\.(.+)")
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """One model family as Nunchaku spells it.
+
+    needs        groups of key patterns; of each group at least one must match for the file to be of this family
+    v2           whether it is written with the newer suffixes (proj_down, smooth_factor)
+    mlp_ratio    mlp = mlp_ratio * h, where the stored size (a multiple of 128) does not contradict it
+    zero_biases  whether 4-bit layers without a bias are written with one of zeros
+    class_name   Diffusers' class, for the header
+    model_class  Nunchaku's class, for the header
+    """
+
+    name: str
+    needs: tuple[tuple[str, ...], ...]
+    blocks: tuple[Block, ...]
+    v2: bool = False
+    mlp_ratio: float = 4.0
+    zero_biases: bool = False
+    class_name: str = ""
+    model_class: str = ""
+
+    def detect(self, keys: Iterable[str]) -> bool:
+        """Whether the tensor names of a file are of this family."""
+        keys = list(keys)
+
+        def found(text: str) -> bool:
+            return any(map(key_pattern(text).fullmatch, keys))
+
+        return all(any(map(found, group)) for group in self.needs)
+
+
+@cache
+def key_pattern(text: str) -> re.Pattern[str]:
+    """`#` is a number, `*` anything, everything else is literal."""
+    wild = {"#": r"\d+", "*": r".+"}
+    return re.compile("".join(wild.get(part, re.escape(part)) for part in re.split(r"([#*])", text)))
+
+
+class Sizes:
+    """Symbols of one file and what is known of them, e.g. h = 3072.
+
+    Bound once by a tensor that is stored unpadded, used for every other one.
+    """
+
+    def __init__(self, mlp_ratio: float = 4.0) -> None:
+        self.known: dict[str, int] = {}
+        self.mlp_ratio = mlp_ratio
+
+    def bind(self, text: str | None, size: int) -> None:
+        """Learn from an exact size; a known symbol keeps its value."""
+        if text is not None:
+            factor, symbol = _factor(text)
+            if size % factor == 0:
+                self.known.setdefault(symbol, size // factor)
+
+    def value(self, text: str | None) -> int | None:
+        """The size that `text` stands for, None if it is not known."""
+        if text is None:
+            return None
+        factor, symbol = _factor(text)
+        return factor * self.known[symbol] if symbol in self.known else None
+
+    def guess(self, text: str | None, padded: int, tile: int) -> int:
+        """The size behind a stored, padded one: the known value, else by mlp_ratio if that pads to it, else as is."""
+        known = self.value(text)
+        if known is not None:
+            return known
+        if text is not None and _factor(text)[1] == "mlp" and "h" in self.known:
+            guessed = _factor(text)[0] * int(self.mlp_ratio * self.known["h"])
+            if guessed + -guessed % tile == padded:
+                return guessed
+        return padded
+
+
+def _factor(text: str) -> tuple[int, str]:
+    digits, symbol = re.fullmatch(r"(\d*)(\w+)", text).groups()
+    return int(digits or 1), symbol

@@ -1,0 +1,74 @@
+"""Every shipped kernel variant, compiled for every GPU it is shipped for, without having one."""
+
+import pytest
+
+from svdquant_pack.tests.codegen import budgets, cross, pool
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "job" in metafunc.fixturenames:
+        listing = pool.listing()
+        skip = pytest.mark.skip(reason=listing.missing or "no kernel module has compile cases")
+        jobs = [pytest.param(job, id="-".join(job)) for job in listing.jobs] or [pytest.param(None, marks=skip)]
+        metafunc.parametrize("job", jobs)
+
+
+@pytest.fixture(scope="session")
+def compiled(request):
+    """All selected jobs, compiled side by side before the first test looks at one."""
+    jobs = [item.callspec.params["job"] for item in request.session.items if "job" in getattr(item, "fixturenames", ())]
+    return pool.compile_jobs(job for job in jobs if job is not None)
+
+
+@pytest.fixture
+def case(job):
+    return pool.listing().cases[job[0]]
+
+
+def test_machine_code_is_what_is_meant(job, case, compiled):
+    """It compiles, fits, does not spill, and uses the instructions it is made for."""
+    target, code = job[1], compiled[job]
+    assert code.error is None, code.error
+    assert code.registers <= cross.register_limit(target)
+    assert code.shared <= cross.SHARED_LIMIT[target]
+    if target not in case["allow_spills"]:
+        assert code.spills == 0, "registers are spilled; a variant that cannot do without has to say why"
+    expected = case["expect"].get(target)
+    if expected is not None:
+        assert any(expected in mnemonic for mnemonic in code.tensor), f"{expected} is not among {code.tensor}"
+        assert not code.calls, "an instruction is emulated by a subroutine"
+    if case["async_marker"] and target == "sm_90":
+        assert code.in_flight, "the main loop waits for all tensor-core instructions in every step"
+    assert (why := budgets.complaint(pool.listing().triton, *job, code.loop)) is None, why
+
+
+def test_a_spill_that_is_allowed_has_a_reason_and_a_target():
+    for name, case in pool.listing().cases.items():
+        for target, reason in case["allow_spills"].items():
+            assert target in case["targets"] and len(reason) > 20, f"{name} on {target}: {reason!r}"
+
+
+def test_no_budget_is_left_of_a_case_that_is_gone():
+    listing = pool.listing()
+    if listing.missing:
+        pytest.skip(listing.missing)
+    stored = budgets.load().get(listing.triton, {})
+    left = {(case, target) for case, targets in stored.items() for target in targets} - set(listing.jobs)
+    assert not left, f"run `{budgets.UPDATE}`"
+
+
+def test_an_emulated_instruction_is_noticed():
+    """INT4 tensor cores end with sm_89: the assembler of sm_90 takes the kernel and calls a subroutine instead."""
+    name = next((name for name, case in pool.listing().cases.items() if "IMMA.16864" in case["expect"].values()), None)
+    if name is None:
+        pytest.skip(pool.listing().missing or "no case uses INT4 tensor cores")
+    (code,) = pool.compile_jobs([(name, "sm_90")]).values()
+    assert code.error is None and any("mma_sub_byte" in call for call in code.calls)
+
+
+def test_a_kernel_that_does_not_compile_is_reported_and_not_raised():
+    name = next((name for name, case in pool.listing().cases.items() if case["async_marker"]), None)
+    if name is None:
+        pytest.skip(pool.listing().missing or "no case is asynchronous")
+    (code,) = pool.compile_jobs([(name, "sm_75")]).values()
+    assert code.error

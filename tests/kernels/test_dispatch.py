@@ -1,0 +1,168 @@
+"""Which backend and mode is chosen where, and what happens when one fails."""
+
+import logging
+
+import pytest
+import torch
+
+from svdquant_pack.kernels import COMPUTES, FORMATS, choose, dispatch, modes, self_test, svdquant_linear
+from svdquant_pack.kernels.backends import Backend, Call, discover, reference
+from svdquant_pack.kernels.modes import TABLE, candidates
+from svdquant_pack.tests.kernels.layers import random_layer
+
+CPU = torch.device("cpu")
+ARCHES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "gfx942", "gfx1201")
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No memory of earlier tests, none left behind."""
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_tested", {})
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("arch", [*ARCHES, "cpu", "mps", "sm_999"])
+@pytest.mark.parametrize("rows", [1, 128, 768, 4096])
+def test_every_gpu_has_a_way_that_always_works(format, arch, rows):
+    rules = candidates(format, arch, "auto", rows)
+    assert rules[-1].compute == "w16" and "reference" in rules[-1].backends
+    slow = [rule for rule in rules if "reference" in rule.backends and rule.compute not in ("w16", "w4a16")]
+    assert not slow or arch == "cpu", "the reference emulates 4 and 8 bit: on a GPU never on its own account"
+
+
+@pytest.mark.parametrize(
+    ("format", "arch", "rows", "compute"),
+    [
+        ("int4", "sm_75", 4096, "w4a4"),
+        ("int4", "sm_80", 128, "w4a8"),
+        ("int4", "sm_80", 4096, "w4a8-jit"),
+        ("int4", "sm_89", 4096, "w4a4"),
+        ("int4", "sm_90", 64, "w4a8"),
+        ("int4", "sm_90", 4096, "w4a8-jit"),
+        ("int4", "sm_100", 4096, "fp8"),
+        ("int4", "sm_120", 4096, "w4a8"),
+        ("int4", "gfx942", 4096, "w4a8"),
+        ("nvfp4", "sm_120", 1, "w4a4"),
+        ("nvfp4", "sm_103", 4096, "w4a4"),
+        ("nvfp4", "sm_89", 4096, "w4a8-jit"),
+        ("nvfp4", "sm_75", 4096, "w16"),
+        ("awq_w4a16", "sm_90", 2, "w4a16"),
+        ("awq_w4a16", "sm_90", 4096, "w16"),
+    ],
+)
+def test_the_table(format, arch, rows, compute):
+    assert candidates(format, arch, "auto", rows)[0].compute == compute
+
+
+def test_the_table_names_what_exists():
+    known = {*discover()[0], *discover()[1]}
+    for rules in TABLE.values():
+        for rule in rules:
+            assert rule.compute in (*COMPUTES, "w4a16") and set(rule.backends) <= known
+
+
+def test_rows_are_rounded_to_the_limits_of_the_table():
+    limits = {rule.rows for rules in TABLE.values() for rule in rules} - {None}
+    assert limits == {modes.FEW, modes.SOME}
+    assert {dispatch.bucket(rows) for rows in range(1, 20000, 7)} == {*limits, dispatch.USUAL_ROWS}
+    for limit in limits:
+        assert dispatch.bucket(limit) == limit and dispatch.bucket(limit + 1) > limit
+
+
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_a_cpu_runs_the_reference_and_says_why(format, compute):
+    if (format, compute) == ("nvfp4", "w4a8"):
+        with pytest.raises(ValueError, match="w4a8 is for int4"):
+            choose(format, CPU, BF16, compute)
+        return
+    choice = choose(format, CPU, BF16, compute)
+    assert choice.backend.name == "reference" and choice.compute == ("w4a4" if compute == "auto" else compute)
+    if compute in ("auto", "w4a4"):
+        assert "GPU" in choice.passed_over["triton"]
+    assert "reference" not in choice.passed_over
+
+
+def backend_of(name: str, linear, priority: int = 99) -> Backend:
+    return Backend(name, priority, lambda call: None, linear)
+
+
+def with_backends(monkeypatch, *backends: Backend) -> None:
+    found = {backend.name: backend for backend in (*backends, reference.BACKEND)}
+    monkeypatch.setattr(dispatch, "discover", lambda: (found, {}))
+
+
+def test_a_backend_that_fails_is_turned_off_and_the_next_takes_over(monkeypatch, caplog):
+    calls = []
+
+    def broken(*arguments):
+        calls.append(1)
+        raise RuntimeError("no kernel image")
+
+    with_backends(monkeypatch, backend_of("broken", broken))
+    layer, x = random_layer("int4"), torch.randn(3, 256)
+    with caplog.at_level(logging.WARNING, "svdquant"):
+        first, second = (svdquant_linear(x, layer, compute="w16") for _ in range(2))
+    assert len(calls) == 1 and torch.equal(first, second) and len(caplog.records) == 1
+    reason = choose("int4", CPU, torch.float32, "w16").passed_over["broken"]
+    assert "no kernel image" in reason and "no kernel image" in caplog.text
+
+
+def test_out_of_memory_is_the_hosts_business(monkeypatch):
+    def full(*arguments):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    with_backends(monkeypatch, backend_of("full", full))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        svdquant_linear(torch.randn(3, 256), random_layer("int4"), compute="w16")
+    assert choose("int4", CPU, torch.float32, "w16").backend.name == "full"
+
+
+@pytest.mark.parametrize("compute", ["w4a4", "w4a8", "w4a8-jit", "w16"])
+def test_the_self_test_passes_what_is_right(compute):
+    call = Call("int4", CPU, BF16, compute)
+    assert self_test.self_test(reference.BACKEND, call) is None
+
+
+WRONG = {
+    "a wrong sign": lambda y: -y,
+    "a lost row": lambda y: y * (torch.arange(y.shape[0]) > y.shape[0] // 2)[:, None],
+    "one NaN": lambda y: torch.where(torch.arange(y.numel()).view_as(y) == 7, torch.nan, y),
+    "a wrong scale": lambda y: y * 1.03,
+    "a wrong shape": lambda y: y[:, :-1],
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_the_self_test_finds(fault):
+    wrong = backend_of("wrong", lambda *arguments: WRONG[fault](reference.linear(*arguments)))
+    reason = self_test.self_test(wrong, Call("int4", CPU, BF16, "w4a4"))
+    assert reason is not None and "self-test" in reason
+
+
+def test_a_self_test_that_fails_says_so_once(monkeypatch, caplog):
+    """As on a GPU: the call's device only has to say that it is one."""
+    wrong = backend_of("wrong", lambda *arguments: -reference.linear(*arguments))
+    call = Call("int4", CPU, BF16, "w16")
+    monkeypatch.setattr(dispatch, "self_test", self_test.self_test)
+    with caplog.at_level(logging.WARNING, "svdquant"):
+        object.__setattr__(call, "device", type("Gpu", (), {"type": "cuda", "__str__": lambda self: "cuda:0"})())
+        monkeypatch.setattr(dispatch, "self_test", lambda backend, call: "its self-test is wrong by 2")
+        reasons = [dispatch.refusal(wrong, call) for _ in range(3)]
+    assert reasons[0] == reasons[2] and "wrong by 2" in reasons[0] and len(caplog.records) == 1
+
+
+def test_a_backend_without_epilogue_gets_one(monkeypatch):
+    plain = backend_of("plain", lambda *arguments: reference.linear(*arguments))
+    with_backends(monkeypatch, plain)
+    layer, x = random_layer("int4"), torch.randn(3, 256)
+    lora, strength = (torch.randn(256, 20), torch.randn(96, 20)), torch.tensor([0.5, 2.0])
+    y = svdquant_linear(x, layer, None, lora, "w16", lora_strength=strength, activation="silu")
+    wanted = reference.linear(x, layer, None, lora, "w16", lora_strength=strength, activation="silu")
+    torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_a_module_without_backend_is_none():
+    assert "cases" not in discover()[0] and "cases" not in discover()[1]

@@ -1,0 +1,222 @@
+"""The INT4 tensor-core kernel without a GPU: fragment order, PTX register tables, and the kernel's own code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon", reason="needs a triton with Gluon")
+
+from svdquant_pack.kernels.backends import Call
+from svdquant_pack.kernels.backends import gluon as backend
+from svdquant_pack.kernels.backends.gluon import int4_linear, int4_mma, verify
+from svdquant_pack.kernels.backends.gluon.fragments import Fragments, pack_fragments, unpack_fragments
+from svdquant_pack.kernels.backends.reference import linear as reference_linear
+from svdquant_pack.kernels.formats.int4 import decode_activation, quantize_activation
+from svdquant_pack.kernels.packing import pack, sign_extend, unpack
+from svdquant_pack.tests.kernels import gluon_emulator as emulator
+from svdquant_pack.tests.kernels.layers import random_layer
+
+
+def random_weight(n: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(k // 64, n, generator=generator) + 0.5).to(dtype)
+    return pack(codes), scales
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("n", "k"), [(64, 64), (128, 192), (8, 64), (66, 128), (193, 320)])
+def test_unpack_fragments_undoes_pack_fragments(n, k, dtype):
+    qweight, wscales = random_weight(n, k, dtype)
+    fragments = pack_fragments(qweight, wscales)
+    assert fragments.codes.shape == (-(-n // 64), k // 64, 4, 32, 2) and fragments.codes.is_contiguous()
+    codes, scales = unpack_fragments(fragments)
+    assert torch.equal(codes, qweight) and torch.equal(scales, wscales)
+
+
+def test_pack_fragments_undoes_unpack_fragments():
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(-(2**62), 2**62, (2, 3, 4, 32, 2), generator=generator)
+    scales = torch.randn(2, 3, 4, 8, 2, generator=generator)
+    again = pack_fragments(*unpack_fragments(Fragments(codes, scales, 128)))
+    assert torch.equal(again.codes, codes) and torch.equal(again.scales, scales)
+
+
+def test_a_width_that_is_not_whole_groups_is_refused():
+    with pytest.raises(ValueError, match="K=96 is not a multiple"):
+        pack_fragments(torch.zeros(64, 48, dtype=torch.int8), torch.ones(2, 64))
+
+
+@pytest.mark.parametrize(("instruction", "rows"), [("m16n8k64", 16), ("m8n8k32", 8)])
+@pytest.mark.parametrize("kind", ["s4", "u4"])
+def test_packed_fragments_give_the_exact_integer_product_lane_by_lane(instruction, rows, kind):
+    """The registers a lane gets from one 8-byte load each, through the PTX tables, against a plain integer product."""
+    generator = torch.Generator().manual_seed(2)
+    qweight, wscales = random_weight(64, 128)
+    codes = torch.randint(0, 16, (16, 128), generator=generator, dtype=torch.uint8)
+    fragments = pack_fragments(qweight, wscales)
+    activation = pack(codes).view(torch.int64)  # (16, K/16)
+    group, thread = torch.arange(32) // 4, torch.arange(32) % 4
+    values = codes.int() if kind == "u4" else sign_extend(codes).int()
+    weight = sign_extend(unpack(qweight)).int()
+
+    def halves(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        both = words.view(torch.int32).view(-1, 2)
+        return both[:, 0], both[:, 1]
+
+    for g in range(2):
+        low, high = (halves(activation[group + row, g * 4 + thread].contiguous()) for row in (0, 8))
+        expected = values[:, g * 64 : g * 64 + 64] @ weight[:, g * 64 : g * 64 + 64].T  # (16, 64)
+        for nt in range(8):
+            b = halves(fragments.codes[0, g, nt // 2, :, nt % 2].contiguous())
+            zero = torch.zeros(32, dtype=torch.int32)
+            name = f"mma.sync.aligned.{instruction}.row.col.s32.{kind}.s4.s32"
+            if rows == 16:
+                c = emulator.mma(name, [low[0], high[0], low[1], high[1]], list(b), [zero] * 4)
+            else:
+                c = []
+                for half in (low, high):
+                    first = emulator.mma(name, [half[0]], [b[0]], [zero] * 2)
+                    c += emulator.mma(name, [half[1]], [b[1]], first)
+            for index, register in enumerate(c):
+                row, column = group + 8 * (index // 2), nt * 8 + thread * 2 + index % 2
+                assert torch.equal(register, expected[row, column])
+
+
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launch the kernel's source in the emulator; the quantizer's part is done by the format it follows."""
+    monkeypatch.setattr(int4_linear, "int4_mma_kernel", emulator.Launcher(int4_mma.int4_mma_kernel))
+
+    def quantize(x, smooth, act_unsigned, rule):
+        from svdquant_pack.kernels.formats.int4 import GELU_SHIFT
+
+        wide = x.float()
+        wide[:, slice(*act_unsigned)] += GELU_SHIFT
+        codes, scales = quantize_activation((wide / smooth.float()).to(x.dtype), act_unsigned, rule)
+        return pack(codes), scales.T.contiguous()
+
+    monkeypatch.setattr(int4_linear, "quantize", quantize)
+    monkeypatch.setattr(verify, "_right", set())
+
+
+KINDS = {"signed": (0, 0), "unsigned": (0, 256), "unsigned behind": (128, 256), "unsigned between": (64, 128)}
+
+
+@pytest.mark.parametrize("turing", [False, True], ids=["sm_80", "sm_75"])
+@pytest.mark.parametrize("packed", [False, True], ids=["natural", "packed"])
+@pytest.mark.parametrize("act_unsigned", KINDS.values(), ids=KINDS)
+def test_the_emulated_kernel_is_the_exact_product(monkeypatch, act_unsigned, packed, turing):
+    """Scales that are powers of two keep every step exact: the output has to be equal to the integer arithmetic."""
+    emulated(monkeypatch)
+    monkeypatch.setattr(int4_linear, "_is_turing", lambda device: turing)
+    generator = torch.Generator().manual_seed(3)
+    m, n, k, dtype = 77, 130, 256, torch.float16
+    codes = torch.randint(0, 16, (m, k), generator=generator, dtype=torch.uint8)
+    ascales = torch.full((k // 64, m), 2.0**-6, dtype=dtype)
+    qweight, wscales = random_weight(n, k, dtype)
+    wscales = torch.full_like(wscales, 0.5) * (1 + torch.arange(n) % 2)
+    weight = pack_fragments(qweight, wscales) if packed else (qweight, wscales)
+    out = torch.full((m, n), float("nan"), dtype=dtype)
+    int4_linear.int4_gemm(pack(codes), ascales, weight, None, None, None, out, act_unsigned)
+    act = decode_activation(codes, ascales.T, act_unsigned).double()
+    decoded = sign_extend(unpack(qweight)).double() * wscales[0].double()[:, None]
+    assert torch.equal(out, (act @ decoded.T).half())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "rank", "lora", "biased", "act_unsigned", "parts"),
+    [
+        (1, 64, 16, 0, True, (0, 0), torch.bfloat16),  # one row, the tiling for few rows
+        (65, 130, 32, 0, True, (0, 128), torch.float16),  # ragged both ways
+        (20, 96, 0, 0, False, (0, 192), torch.bfloat16),  # no branch, all unsigned
+        (33, 258, 16, 5, True, (64, 192), torch.float32),  # a LoRA of odd rank, scales in fp32
+        (17, 65, 16, 0, True, (0, 0), torch.bfloat16),  # an odd column
+    ],
+)
+def test_the_emulated_layer_agrees_with_the_reference(
+    monkeypatch, m, n, rank, lora, biased, act_unsigned, parts, dtype
+):
+    emulated(monkeypatch)
+    layer = random_layer("int4", n, 192, rank, act_unsigned, parts)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(m, 192, generator=generator).to(dtype)
+    bias = torch.randn(n, generator=generator) if biased else None
+    factors = (torch.randn(192, lora, generator=generator) / 14, torch.randn(n, lora, generator=generator))
+    extra = factors if lora else None
+    y = int4_linear.int4_linear(x, layer, bias, extra)
+    expected = reference_linear(x, layer, bias, extra, "w4a4")
+    packed = int4_linear.int4_linear(x, layer, bias, extra, pack_fragments(layer["qweight"], layer["wscales"]))
+    assert y.shape == (m, n) and torch.equal(y, packed)
+    # the branch and the bias are rounded to the dtype of x once more than in the reference: two roundings of terms
+    # below 8 in all
+    assert (y - expected).abs().max() <= 8 * torch.finfo(dtype).eps * 2
+
+
+def test_a_wrong_variant_never_computes_for_a_user(monkeypatch):
+    """Its own check finds the swapped operands before the first result is handed out."""
+    emulated(monkeypatch)
+    right = emulator.mma
+    monkeypatch.setattr(emulator, "mma", lambda name, a, b, c: right(name, a, b[::-1], c))
+    layer = random_layer("int4", 64, 128, 16, dtype=torch.bfloat16)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="is wrong by"):
+            int4_linear.int4_linear(torch.ones(3, 128, dtype=torch.float16), layer, None, None)
+
+
+def test_nan_in_a_row_stays_in_that_row(monkeypatch):
+    emulated(monkeypatch)
+    layer = random_layer("int4", 64, 128, 16, dtype=torch.bfloat16)
+    x = torch.ones(20, 128, dtype=torch.bfloat16)
+    x[3, 70] = torch.nan
+    y = int4_linear.int4_linear(x, layer, None, None)
+    assert y[3].isnan().all() and not y[[*range(3), *range(4, 20)]].isnan().any()
+
+
+def test_the_quantizer_follows_the_format_bit_by_bit():
+    """In a process of its own: triton decides at import whether kernels are interpreted."""
+    pytest.importorskip("numpy")
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("interpret_quantizer.py"), root],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (Call("nvfp4", CUDA, torch.float16, "w4a4", (8, 9)), "this layer is nvfp4"),
+        (Call("int4", CUDA, torch.float16, "w16", (8, 9)), "not w16"),
+        (Call("int4", torch.device("cpu"), torch.float16, "w4a4"), "needs an NVIDIA GPU"),
+        (Call("int4", CUDA, torch.float16, "w4a4", (9, 0)), "this GPU has 9.0"),
+        (Call("int4", CUDA, torch.float16, "w4a4", (12, 0)), "this GPU has 12.0"),
+        (Call("int4", CUDA, torch.float16, "w4a4", (7, 0)), "this GPU has 7.0"),
+        (Call("int4", CUDA, torch.bfloat16, "w4a4", (7, 5)), "not torch.bfloat16"),
+        (Call("int4", CUDA, torch.float32, "w4a4", (8, 6)), "not torch.float32"),
+    ],
+    ids=str,
+)
+def test_a_call_it_cannot_run_is_refused_with_a_reason(call, reason):
+    assert reason in backend.refuses(call)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9)], ids=str)
+def test_int4_tensor_cores_are_accepted(capability):
+    assert backend.refuses(Call("int4", CUDA, torch.float16, "w4a4", capability)) is None
+
+
+def test_without_gluon_the_reason_is_kept(monkeypatch):
+    monkeypatch.setattr(backend, "missing", lambda: "triton is not installed")
+    assert backend.refuses(Call("int4", CUDA, torch.float16, "w4a4", (8, 9))) == "triton is not installed"

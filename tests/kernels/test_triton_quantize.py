@@ -1,0 +1,132 @@
+"""Triton's quantization kernels make the codes that kernels/stages.py defines."""
+
+import pytest
+import torch
+
+from svdquant_pack.kernels import stages
+from svdquant_pack.kernels.formats.nvfp4 import from_e2m1
+from svdquant_pack.kernels.packing import sign_extend, unpack
+
+launch = pytest.importorskip("svdquant_pack.kernels.backends.triton.launch")
+CODES = ("int4", "int8_group", "int8_row", "fp8_row", "nvfp4")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def have(codes: str, device: torch.device) -> None:
+    if device.type == "cuda" and codes in ("fp8_row", "nvfp4") and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no fp8")
+
+
+def numbers(qact: torch.Tensor, codes: str, unsigned: bool) -> torch.Tensor:
+    """Codes as float32, one per channel."""
+    if codes == "int4":
+        return unpack(qact).float() if unsigned else sign_extend(unpack(qact)).float()
+    return from_e2m1(unpack(qact)) if codes == "nvfp4" else qact.float()
+
+
+def compare(x, smooth, down, codes, channels, device):
+    """Codes differ from the definition's in few places, by one step; scales and branch by their rounding."""
+    have(codes, device)
+    wanted = stages.quantize_activation(x, smooth, down, codes, channels)
+    arguments = [None if tensor is None else tensor.to(device) for tensor in (x, smooth, down)]
+    found = launch.quantize(*arguments, codes, channels)
+    unsigned = channels[0] != channels[1]
+    ours, theirs = (numbers(qact.cpu(), codes, unsigned) for qact in (found[0], wanted[0]))
+    # the reciprocal of the smoothing is rounded, so a value on a tie may fall to the other side
+    assert (ours != theirs).float().mean() <= 2e-3
+    torch.testing.assert_close(found[1].cpu().float(), wanted[1].float(), rtol=0.01, atol=0, equal_nan=True)
+    if down is None:
+        assert found[2] is None
+    else:
+        tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[x.dtype]
+        torch.testing.assert_close(found[2].cpu(), wanted[2], rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def inputs(m: int, k: int, rank: int, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(m + k + rank)
+    x = torch.randn(m, k, generator=generator) * torch.randn(k, generator=generator).exp()
+    smooth = torch.rand(k, generator=generator) + 0.5
+    down = torch.randn(k, rank, generator=generator) / k**0.5
+    return x.to(dtype), smooth.to(dtype), down.to(dtype)
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k", "rank"), [(1, 128, 16), (37, 192, 48), (530, 64, 32), (530, 64, 144)])
+def test_codes_scales_and_branch(codes, dtype, m, k, rank, device):
+    x, smooth, down = inputs(m, k, rank, dtype)
+    compare(x, smooth, down, codes, (0, 0), device)
+
+
+@pytest.mark.parametrize("codes", ["int4", "int8_group", "int8_row", "fp8_row"])
+@pytest.mark.parametrize("channels", [(0, 192), (64, 192), (64, 128)])
+def test_unsigned_channels_are_shifted(codes, channels, device):
+    x, smooth, down = inputs(19, 192, 16, torch.bfloat16)
+    x = torch.nn.functional.gelu(x.float(), approximate="tanh").bfloat16()
+    if codes == "int4" and channels != (0, 192):  # codes of both kinds: compared as nibbles
+        found = launch.quantize(x.to(device), smooth.to(device), None, codes, channels)[0].cpu()
+        wanted = stages.quantize_activation(x, smooth, None, codes, channels)[0]
+        assert (unpack(found) != unpack(wanted)).float().mean() <= 2e-3
+    else:
+        compare(x, smooth, down, codes, channels, device)
+
+
+def test_values_below_the_shift_saturate_at_zero(device):
+    x = torch.full((3, 64), -5.0)
+    x[:, 0] = 2.0
+    qact, _, _ = launch.quantize(x.to(device), None, None, "int4", (0, 64))
+    assert unpack(qact.cpu())[:, 1:].eq(0).all() and unpack(qact.cpu())[:, 0].eq(15).all()
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_reach_the_scale(codes, bad, device):
+    have(codes, device)
+    x = torch.randn(5, 128)
+    x[3, 70] = bad
+    scales = launch.quantize(x.to(device), None, None, codes, (0, 0))[1].cpu().float()
+    if codes in ("int8_row", "fp8_row"):
+        assert scales.isnan().tolist() == [False, False, False, True, False]
+    else:
+        group = 70 // (128 // scales.shape[0])
+        assert scales.isnan().nonzero().tolist() == [[group, 3]]
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_zeros_are_zeros(codes, device):
+    have(codes, device)
+    qact, scales, _ = launch.quantize(torch.zeros(3, 128, device=device), None, None, codes, (0, 0))
+    assert numbers(qact.cpu(), codes, False).eq(0).all() and scales.cpu().float().eq(0).all()
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_no_rows_and_strided_rows(codes, device):
+    have(codes, device)
+    x, smooth, down = inputs(24, 128, 16, torch.float32)
+    empty = launch.quantize(x[:0].to(device), smooth.to(device), down.to(device), codes, (0, 0))
+    assert empty[0].shape[0] == 0 and empty[2].shape == (0, 16)
+    wide = torch.cat((x, x), 1).to(device)
+    for view in (wide[::3, :128], wide.t().contiguous().t()[::3, :128]):
+        found = launch.quantize(view, smooth.to(device), down.to(device), codes, (0, 0))
+        whole = launch.quantize(x[::3].to(device), smooth.to(device), down.to(device), codes, (0, 0))
+        for one, other in zip(found, whole, strict=True):
+            assert torch.equal(one.cpu().float(), other.cpu().float())
+
+
+@pytest.mark.parametrize(("codes", "rule"), [("int4", "signed_extreme"), ("nvfp4", "four_six")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [(0, 0), (64, 128)])
+def test_other_rules_for_the_scale(codes, rule, dtype, channels, device):
+    have(codes, device)
+    if codes == "nvfp4" and channels != (0, 0):
+        channels = (0, 0)
+    x, smooth, _ = inputs(40, 192, 16, dtype)
+    x[1] = -x[0]
+    x[2, 5], x[2, 6] = 50, -50  # both signs of the extreme
+    x[3] = 0
+    wanted = stages.quantize_activation(x, smooth, None, codes, channels, rule)
+    found = launch.quantize(x.to(device), smooth.to(device), None, codes, channels, rule)
+    assert (unpack(found[0].cpu()) != unpack(wanted[0])).float().mean() <= 3e-3
+    differ = (found[1].cpu().float() != wanted[1].float()).float().mean()
+    assert differ <= (0.01 if dtype != torch.float32 else 1)
+    torch.testing.assert_close(found[1].cpu().float(), wanted[1].float(), rtol=0.51, atol=0)

@@ -1,0 +1,197 @@
+"""Every kind of LoRA on every 4-bit layer, by the stock code path, against the dense model: per layer."""
+
+import pytest
+import torch
+
+pytest.importorskip("comfy.lora", reason="no ComfyUI: set COMFYUI_PATH")
+
+from svdquant_pack.nodes.comfy_model import ModelSource, load_model, load_pinned_model
+from svdquant_pack.quantize.build import quantize_model
+from svdquant_pack.quantize.checkpoint import open_checkpoint
+from svdquant_pack.quantize.lora_fit import LoraLimits
+from svdquant_pack.quantize.lora_terms import LoraError
+from svdquant_pack.quantize.recipe import Recipe
+from svdquant_pack.tests.nodes import zoo
+from svdquant_pack.tests.nodes.lora_files import (
+    EXACT_KINDS,
+    KINDS,
+    as_file,
+    dense_of,
+    dense_weights,
+    layer_errors,
+    lora_of,
+    slices_of,
+    tensors_of,
+    with_file,
+)
+
+EXACT = 1e-5  # float32 sums in another order
+FITTED = 2e-4  # at most a millionth of the delta's energy is left out, and the delta is a tenth of the weight
+
+
+@pytest.fixture(scope="module", params=["int4", "nvfp4"])
+def pair(request, checkpoints, demo_file):
+    """(4-bit FLUX model without activation rounding, dense model that holds its decoded weights)."""
+    return load_model(str(checkpoints[request.param]), compute="w16"), dense_of(
+        open_checkpoint(checkpoints[request.param]), demo_file
+    )
+
+
+def assert_equal_and_moved(pair, patched, bound: float) -> None:
+    errors = layer_errors(*patched)
+    worst = max(errors, key=errors.get)
+    assert errors[worst] < bound, worst
+    still = layer_errors(pair[0], patched[1])
+    assert min(still.values()) > 1e-3, "the patch changes every layer"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_kind_in_every_layer(pair, kind):
+    lora = lora_of((kind,), dense_weights(*pair))
+    patched = [with_file(patcher, lora, 0.7) for patcher in pair]
+    assert_equal_and_moved(pair, patched, EXACT if kind in EXACT_KINDS else FITTED)
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.6, 1.7])
+def test_any_strength(pair, strength):
+    lora = lora_of(EXACT_KINDS, dense_weights(*pair))
+    patched = [with_file(patcher, lora, strength) for patcher in pair]
+    assert_equal_and_moved(pair, patched, EXACT)
+
+
+def test_strength_0_is_the_model_itself(pair):
+    lora = lora_of(KINDS, dense_weights(*pair))
+    zero = pair[0].clone()
+    zero.add_patches({key: ("diff", (weight,)) for key, weight in dense_weights(*pair).items()}, 0.0)
+    zero = with_file(zero, lora, 0.0)
+    assert not zero.branches()
+
+
+@pytest.mark.parametrize("order", [0, 3])
+def test_two_at_once(pair, order):
+    """DoRA and OFT act on the weight as the patches before them have left it, as they do in ComfyUI."""
+    weights = dense_weights(*pair)
+    first, second = (lora_of(KINDS, weights, seed) for seed in (order + 1, order + 2))
+    patched = [with_file(with_file(patcher, first, 0.8), second, -0.3) for patcher in pair]
+    assert max(layer_errors(*patched).values()) < FITTED
+
+
+def test_slices_of_fused_weights(pair):
+    lora = slices_of(pair[0])
+    assert len(lora) > 3 * 10
+    patched = [with_file(patcher, lora, 1.3) for patcher in pair]
+    assert max(layer_errors(*patched).values()) < EXACT
+    widths = {key: branch.rank for key, branch in patched[0].branches().items()}
+    # q, k and v at rank 4 share a block of 16 columns; linear1 also has a name for the three of them together
+    assert all(width == (32 if "linear1" in key else 16) for key, width in widths.items())
+
+
+def test_a_function_on_the_rows_is_exact(pair):
+    """The host swaps shift and scale of some layers this way."""
+    key, weight = next(iter(dense_weights(*pair).items()))
+    from comfy.weight_adapter import LoRAAdapter
+
+    made = tensors_of("lora", weight, 3)
+    adapter = LoRAAdapter(set(), (made["lora_up.weight"], made["lora_down.weight"], 2.0, None, None, None))
+    patched = [patcher.clone() for patcher in pair]
+    for patcher in patched:
+        patcher.add_patches({(key, None, lambda delta: torch.cat(delta.chunk(2)[::-1])): adapter}, 0.9)
+    assert layer_errors(*patched)[key] < EXACT
+
+
+def test_a_patch_may_scale_the_models_own_weight(pair):
+    lora = lora_of(("lora",), dense_weights(*pair))
+    from comfy.lora import load_lora, model_lora_keys_unet
+
+    patched = [patcher.clone() for patcher in pair]
+    for patcher in patched:
+        patches = load_lora(lora, model_lora_keys_unet(patcher.model, {}))
+        patcher.add_patches(patches, 0.5)
+        patcher.add_patches(patches, 0.4, 0.75)
+    assert max(layer_errors(*patched).values()) < EXACT
+
+
+def test_bias_and_unquantized_layers_take_the_hosts_way(pair):
+    lora = {}
+    for key, tensor in pair[1].model.state_dict().items():
+        if key not in pair[0].packed_layers() and key.startswith("diffusion_model."):
+            name, _, suffix = key.rpartition(".")
+            lora |= {f"{name}.diff_b": 0.1 * torch.randn_like(tensor)} if suffix == "bias" else {}
+            lora |= {f"{name}.diff": 0.1 * torch.randn_like(tensor)} if suffix == "weight" else {}
+    patched = [with_file(patcher, lora, 0.5) for patcher in pair]
+    assert max(layer_errors(*patched).values()) < EXACT
+    assert min(layer_errors(pair[0], patched[1]).values()) > 1e-3, "every bias moved"
+    from svdquant_pack.tests.nodes.sampling import forward, relative
+
+    assert relative(*(forward(patcher) for patcher in patched)) < EXACT
+    assert relative(forward(pair[0]), forward(patched[1])) > 0.01
+
+
+def test_a_lora_may_widen_the_image_input(pair):
+    """The canny and depth LoRAs do; the image input stays in 16 bit."""
+    made = {"lora_up.weight": torch.randn(128, 4), "lora_down.weight": torch.randn(4, 128)}
+    lora = {f"diffusion_model.img_in.{name}": tensor for name, tensor in made.items()}
+    lora["diffusion_model.img_in.reshape_weight"] = torch.tensor([128, 128])
+    import comfy.model_management
+
+    patched = [with_file(patcher, lora, 1.0) for patcher in pair]
+    for patcher in patched:
+        comfy.model_management.load_models_gpu([patcher])
+    widened = [patcher.model.diffusion_model.img_in.weight.clone() for patcher in patched]
+    assert widened[0].shape == (128, 128)
+    assert torch.equal(*widened)
+    for patcher in pair:
+        comfy.model_management.load_models_gpu([patcher])
+        assert patcher.model.diffusion_model.img_in.weight.shape == (128, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_files_in_every_precision(pair, dtype, tmp_path):
+    file = lora_of(EXACT_KINDS, dense_weights(*pair))
+    lora = as_file({name: t.to(dtype) if t.ndim else t for name, t in file.items()}, tmp_path / "lora.safetensors")
+    patched = [with_file(patcher, lora, 0.9) for patcher in pair]
+    assert max(layer_errors(*patched).values()) < EXACT
+
+
+def test_a_full_change_is_kept_to_the_stated_energy_or_refused(pair):
+    weights = dense_weights(*pair)
+    lora = lora_of(("diff",), weights)
+    lora = {name: torch.randn_like(tensor) for name, tensor in lora.items()}
+    strict = with_file(pair[0], lora, 1.0)
+    strict.set_lora_limits(LoraLimits(max_rank=32))
+    with pytest.raises(LoraError, match=r"double_blocks\.0\.img_attn\.\w+: .*'diff'.* keep \d+\.\d% .*at least 98.0%"):
+        strict.branches()
+    loose = with_file(pair[0], lora, 1.0)
+    loose.set_lora_limits(LoraLimits(max_rank=64, max_lost=0.99))
+    notes = {}
+    for key, branch in loose.branches(notes=notes).items():
+        delta = lora[key.removesuffix(".weight") + ".diff"]
+        found = branch.dense_weight(weights[key]) - weights[key]
+        lost = ((found - delta).norm() / delta.norm()).square().item()
+        assert lost == pytest.approx(1 - notes[key][0].kept, abs=0.02)
+        assert 0.01 < lost < 0.99
+
+
+FAMILIES = [name for name in zoo.ZOO if name != "flux"]  # the demo is FLUX
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_takes_every_kind(name, tmp_path):
+    """The kinds are dealt out over the layers, in two files at once."""
+    if reason := zoo.missing(name):
+        pytest.skip(reason)
+    path = zoo.save(name, tmp_path / "16bit.safetensors")
+    source = ModelSource(load_pinned_model(str(path)))
+    quantize_model(source, tmp_path / "4bit.safetensors", Recipe(rank=16, alternations=1))
+    checkpoint = open_checkpoint(tmp_path / "4bit.safetensors")
+    pair = load_model(str(checkpoint.path), compute="w16"), dense_of(checkpoint, path)
+    weights = dense_weights(*pair)
+    for seed, strengths in ((0, (1.0, 0.0)), (4, (-0.5, 1.6))):
+        files = [lora_of(KINDS, weights, seed), {**lora_of(("lora",), weights, seed + 1), **slices_of(pair[0])}]
+        patched = pair
+        for file, strength in zip(files, strengths, strict=True):
+            patched = [with_file(patcher, file, strength) for patcher in patched]
+        errors = layer_errors(*patched)
+        worst = max(errors, key=errors.get)
+        assert errors[worst] < FITTED, worst
+        assert min(layer_errors(pair[0], patched[1]).values()) > 1e-3, "every layer changes"

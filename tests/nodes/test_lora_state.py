@@ -1,0 +1,228 @@
+"""What a LoRA leaves behind: nothing. Clones, strengths, memory, interruption, 200 cycles."""
+
+import gc
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("comfy.lora", reason="no ComfyUI: set COMFYUI_PATH")
+
+import comfy.model_management
+
+from svdquant_pack.nodes.comfy_model import load_model
+from svdquant_pack.quantize.lora_terms import LoraError
+from svdquant_pack.tests.nodes.lora_files import KINDS, lora_of, with_file
+from svdquant_pack.tests.nodes.sampling import forward, relative
+
+
+@pytest.fixture
+def plain(checkpoints):
+    patcher = load_model(str(checkpoints["int4"]), compute="w16")
+    yield patcher
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture(scope="module")
+def weights(checkpoints):
+    """weight key -> dense weight, as a base for LoRAs."""
+    patcher = load_model(str(checkpoints["int4"]))
+    layers = patcher.packed_layers().items()
+    return {key: module.packed.layer(module.weight.detach()).dense_weight() for key, module in layers}
+
+
+def loaded(patcher):
+    """4-bit layers that have a branch."""
+    return [module for module in patcher.packed_layers().values() if module.branch is not None]
+
+
+def test_on_off_on_is_bit_equal(plain, weights):
+    strong = with_file(plain, lora_of(KINDS, weights), 0.7)
+    outputs = [forward(patcher) for patcher in (plain, strong, plain, strong, plain)]
+    assert not torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[2], outputs[4])
+    assert torch.equal(outputs[1], outputs[3])
+
+
+def test_clones_share_weights_and_no_lora(plain, weights):
+    first, second = (with_file(plain, lora_of(("lora",), weights, seed), 1.0) for seed in (0, 1))
+    third = first.clone()
+    assert third.model is plain.model
+    alone = forward(second)
+    assert not torch.equal(forward(first), alone)
+    assert torch.equal(forward(second), alone)
+    assert torch.equal(forward(third), forward(first))
+    assert not plain.branches()
+
+
+def test_order_of_loras_does_not_matter(plain, weights):
+    files = [lora_of(("lora", "lokr", "loha"), weights, seed) for seed in (0, 1)]
+    there = forward(with_file(with_file(plain, files[0], 0.8), files[1], -0.5))
+    back = forward(with_file(with_file(plain, files[1], -0.5), files[0], 0.8))
+    assert relative(there, back) < 1e-5
+
+
+def test_a_change_of_strength_touches_no_factor(plain, weights):
+    file = lora_of(("lora", "lokr", "loha"), weights)
+    weak, strong = (with_file(plain, file, strength) for strength in (0.3, 0.9))
+    forward(weak)
+    before = [(module.branch.parts, module._loaded.down, module._loaded.krons) for module in loaded(weak)]
+    places = [module.weight.data_ptr() for module in loaded(weak)]
+    entries = len(plain.model.svdquant_parts)
+    output = forward(strong)
+    assert len(plain.model.svdquant_parts) == entries
+    for (parts, down, krons), module in zip(before, loaded(strong), strict=True):
+        assert all(one is other for one, other in zip(parts, module.branch.parts, strict=True))
+        assert module._loaded.down is down and module._loaded.krons is krons
+    assert [module.weight.data_ptr() for module in loaded(strong)] == places, "no weight was moved"
+    fresh = with_file(plain, {name: tensor.clone() for name, tensor in file.items()}, 0.9)
+    assert torch.equal(forward(fresh), output)
+
+
+def test_a_lora_on_16bit_layers_too_is_swapped_as_a_whole(plain, weights):
+    """The host has to patch those: the short way is not for them."""
+    other = {"diffusion_model.img_in.weight": torch.zeros(128, 64)}
+    file = {**lora_of(("lora",), weights), **lora_of(("lora",), other, 5)}
+    file["diffusion_model.img_in.lora_up.weight"] = torch.randn(128, 4)
+    one, two = (with_file(plain, file, strength) for strength in (0.3, 0.9))
+    first, second = forward(one), forward(two)
+    changed = plain.model.diffusion_model.img_in.weight.clone()
+    assert not torch.equal(first, second)
+    assert torch.equal(forward(one), first)
+    assert not torch.equal(plain.model.diffusion_model.img_in.weight, changed)
+
+
+def test_memory_is_in_the_size_that_the_host_makes_room_for(plain, weights):
+    strong = with_file(plain, lora_of(KINDS, weights), 1.0)
+    branches = sum(branch.numel for branch in strong.branches().values())
+    assert strong.model_size() == plain.model_size() + 4 * branches  # float32 on a CPU
+    assert strong.clone().model_size() == strong.model_size()
+    assert with_file(strong, lora_of(("lora",), weights, 1), 1.0).model_size() > strong.model_size()
+    forward(strong)
+    assert strong.loaded_size() == strong.model_size()
+    forward(plain)
+    assert plain.loaded_size() == plain.model_size()
+
+
+def test_half_loaded_is_the_same_model_with_every_kind(plain, weights, caplog):
+    strong = with_file(plain, lora_of(KINDS, weights), 0.7)
+    whole = forward(strong)
+    comfy.model_management.unload_all_models()
+    with caplog.at_level(logging.WARNING):
+        strong.patch_model(strong.load_device, lowvram_model_memory=strong.model_size() // 2)
+        strong.partially_unload(strong.offload_device, 200_000)
+    assert not any(module.weight_function for module in strong.packed_layers().values())
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert plain.model.svdquant_room == strong.branch_bytes() <= strong.loaded_size() < strong.model_size()
+    assert torch.equal(forward(strong), whole)
+    strong.detach()
+    assert strong.loaded_size() == 0
+    assert not loaded(strong)
+
+
+def test_what_a_file_needs_is_freed_with_it(plain, weights):
+    forward(plain)
+    strong = with_file(plain, lora_of(KINDS, weights), 0.7)
+    forward(strong)
+    assert len(plain.model.svdquant_parts) > 0
+    forward(plain)
+    del strong
+    gc.collect()
+    assert len(plain.model.svdquant_parts) == 0
+    assert not loaded(plain)
+
+
+def test_200_cycles_leave_no_memory(plain, weights):
+    """Counted in tensors that are alive, not in bytes of the process: those depend on the allocator."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    few = dict(list(weights.items())[:10])
+    sizes = []
+    for cycle in range(200):
+        strong = with_file(plain, lora_of(KINDS[:6], few, cycle), 0.7)
+        comfy.model_management.load_models_gpu([strong])
+        next(iter(strong.packed_layers().values()))(torch.zeros(1, 128))
+        comfy.model_management.load_models_gpu([plain])
+        if cycle % 66 == 1:
+            comfy.model_management.unload_all_models()
+        if cycle in (9, 199):
+            del strong
+            sizes.append(alive())
+    assert sizes[0] == sizes[1]
+    assert len(plain.model.svdquant_parts) == 0
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", ["branches", "host"])
+def test_interrupted_loading_leaves_the_model_as_before(plain, weights, monkeypatch, where):
+    first = with_file(plain, lora_of(("lora",), weights, 0), 1.0)
+    before = forward(first)
+    second = with_file(plain, lora_of(KINDS, weights, 1), 1.0)
+    second.add_patches({"diffusion_model.img_in.bias": ("diff", (torch.ones(128),))})
+    calls = []
+
+    def stop(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > (8 if where == "branches" else 0):
+            raise Stopped
+        return original(*args, **kwargs)
+
+    if where == "branches":
+        from svdquant_pack.nodes import comfy_lora as place
+
+        original = place.columns_of
+        monkeypatch.setattr(place, "columns_of", stop)
+    else:
+        from comfy.model_patcher import ModelPatcher as place  # noqa: N813 - a place to break
+
+        original = place.patch_weight_to_device
+        monkeypatch.setattr(place, "patch_weight_to_device", stop)
+    with pytest.raises(Stopped):
+        forward(second)
+    monkeypatch.undo()
+    assert torch.equal(forward(first), before)
+    forward(second)
+    assert torch.equal(forward(first), before)
+
+
+def test_a_wrapped_forward_adds_to_the_layer(plain, weights):
+    """What the bypass loaders of newer hosts do: module.forward is replaced and adds h(x)."""
+    key, weight = next(iter(weights.items()))
+    module, x = plain.packed_layers()[key], torch.randn(2, 3, weight.shape[1])
+    with_file(plain, lora_of(("lora",), weights), 1.0)
+    comfy.model_management.load_models_gpu([plain])
+    original, base = module.forward, module(x)
+    down, up = torch.randn(weight.shape[1], 4), torch.randn(weight.shape[0], 4)
+    module.forward = lambda x, *args, **kwargs: original(x, *args, **kwargs) + (x @ down) @ up.T
+    try:
+        assert torch.allclose(module(x), base + (x @ down) @ up.T, rtol=1e-5, atol=1e-4)
+    finally:
+        del module.forward
+    assert torch.equal(module(x), base)
+
+
+def test_merges_are_refused_by_name(plain, demo_model):
+    from comfy_extras.nodes_model_merging import ModelAdd, ModelMergeSimple, ModelSubtract
+
+    four_bit, dense = plain, demo_model
+    for merge in (
+        lambda: ModelMergeSimple().merge(four_bit, dense, 0.5),
+        lambda: ModelAdd().merge(four_bit, dense),
+        lambda: ModelSubtract().merge(four_bit, dense, 1.0),
+        lambda: ModelMergeSimple().merge(dense, four_bit, 0.5),
+    ):
+        with pytest.raises(LoraError, match="4-bit model cannot be merged; merge the 16-bit models"):
+            merge()
+    assert not plain.branches()
+
+
+def test_saving_says_that_the_loras_are_missing(plain, weights, caplog):
+    strong = with_file(plain, lora_of(("lora",), weights), 1.0)
+    comfy.model_management.load_models_gpu([strong], force_patch_weights=True)
+    assert "SVDQuant Bake LoRA" in caplog.text

@@ -1,0 +1,41 @@
+"""Recorded files of the reference packers: `golden/public` beside the repository, or where SVDQUANT_GOLDEN points."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path(os.environ.get("SVDQUANT_GOLDEN", ROOT.parent / "shared" / "golden" / "public"))
+SIDECARS: dict[str, dict[str, Any]] = {
+    path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))
+}
+
+needs_golden = pytest.mark.skipif(
+    not SIDECARS, reason=f"no golden files in {FOLDER}: set SVDQUANT_GOLDEN to a folder of them"
+)
+
+
+def of_kind(kind: str) -> list[str]:
+    return [name for name, sidecar in SIDECARS.items() if sidecar["kind"] == kind]
+
+
+def path_of(name: str) -> Path:
+    return FOLDER / SIDECARS[name]["file"]
+
+
+def tensors_of(name: str, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors whose names start with `prefix`, without it, checked against the sidecar."""
+    tensors = load_file(path_of(name))
+    for key, recorded in SIDECARS[name]["tensors"].items():
+        assert sha256(tensors[key]) == recorded["sha256"], f"{name}: {key} is not what its sidecar says"
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,0 +1,142 @@
+"""GPTQ, Gram matrices and the low-rank refit against their definitions in float64."""
+
+import pytest
+import torch
+
+from svdquant_pack.kernels import LayerSpec
+from svdquant_pack.quantize import lowrank
+from svdquant_pack.quantize.gptq import factorize, gptq
+from svdquant_pack.quantize.moments import Gram, gather
+from svdquant_pack.quantize.rounding import absmax_scales, round_activation, searched_scales
+
+
+def tokens(m: int, k: int, seed: int = 0) -> torch.Tensor:
+    """Strongly correlated rows with a mean: what GPTQ lives from."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(k, k, generator=generator) * torch.logspace(0, -2, k)[:, None]
+    return torch.randn(m, k, generator=generator) @ basis + torch.randn(k, generator=generator)
+
+
+def gram(x: torch.Tensor, largest: int = 1 << 20) -> Gram:
+    made = Gram.zeros(x.shape[1], largest, x.device)
+    made.add(x)
+    made.finish(len(x), torch.zeros(x.shape[1]))
+    return made
+
+
+def slow_gptq(target, hessian, scales, damping):
+    """The definition, one column at a time: the inverse of what is left of H spreads each error over what follows."""
+    target, h = target.double().clone(), hessian.double().clone()
+    order = h.diagonal().argsort(descending=True, stable=True)
+    h.diagonal().add_(damping * h.diagonal().mean())
+    group, rounded, left = target.shape[1] // scales.step.shape[1], torch.zeros_like(target), order.tolist()
+    while left:
+        column = left[0]
+        inverse = torch.linalg.inv(h[left][:, left])
+        near = scales.nearest(target[:, column].float(), scales.step[:, column // group]).double()
+        rounded[:, column] = near
+        error = (target[:, column] - near) / inverse[0, 0]
+        target[:, left[1:]] -= error[:, None] * inverse[0, 1:]
+        left = left[1:]
+    return rounded
+
+
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+@pytest.mark.parametrize("k", [64, 192])  # inside one block of columns, and across two
+def test_gptq_is_its_definition(format, k):
+    weight = torch.randn(12, k, generator=torch.Generator().manual_seed(1))
+    hessian = gram(tokens(400, k))
+    scales = absmax_scales(weight, format, torch.bfloat16)
+    fast = gptq(weight, factorize(hessian), scales)
+    slow = slow_gptq(weight, hessian.blocks[0], scales, 0.01)
+    # float32 against float64: an element at the edge of a rounding cell may fall to the other side
+    assert (fast.double() != slow.float().double()).float().mean() < 0.02
+    difference = (weight - fast).double(), weight.double() - slow
+    errors = [(d @ hessian.blocks[0].double() * d).sum().item() for d in difference]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
+def test_gptq_beats_rounding_to_nearest_in_the_metric_it_minimizes():
+    weight, hessian = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)), gram(tokens(1000, 256))
+    scales = searched_scales(weight, "int4", torch.bfloat16)
+
+    def error(rounded):
+        return ((weight - rounded) @ hessian.blocks[0] * (weight - rounded)).sum()
+
+    assert error(gptq(weight, factorize(hessian), scales)) < 0.5 * error(scales.round(weight))
+
+
+def test_dead_and_constant_channels_do_no_harm():
+    x = tokens(300, 128)
+    x[:, 7], x[:, 20] = 0, x[:, 21]  # dead, and an exact copy: H is singular
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(1))
+    scales = absmax_scales(weight, "int4", torch.bfloat16)
+    rounded = gptq(weight, factorize(gram(x), damping=0.0), scales)
+    assert rounded.isfinite().all() and torch.equal(rounded[:, 7], scales.round(weight)[:, 7])
+
+
+def test_a_block_diagonal_hessian_is_gptq_of_each_block():
+    x, weight = tokens(500, 256), torch.randn(8, 256, generator=torch.Generator().manual_seed(1))
+    scales = absmax_scales(weight, "int4", torch.bfloat16)
+    whole = gptq(weight, factorize(gram(x, 128)), scales)
+    assert gram(x, 128).starts == (0, 128)
+    for part in (slice(0, 128), slice(128, 256)):
+        own = absmax_scales(weight[:, part], "int4", torch.bfloat16)
+        assert torch.equal(whole[:, part], gptq(weight[:, part], factorize(gram(x[:, part])), own))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+def test_moments_are_those_of_the_dense_input(format, centred):
+    x, smooth = tokens(700, 128) * 3 + 50, torch.rand(128, generator=torch.Generator().manual_seed(2)) + 0.5
+    spec = LayerSpec(format, 8, 128, 0, (64, 128) if format == "int4" else (0, 0))
+    found = gather(x, smooth, spec, centred=centred)
+    shifted = x.double()
+    shifted[:, slice(*spec.act_unsigned)] += 0.171875
+    z = shifted / smooth
+    zq = round_activation(z.float(), spec).double()
+    for mean, matrix, value in ((found.mean, found.raw, z), (found.mean_rounded, found.rounded, zq)):
+        expected = value.mean(0) if centred else torch.zeros(128, dtype=torch.float64)
+        torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-5)
+        dense = value.T @ value / len(value) - torch.outer(expected, expected)
+        torch.testing.assert_close(matrix.blocks[0].double(), dense, rtol=1e-3, atol=1e-4 * dense.diagonal().max())
+
+
+def test_the_refit_is_the_least_squares_fit_of_its_rank():
+    """Without a rank limit it solves min ||X R.T - X L.T||; at rank r no other rank-r matrix may be better."""
+    x, residual = tokens(600, 48).double(), torch.randn(32, 48, generator=torch.Generator().manual_seed(1))
+    root = gram(x.float()).root(0)
+    down, up = lowrank.refit(residual, root, 6, 0)
+    fit = x @ (residual.double() - up.double() @ down.double().T).T
+    # the definition, by a full SVD of the output: the best rank-6 output is reachable from X, so it bounds the fit
+    output = x @ residual.double().T
+    bound = torch.linalg.svdvals(output)[6:].square().sum().sqrt()
+    assert fit.norm() == pytest.approx(bound.item(), rel=1e-3)
+    down, up = lowrank.refit(residual, root, 32, 0)
+    solution = torch.linalg.lstsq(x, output).solution.T
+    torch.testing.assert_close((up @ down.T).double(), solution, rtol=1e-3, atol=1e-3)
+
+
+def test_the_refit_of_a_block_diagonal_metric_is_that_of_the_matrix():
+    x, residual = tokens(600, 256), torch.randn(32, 256, generator=torch.Generator().manual_seed(1))
+    blocks = gram(x, 128)
+    dense = torch.block_diag(*blocks.blocks)
+    down, up = lowrank.refit(residual, blocks.root(1e-5), 8, 0)
+    down2, up2 = lowrank.refit(residual, Gram((0,), (dense,)).root(1e-5), 8, 0)
+    torch.testing.assert_close(up @ down.T, up2 @ down2.T, rtol=1e-2, atol=1e-2)
+
+
+def test_balance_keeps_the_product_and_small_ranks_are_padded():
+    down, up = torch.randn(64, 4) * 1e-3, torch.randn(32, 4) * 1e3
+    down2, up2 = lowrank.balance(down, up)
+    torch.testing.assert_close(up2 @ down2.T, up @ down.T)
+    torch.testing.assert_close(down2.norm(dim=0), up2.norm(dim=0))
+    assert lowrank.pad(down, 16).shape == (64, 16) and not lowrank.pad(down, 16)[:, 4:].any()
+
+
+def test_exact_and_randomized_splits_agree():
+    matrix = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
+    exact = lowrank.split_exactly(matrix, 8)
+    fast = lowrank.split(matrix, 8, 0)
+    errors = [(matrix - up @ down.T).norm() for down, up in (exact, fast)]
+    assert errors[0] <= errors[1] * (1 + 1e-5) and errors[1] < 1.01 * errors[0]

@@ -1,0 +1,150 @@
+"""Statistics: streamed equals dense, every stratum is present, runs add up, files merge."""
+
+import pytest
+import torch
+
+from svdquant_pack.quantize.statistics import (
+    BUCKETS,
+    Call,
+    Statistics,
+    StatisticsError,
+    bucket_of,
+    describe,
+    merge,
+    survivors,
+    tokens_for,
+)
+
+K = 32
+
+
+def new(path, room=256, layers=("a", "b")):
+    return Statistics.create(path, dict.fromkeys(layers, K), room, {"family": "flux", "shared": {"c": "a"}})
+
+
+def feed(statistics, seed=0, steps=10, batch=4, length=20, layer="a"):
+    """A run with guidance: the first half of the batch has the prompt. Returns every row that was seen."""
+    generator, data, seen = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1), []
+    for step in range(steps):
+        x = torch.randn(batch, length, K, generator=data) * (1 + step)
+        assert statistics.entries[layer].observe(x, Call(step, steps, (0, 1), batch), generator)
+        seen.append(x)
+    statistics.add_run(id=f"run {seed}", steps=steps)
+    return torch.stack(seen)
+
+
+def test_maxima_and_second_moments_are_those_of_everything_seen(tmp_path):
+    statistics = new(tmp_path / "s.safetensors")
+    seen = feed(statistics)
+    entry = Statistics.open(tmp_path / "s.safetensors").entry("c")  # c reads what a reads
+    assert int(entry.count.sum()) == 10 * 4 * 20 and Statistics.open(tmp_path / "s.safetensors").entry("d") is None
+    for bucket in range(BUCKETS):
+        rows = seen[[step for step in range(10) if step * BUCKETS // 10 == bucket]].reshape(-1, K)
+        assert torch.equal(entry.absmax[bucket], rows.abs().amax(0))
+        torch.testing.assert_close(entry.square[bucket], rows.square().sum(0))
+    assert torch.equal(entry.channel_absmax(), seen.abs().amax((0, 1, 2)))
+
+
+def test_every_stratum_keeps_its_share_and_rows_are_rows_that_were_seen(tmp_path):
+    statistics = new(tmp_path / "s.safetensors", room=256)
+    seen = feed(statistics).reshape(-1, K).bfloat16()
+    entry = statistics.entries["a"]
+    assert entry.kept == 256
+    counts = entry.stratum.long().bincount(minlength=64)
+    assert counts.min() >= 3 and counts.max() <= 5  # 64 strata share 256 places
+    kept, rows = {tuple(row.tolist()) for row in entry.tokens}, {tuple(row.tolist()) for row in seen}
+    assert len(kept) == 256 and kept <= rows
+    assert 0.02 < entry.hold.float().mean() < 0.25
+    fit, buckets = entry.part(hold=False)
+    held, _ = entry.part(hold=True)
+    assert len(fit) + len(held) == 256 and set(buckets.tolist()) == set(range(BUCKETS))
+
+
+def test_a_rare_stratum_is_kept_whole():
+    keys = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    strata = torch.zeros(1000, dtype=torch.int64)
+    strata[:7] = 5
+    stay = survivors(keys, strata, 100)
+    assert len(stay) == 100 and (strata[stay] == 5).sum() == 7
+    largest = keys[7:].topk(93).values.min()
+    assert keys[stay[strata[stay] == 0]].min() == largest
+
+
+def test_sampling_is_uniform_within_a_stratum():
+    hits = torch.zeros(40)
+    for seed in range(400):
+        keys = torch.rand(40, generator=torch.Generator().manual_seed(seed))
+        hits[survivors(keys, torch.zeros(40, dtype=torch.int64), 10)] += 1
+    assert (hits / 400 - 0.25).abs().max() < 0.09  # four standard deviations
+
+
+def test_two_files_merge_into_what_one_longer_run_gives(tmp_path):
+    one, two, both = (new(tmp_path / f"{name}.safetensors", 128, ("a",)) for name in "123")
+    for statistics, seeds in ((one, (0,)), (two, (5,)), (both, (0, 5))):
+        for seed in seeds:
+            feed(statistics, seed)
+    merged = merge([one.path, two.path], tmp_path / "m.safetensors").entries["a"]
+    single = both.entries["a"]
+    for part in ("absmax", "count"):
+        assert torch.equal(getattr(merged, part), getattr(single, part))
+    torch.testing.assert_close(merged.square, single.square)
+    assert torch.equal(merged.key.sort().values, single.key.sort().values)
+    order = merged.key.argsort(), single.key.argsort()
+    assert torch.equal(merged.tokens[order[0]], single.tokens[order[1]])
+    assert [run["id"] for run in Statistics.open(tmp_path / "m.safetensors").metadata["runs"]] == ["run 0", "run 5"]
+
+
+def test_a_run_counts_once_and_models_do_not_mix(tmp_path):
+    one, other = new(tmp_path / "1.safetensors"), new(tmp_path / "2.safetensors", layers=("z",))
+    feed(one)
+    with pytest.raises(StatisticsError, match="another file holds too"):
+        merge([one.path, one.path], tmp_path / "m.safetensors")
+    with pytest.raises(StatisticsError, match="different models"):
+        merge([one.path, other.path], tmp_path / "m.safetensors")
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    files = [new(tmp_path / name) for name in ("1.safetensors", "2.safetensors")]
+    for statistics in files:
+        feed(statistics, 3)
+    assert files[0].path.read_bytes() == files[1].path.read_bytes()
+
+
+def test_a_run_survives_reopening_and_adds_up(tmp_path):
+    feed(new(tmp_path / "s.safetensors"), 0)
+    again = Statistics.open(tmp_path / "s.safetensors", writable=True)
+    feed(again, 1)
+    found = describe(tmp_path / "s.safetensors")
+    assert len(found["runs"]) == 2 and found["layers"]["a"]["seen"] == 1600 and found["layers"]["a"]["tokens"] == 256
+    assert found["layers"]["b"]["tokens"] == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_is_refused_and_leaves_no_trace(tmp_path, bad):
+    statistics = new(tmp_path / "s.safetensors")
+    x = torch.ones(1, 3, K)
+    x[0, 1, 5] = bad
+    assert not statistics.entries["a"].observe(x, Call(0, 4), torch.Generator())
+    assert not statistics.entries["a"].count.any() and not statistics.entries["a"].kept
+
+
+def test_inputs_without_a_sequence_have_one_position():
+    assert Call(3, 4, (0, 1), 2).strata((6, K)).tolist() == [6 * 8] * 6
+    strata = Call(0, 4, (1, 0), 2).strata((2, 8, K))
+    assert strata.tolist() == [4, 4, 5, 5, 6, 6, 7, 7, 0, 0, 1, 1, 2, 2, 3, 3]
+    assert bucket_of(Call(7, 8).strata((1, 5, K))).tolist() == [7] * 5
+
+
+def test_disk_limits_the_tokens(tmp_path):
+    assert tokens_for({"a": 1000, "b": 1000}, 8192, 4000 * 100) == 100
+    assert tokens_for({"a": 1000}, 50, 10**9) == 64
+    path = new(tmp_path / "s.safetensors", room=100_000).path
+    assert path.stat().st_blocks * 512 < path.stat().st_size / 10  # sparse: unused room costs nothing
+
+
+def test_other_files_are_named(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(StatisticsError, match="is no statistics file"):
+        Statistics.open(tmp_path / "x.safetensors")
