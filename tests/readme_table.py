@@ -49,7 +49,7 @@ def workflows(family: str) -> str:
     for path in sorted((ROOT / "workflows").glob("*.json")):
         text = json.dumps(json.loads(path.read_text()))
         used = [model for model in MODELS.glob("*.safetensors") if model.name in text]
-        if path.stem.startswith(f"{family}_") or any(detect(FileSource(m).infos).name == family for m in used):
+        if path.stem == f"svdquant_{family}" or any(detect(FileSource(m).infos).name == family for m in used):
             found.append(f"[{path.stem.removeprefix('svdquant_')}](workflows/{path.name})")
     return ", ".join(found) or "any, see below"
 
