@@ -86,14 +86,15 @@ def _choose(
 def refusal(backend: Backend, call: Call) -> str | None:
     """Why `backend` does not run `call`: what it says itself, or what its self-test found on this device."""
     reason = backend.refuses(call)
-    if reason is not None or backend.name == "reference" or call.device.type == "cpu":
+    if reason is not None or backend.name == "reference":
         return reason
     key = backend.name, _without_rows(call)
     if key not in _tested:
         _tested[key] = None  # the test itself must not ask again
-        found = self_test(backend, call)
-        if found is not None:
-            turn_off(backend, call, found)
+        if call.device.type != "cpu":  # what runs there besides the reference is an interpreter
+            found = self_test(backend, call)
+            if found is not None:
+                turn_off(backend, call, found)
     return _tested[key]
 
 

@@ -41,7 +41,7 @@ INT4 = (
     Rule("sm_8", "w4a4", ("kitchen", "gluon")),
     Rule("sm_8", "w4a8", ("triton",)),
     Rule("sm_90", "w4a8", ("triton",), FEW),
-    Rule("sm_90", "w4a8-jit", ("gluon-int8", "triton")),
+    Rule("sm_90", "w4a8-jit", ("gluon", "triton")),
     Rule("sm_90", "fp8", ("triton",)),
     # int4 is emulated from sm_90 on, and int8 on sm_100 runs at a fraction of fp8
     Rule("sm_10", "w4a8", ("triton",), FEW),
@@ -59,7 +59,7 @@ NVFP4 = (
     Rule("sm_12", "w4a4", ("triton",)),
     Rule("sm_10", "fp8", ("triton",)),
     Rule("sm_8", "w4a8-jit", ("triton",)),
-    Rule("sm_90", "w4a8-jit", ("gluon-int8", "triton")),
+    Rule("sm_90", "w4a8-jit", ("gluon", "triton")),
     Rule("sm_12", "w4a8-jit", ("triton",)),
     Rule("gfx", "w4a8-jit", ("triton",)),
     W16,

@@ -1,6 +1,8 @@
 """LAYER 3: ComfyUI. The table of contents of the pack."""
 
 from .bake_lora import SVDQuantBakeLora
+from .calibrate import SVDQuantCalibrate
+from .compare_models import SVDQuantCompare
 from .convert_model import SVDQuantConvertModel
 from .demo import SVDQuantDemoDecode, SVDQuantDemoModel, SVDQuantDemoPrompt
 from .download_model import SVDQuantDownloadModel
@@ -12,7 +14,9 @@ from .quantize_model import SVDQuantQuantizeModel
 
 NODE_CLASS_MAPPINGS = {
     "SVDQuantLoadModel": SVDQuantLoadModel,
+    "SVDQuantCalibrate": SVDQuantCalibrate,
     "SVDQuantQuantizeModel": SVDQuantQuantizeModel,
+    "SVDQuantCompare": SVDQuantCompare,
     "SVDQuantDownloadModel": SVDQuantDownloadModel,
     "SVDQuantConvertModel": SVDQuantConvertModel,
     "SVDQuantModelInfo": SVDQuantModelInfo,
@@ -26,7 +30,9 @@ NODE_CLASS_MAPPINGS = {
 
 NODE_DISPLAY_NAME_MAPPINGS = {
     "SVDQuantLoadModel": "SVDQuant Load Model",
+    "SVDQuantCalibrate": "SVDQuant Calibrate",
     "SVDQuantQuantizeModel": "SVDQuant Quantize Model",
+    "SVDQuantCompare": "SVDQuant Compare",
     "SVDQuantDownloadModel": "SVDQuant Download Model",
     "SVDQuantConvertModel": "SVDQuant Convert Model",
     "SVDQuantModelInfo": "SVDQuant Model Info",

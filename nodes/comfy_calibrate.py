@@ -105,9 +105,7 @@ class Collector:
 
             return hook
 
-        handles = [
-            model.get_submodule(layer).register_forward_pre_hook(look(layer)) for layer in self.layers
-        ]
+        handles = [model.get_submodule(layer).register_forward_pre_hook(look(layer)) for layer in self.layers]
         try:
             yield
         finally:
@@ -118,6 +116,7 @@ class Collector:
         """sensitivity of each layer += (||dv||^2 / ||v||^2) / (||dy||^2 / ||y||^2)"""
         power = exact.float().square().sum().clamp_min(1e-30)
         for layer, entry in self.layers.items():
+
             def disturb(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
                 size = output.float().square().mean().sqrt().to(output.dtype)
                 noise = torch.randn(output.shape, generator=self._generator).to(output)

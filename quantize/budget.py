@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.layer import LayerSpec
-from .lowrank import OVERSAMPLING
+from .lowrank import OVERSAMPLING, randomized_svd
 from .recipe import LARGEST_AUTO_RANK, RANK_MULTIPLE
 
 
@@ -47,9 +47,7 @@ def tails(weight: torch.Tensor, seed: int) -> tuple[float, ...]:
     if most + OVERSAMPLING >= min(weight.shape) // 2:
         values = torch.linalg.svdvals(weight)
     else:
-        with torch.random.fork_rng(devices=[weight.device] if weight.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            values = torch.svd_lowrank(weight, q=most + OVERSAMPLING, niter=2)[1]
+        values = randomized_svd(weight, most + OVERSAMPLING, 2, seed)[1]
     total = weight.double().square().sum().clamp_min(1e-300)
     gone = torch.cat([torch.zeros(1, dtype=torch.float64, device=weight.device), values.double().square().cumsum(0)])
     ranks = range(0, LARGEST_AUTO_RANK + 1, RANK_MULTIPLE)

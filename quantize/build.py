@@ -155,7 +155,8 @@ class _Run:
                 for layer in group:
                     self.progress(done, total, layer)
                     done += 1
-                for key, tensor in self._group(group).items():
+                # sorted: layers from the work folder come in another order
+                for key, tensor in sorted(self._group(group).items()):
                     writer.add(key, tensor)
             for key in self.source.infos:
                 if key not in made:
@@ -264,9 +265,7 @@ class _Run:
         )
 
 
-def _as_file(
-    name: str, layer: Layer, bias: torch.Tensor | None, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def _as_file(name: str, layer: Layer, bias: torch.Tensor | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     tensors = {key: tensor.cpu() for key, tensor in native.encode_layer(name, layer).items()}
     return tensors if bias is None else {**tensors, f"{name}.bias": bias.to("cpu", dtype)}
 
@@ -274,5 +273,3 @@ def _as_file(
 def _stored_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """fp16 stays fp16; everything else is stored as bf16, whose range no weight overflows."""
     return torch.float16 if set(dtypes) == {torch.float16} else torch.bfloat16
-
-

@@ -117,4 +117,6 @@ def _request(url: str, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read())
     except urllib.error.HTTPError as error:
-        raise CalibrateError(f"the server refuses the workflow: {error.read().decode(errors='replace')[:500]}") from error
+        raise CalibrateError(
+            f"the server refuses the workflow: {error.read().decode(errors='replace')[:500]}"
+        ) from error

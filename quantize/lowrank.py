@@ -24,11 +24,26 @@ def split(
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         v = vh.T
     else:
-        with torch.random.fork_rng(devices=[matrix.device] if matrix.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            u, s, v = torch.svd_lowrank(matrix, q=width, niter=power_steps)
+        u, s, v = randomized_svd(matrix, width, power_steps, seed)
     root = s[:rank_found].sqrt()
     return pad(v[:, :rank_found] * root, rank), pad(u[:, :rank_found] * root, rank)
+
+
+def randomized_svd(
+    matrix: torch.Tensor, width: int, power_steps: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(u (N, width), s (width,), v (K, width)) with u diag(s) v.T the part of `matrix` that random probes find
+
+    Own random numbers, drawn on the CPU: the host's generators are left alone, and every device sees the same probes.
+    Source: Halko, Martinsson, Tropp, SIAM Review 53(2), 2011, algorithms 4.4 and 5.1.
+    """
+    probes = torch.randn(matrix.shape[1], width, generator=torch.Generator().manual_seed(seed)).to(matrix)
+    basis = torch.linalg.qr(matrix @ probes)[0]
+    for _ in range(power_steps):
+        basis = torch.linalg.qr(matrix.T @ basis)[0]
+        basis = torch.linalg.qr(matrix @ basis)[0]
+    inner, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ inner, s, vh.T
 
 
 def split_exactly(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

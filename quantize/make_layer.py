@@ -149,14 +149,10 @@ def _with_data(
         held, buckets = tokens, of_tokens
 
     def measured(fits: Iterable[Fit]) -> list[tuple[Fit, Errors]]:
-        return [
-            (fit, output_errors(fit, *part, held, buckets, BUCKETS)) for fit, part in zip(fits, parts, strict=True)
-        ]
+        return [(fit, output_errors(fit, *part, held, buckets, BUCKETS)) for fit, part in zip(fits, parts, strict=True)]
 
     inputs = _inputs(tokens, entry, specs[0], weights[0].device)
-    tried = {
-        name: measured(fits) for name, fits in _candidates(parts, inputs, tokens, recipe, dtype).items()
-    }
+    tried = {name: measured(fits) for name, fits in _candidates(parts, inputs, tokens, recipe, dtype).items()}
     # one smoothing serves the whole group, so it is kept or dropped as a whole
     chosen = min(tried, key=lambda name: sum(errors.total**2 for _, errors in tried[name]))
     notes = ["kept the plain SVDQuant: nothing else was better on held-out tokens"] if chosen == PLAIN else []

@@ -36,9 +36,7 @@ class Gram:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        return tuple(
-            slice(start, start + len(block)) for start, block in zip(self.starts, self.blocks, strict=True)
-        )
+        return tuple(slice(start, start + len(block)) for start, block in zip(self.starts, self.blocks, strict=True))
 
     def diagonal(self) -> torch.Tensor:
         return torch.cat([block.diagonal() for block in self.blocks])
@@ -65,9 +63,7 @@ class Gram:
     def solve_transposed(self, columns: torch.Tensor) -> torch.Tensor:
         """inverse(this.T) @ columns for a triangular this; columns (K, R)"""
         parts = zip(self.slices, self.blocks, strict=True)
-        return torch.cat(
-            [torch.linalg.solve_triangular(block.T, columns[part], upper=True) for part, block in parts]
-        )
+        return torch.cat([torch.linalg.solve_triangular(block.T, columns[part], upper=True) for part, block in parts])
 
 
 def _root(block: torch.Tensor, damping: float) -> torch.Tensor:

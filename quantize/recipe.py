@@ -34,7 +34,7 @@ class Recipe:
     activation       "stock", or "best": signed-extreme (int4) and 4/6 (nvfp4) activation scales, for backends with them
     smoothing        "weight_spans" (data-free), "noise_model" or "grid" (the reference's 39 points)
     smooth_power     weight_spans: smooth_factor = span of the weight's input channel ** -smooth_power
-    alternations     fast and svdquant: at most this many rounds of {low-rank fit, round}; the best is kept
+    alternations     fast: at most this many rounds of {low-rank fit, round}; the best is kept
     adam_steps       of the noise model's descent
     start_rounds     rounds of {low-rank fit, round to nearest} before the first GPTQ
     rounds           rounds of {scales, GPTQ, low-rank refit}

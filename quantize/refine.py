@@ -256,4 +256,3 @@ def output_errors(
         inside = sums[:, buckets == bucket]
         by_bucket.append((inside[0].sum() / inside[3].sum()).sqrt().item() if inside[3].sum() > 0 else None)
     return Errors((total / exact) ** 0.5, (activation / exact) ** 0.5, (of_weight / exact) ** 0.5, tuple(by_bucket))
-

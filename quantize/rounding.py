@@ -6,6 +6,7 @@ error measured here is the error of the file.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -53,10 +54,8 @@ class WeightScales:
         """The stored tensors of an (N, K) matrix whose elements lie on this grid."""
         groups = rounded.unflatten(-1, (self.step.shape[1], -1))
         divisor = torch.where(self.step == 0, 1, self.step)[..., None]
-        if self.format == "int4":
-            codes = (groups / divisor).round().to(torch.int8)
-        else:
-            codes = _e2m1_codes(groups / divisor)
+        scaled = groups / divisor
+        codes = scaled.round().to(torch.int8) if self.format == "int4" else _e2m1_codes(scaled)
         return {"qweight": pack(codes.flatten(-2)), **self.stored}
 
 
@@ -154,7 +153,7 @@ def _nearest_e2m1(values: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
 
 def _e2m1_codes(values: torch.Tensor) -> torch.Tensor:
     """Codes of values that are E2M1 numbers up to float error."""
-    middles = torch.tensor([(low + high) / 2 for low, high in zip(E2M1, E2M1[1:], strict=False)], device=values.device)
+    middles = torch.tensor([(low + high) / 2 for low, high in pairwise(E2M1)], device=values.device)
     return (torch.bucketize(values.abs(), middles) | (values < 0).to(torch.int64) << 3).to(torch.uint8)
 
 

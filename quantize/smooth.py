@@ -155,9 +155,7 @@ def _rest(rows: torch.Tensor, s: torch.Tensor, rank: int, seed: int) -> torch.Te
     return rows - up @ (down / s[:, None]).T
 
 
-def _descend(
-    s: torch.Tensor, model: NoiseModel, inputs: Inputs, residual: torch.Tensor, steps: int
-) -> torch.Tensor:
+def _descend(s: torch.Tensor, model: NoiseModel, inputs: Inputs, residual: torch.Tensor, steps: int) -> torch.Tensor:
     """Adam on log s with the branch held still. A host may run us in inference mode, which forbids gradients."""
     with torch.inference_mode(False), torch.enable_grad():
         own = Inputs(inputs.rows.clone(), inputs.absmax.clone(), inputs.square.clone())

@@ -58,9 +58,9 @@ class FileSource:
         self._keys = {key.removeprefix(prefix): key for key in self._files if key.startswith(prefix)}
         stored = {key: self._files[full].infos[full] for key, full in self._keys.items()}
         self._scales = {key: scale for key in stored if (scale := _scale_of(key, stored)) is not None}
-        dropped = {
-            f"{key.removesuffix('weight')}{suffix}" for key in self._scales for suffix in FP8_ONLY
-        } | {FP8_MARKER}
+        dropped = {f"{key.removesuffix('weight')}{suffix}" for key in self._scales for suffix in FP8_ONLY} | {
+            FP8_MARKER
+        }
         self.infos = {
             key: TensorInfo(info.shape, torch.bfloat16) if info.dtype in FP8 else info
             for key, info in stored.items()

@@ -17,13 +17,13 @@ from functools import cache
 import torch
 
 from .. import eight_bit, stages
-from ..layer import Layer, LayerSpec
+from ..layer import Layer
+from ..roundtrip import rounded
 from ..weight_cache import WeightCache
 from . import Backend, Call
 
 COMPUTES = ("w4a4", "w4a8", "w8a8", "w4a8-jit", "fp8", "w16", "w4a16")
 BUDGET = 0.25  # of the machine's memory, for decoded weights of all models together
-BLOCK = 1 << 18  # activation values quantized at a time: what a core's cache holds with the copies in between
 
 
 @cache
@@ -72,16 +72,6 @@ def smooth_activation(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     return stages.smoothed(x, layer["smooth_factor"], layer.spec.act_unsigned).to(x.dtype)
 
 
-def _rounded(act: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
-    """decode(quantize(act)), float32, in blocks of rows that stay in the cache"""
-    fmt, unsigned, rows = spec.fmt, spec.act_unsigned, max(1, BLOCK // act.shape[1])
-    blocks = [
-        fmt.decode_activation(*fmt.quantize_activation(block, unsigned, spec.act_rule), unsigned)
-        for block in act.split(rows)
-    ]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-
-
 def _smoothed(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     return stages.smoothed(x, layer["smooth_factor"], layer.spec.act_unsigned).float()
 
@@ -108,7 +98,7 @@ def product(x: torch.Tensor, layer: Layer, compute: str) -> torch.Tensor:
     else:
         act = smooth_activation(x, layer)
         if compute == "w4a4" and fmt.quantize_activation is not None and x.shape[0]:
-            act = _rounded(act, spec)
+            act = rounded(act, spec)
     return act.to(wide) @ decoded_weight(layer).to(wide).T
 
 

@@ -150,6 +150,8 @@ def test_the_nodes_in_the_order_of_the_workflow(demo_model, folders):
 def test_statistics_of_another_model_are_refused(demo_model, tmp_path):
     wrong = Statistics.create(tmp_path / "s.safetensors", {"double_blocks.0.img_attn.qkv": 64}, 8, {})
     with pytest.raises(StatisticsError, match="statistics of another model"):
-        quantize_model(ModelSource(demo_model), tmp_path / "x.safetensors", Recipe.named("balanced"), None, "cpu", wrong)
+        quantize_model(
+            ModelSource(demo_model), tmp_path / "x.safetensors", Recipe.named("balanced"), None, "cpu", wrong
+        )
     with pytest.raises(QuantizeError, match="needs statistics"):
         quantize_model(ModelSource(demo_model), tmp_path / "x.safetensors", Recipe.named("balanced"))

@@ -75,9 +75,7 @@ def test_bias_correction_removes_the_mean_error(layer, bias):
 
 def test_a_layer_without_bias_stays_without(layer):
     spec = spec_of(layer, "nvfp4")
-    fit = refine(
-        layer.weight, None, spec, searched(layer, spec, 0), layer.calibration, Recipe.named("balanced"), BF16
-    )
+    fit = refine(layer.weight, None, spec, searched(layer, spec, 0), layer.calibration, Recipe.named("balanced"), BF16)
     assert fit.bias is None
 
 
@@ -122,9 +120,7 @@ def test_the_noise_model_predicts_the_activation_error(layer):
 
 def test_a_smaller_fit_is_padded_to_the_stored_rank(layer, bias):
     spec = spec_of(layer, "int4", 16)
-    fit = refine(
-        layer.weight, bias, spec, torch.ones(N), layer.calibration, Recipe.named("balanced"), BF16, rank=4
-    )
+    fit = refine(layer.weight, bias, spec, torch.ones(N), layer.calibration, Recipe.named("balanced"), BF16, rank=4)
     stored = fit.layer(spec, BF16)
     assert fit.proj_up.shape == (N, 4) and stored["proj_up"].shape == (N, 16) and not stored["proj_up"][:, 4:].any()
 
@@ -133,9 +129,7 @@ def test_dead_channels_and_zero_weights(bias):
     layer = make("adaln", N, N, tokens=512, seed=102, test=64)
     layer.calibration[:, 3], layer.weight[:, 9], layer.weight[5] = 0, 0, 0
     spec = spec_of(layer, "int4")
-    fit = refine(
-        layer.weight, bias, spec, searched(layer, spec), layer.calibration, Recipe.named("balanced"), BF16
-    )
+    fit = refine(layer.weight, bias, spec, searched(layer, spec), layer.calibration, Recipe.named("balanced"), BF16)
     assert all(part.isfinite().all() for part in (fit.smooth, fit.rounded, fit.proj_down, fit.proj_up, fit.bias))
     assert output_errors(fit, layer.weight, bias, spec, layer.test).total < 0.2
 
@@ -165,9 +159,7 @@ def test_gptq_improves_the_reference_on_correlated_inputs(bias):
 
 def test_errors_by_bucket(layer, bias):
     spec = spec_of(layer, "int4")
-    fit = refine(
-        layer.weight, bias, spec, torch.ones(N), layer.calibration, Recipe.named("balanced", rounds=1), BF16
-    )
+    fit = refine(layer.weight, bias, spec, torch.ones(N), layer.calibration, Recipe.named("balanced", rounds=1), BF16)
     buckets = torch.arange(len(layer.test)) % 2
     errors = output_errors(fit, layer.weight, bias, spec, layer.test, buckets, 3)
     halves = [output_errors(fit, layer.weight, bias, spec, layer.test[buckets == b]).total for b in (0, 1)]

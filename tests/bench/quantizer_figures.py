@@ -1,0 +1,288 @@
+"""The sections of bench_quantize.py: the quantizer against the reference recipe in the same code base."""
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from svdquant_pack.kernels import LayerSpec
+from svdquant_pack.quantize import reference, smooth
+from svdquant_pack.quantize.build import quantize_model
+from svdquant_pack.quantize.memory import PeakMemory
+from svdquant_pack.quantize.moments import smoothed_chunks
+from svdquant_pack.quantize.recipe import Recipe
+from svdquant_pack.quantize.refine import Fit, output_errors, refine, to_16bit
+from svdquant_pack.quantize.source import FileSource
+from svdquant_pack.quantize.tensor_file import TensorInfo, TensorWriter
+from svdquant_pack.tests.bench.synthetic_layers import KINDS, make
+
+FORMATS = ("int4", "nvfp4")
+BF16 = torch.bfloat16
+METHODS = {
+    "svdquant": ("svdquant", "stock"),
+    "svdquant+gptq": ("svdquant+gptq", "stock"),
+    "balanced": ("balanced", "stock"),
+    "stock": ("best", "stock"),
+    "ours": ("best", "best"),
+}
+
+
+@dataclass
+class Checks:
+    """Figures with their bounds; `missed` collects one line for each that is out of it."""
+
+    missed: list[str] = field(default_factory=list)
+
+    def figure(self, name: str, value: float, most: float = math.inf, least: float = -math.inf) -> None:
+        right = least <= value <= most
+        bound = f"at most {most:g}" if most < math.inf else f"at least {least:g}"
+        line = f"{name}: {value:.3f}, needed {bound}"
+        say(f"  {'ok    ' if right else 'MISSED'} {line}")
+        if not right:
+            self.missed.append(line)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def recipe_of(method: str, format: str) -> Recipe:
+    name, activation = METHODS[method]
+    return Recipe.named(name, format=format, activation=activation)
+
+
+def make_fit(
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    spec: LayerSpec,
+    tokens: torch.Tensor,
+    recipe: Recipe,
+    reuse: torch.Tensor | None = None,
+    exact_svd: bool = False,
+) -> Fit:
+    """One layer by one recipe; `reuse` is the smoothing of an earlier run of the reference."""
+    if recipe.smoothing == "grid":
+        return reference.svdquant(weight, bias, spec, tokens, recipe, BF16, exact_svd=exact_svd, smooth=reuse)
+    ones = torch.ones(spec.k)
+    stride = max(1, len(tokens) // 4096)
+    shifted = torch.cat(list(smoothed_chunks(tokens[::stride], ones, spec)))
+    factor = smooth.search([weight], smooth.Inputs.of(shifted), spec, spec.rank, recipe.seed, recipe.adam_steps)
+    return refine(weight, bias, spec, to_16bit(factor, BF16), tokens, recipe, BF16)
+
+
+def trained(seed: int, checks: Checks) -> None:
+    """The demo model: 22 units, 20 steps, 64 images, three calibration seeds of 24 images."""
+    from svdquant_pack.tests.bench.tiny_flux import TinyFlux, sample_psnr
+
+    flux = TinyFlux()
+    calibration = [10_000 * seed + place for place in (1, 2, 3)]
+    test_seed, picture_seed, velocity_seed = (10_000 * seed + place for place in (101, 102, 103))
+    say(f"calibration seeds {calibration}, test {test_seed}, pictures {picture_seed}, velocity {velocity_seed}")
+    test, exact = flux.inputs(12, test_seed), flux.sample(flux.model, 64, picture_seed)
+    found: dict[tuple[str, int, str], list[tuple[float, float, float, float]]] = {}
+    for format in FORMATS:
+        for rank in (4, 8):
+            for one in calibration:
+                tokens, smoothing = flux.inputs(24, one), {}
+                for method in METHODS:
+                    begun, fits, errors = time.perf_counter(), {}, []
+                    recipe = recipe_of(method, format)
+                    for place, unit in enumerate(flux.units):
+                        weight, bias = unit.weight(flux.model), unit.bias(flux.model)
+                        unit_spec = unit.spec(flux.model, format, rank, recipe.act_rule)
+                        rows = tokens[unit.module][:, unit.columns]
+                        fit = make_fit(weight, bias, unit_spec, rows, recipe, smoothing.get(place))
+                        if recipe.smoothing == "grid":
+                            smoothing[place] = fit.smooth
+                        fits[place] = (unit_spec, fit)
+                        held = test[unit.module][:, unit.columns]
+                        errors.append(output_errors(fit, weight, bias, unit_spec, held).total)
+                    seconds = time.perf_counter() - begun
+                    model = flux.with_fits(fits)
+                    row = (
+                        geometric_mean(errors),
+                        flux.velocity_error(model, 16, velocity_seed),
+                        sample_psnr(flux.sample(model, 64, picture_seed), exact),
+                        seconds,
+                    )
+                    found.setdefault((format, rank, method), []).append(row)
+                    figures = f"layer {row[0]:.4f}  velocity {row[1]:.4f}  PSNR {row[2]:.2f} dB  {seconds:.1f} s"
+                    say(f"  {format:6} rank {rank}  {method:14} calibration {one}  {figures}")
+    _trained_figures(found, checks)
+
+
+def _trained_figures(
+    found: dict[tuple[str, int, str], list[tuple[float, float, float, float]]], checks: Checks
+) -> None:
+    for format in FORMATS:
+        for rank in (4, 8):
+            base = [statistics.fmean(column) for column in zip(*found[format, rank, "svdquant+gptq"], strict=True)]
+            for method in METHODS:
+                columns = list(zip(*found[format, rank, method], strict=True))
+                mean, spread = map(statistics.fmean, columns), map(statistics.stdev, columns)
+                cells = "  ".join(f"{m:8.4f} +- {s:.4f}" for m, s in zip(mean, spread, strict=True))
+                say(f"{format:6} rank {rank}  {method:14} layer, velocity, PSNR, seconds: {cells}")
+            ours = [statistics.fmean(column) for column in zip(*found[format, rank, "ours"], strict=True)]
+            name = f"{format} rank {rank}, ours against svdquant+gptq"
+            checks.figure(f"{name}: layer error", ours[0] / base[0], most=0.86)
+            checks.figure(f"{name}: velocity error", ours[1] / base[1], most=0.88)
+            checks.figure(f"{name}: sample PSNR, dB more", ours[2] - base[2], least=1.0)
+
+
+def synthetic(seed: int, checks: Checks, n: int = 768) -> None:
+    """Layers of four kinds, error ratio to svdquant on other tokens; 8192 tokens each."""
+    say(f"layer seed {seed}, n = {n}, rank 32")
+    bias = torch.zeros(n)
+    for format in FORMATS:
+        ratios: dict[str, list[float]] = {}
+        for kind in KINDS:
+            layer, smoothing, base, cells = make(kind, n, n, 8192, seed), None, None, []
+            unsigned = (0, n) if layer.gelu and format == "int4" else (0, 0)
+            for method in METHODS:
+                recipe = recipe_of(method, format)
+                spec = LayerSpec(format, n, n, 32, unsigned, recipe.act_rule)
+                begun = time.perf_counter()
+                fit = make_fit(layer.weight, bias, spec, layer.calibration, recipe, smoothing)
+                seconds = time.perf_counter() - begun
+                smoothing = fit.smooth if recipe.smoothing == "grid" else smoothing
+                error = output_errors(fit, layer.weight, bias, spec, layer.test).total
+                base = base or error
+                ratios.setdefault(method, []).append(error / base)
+                cells.append(f"{method} {error / base:.3f} ({seconds:.1f} s)")
+            say(f"  {format:6} {kind:10} svdquant error {base:.4f}: " + "  ".join(cells))
+        means = {method: geometric_mean(values) for method, values in ratios.items()}
+        say(f"{format:6} geometric mean: " + "  ".join(f"{method} {mean:.3f}" for method, mean in means.items()))
+        stock, ours = {"int4": (0.85, 0.80), "nvfp4": (0.93, 0.88)}[format]
+        checks.figure(f"{format} synthetic, stock activation rules", means["stock"], most=stock)
+        checks.figure(f"{format} synthetic, our activation rules", means["ours"], most=ours)
+
+
+def speed(seed: int, checks: Checks, n: int = 768) -> None:
+    """Seconds of one layer against the reference with its full float64 SVDs, on the same core."""
+    layer, bias = make("adaln", n, n, 8192, seed + 1), torch.zeros(n)
+    seconds = {}
+    for method, exact_svd in (("svdquant", True), ("balanced", False), ("ours", False)):
+        recipe = recipe_of(method, "int4")
+        spec = LayerSpec("int4", n, n, 32, (0, 0), recipe.act_rule)
+        begun = time.perf_counter()
+        make_fit(layer.weight, bias, spec, layer.calibration, recipe, exact_svd=exact_svd)
+        seconds[method] = time.perf_counter() - begun
+        say(f"  n = {n}  {method:9} {'full SVDs ' if exact_svd else ''}{seconds[method]:.1f} s")
+    checks.figure(
+        "times faster than svdquant with full SVDs, balanced", seconds["svdquant"] / seconds["balanced"], least=8
+    )
+
+
+def one_layer(n: int, k: int, tokens: int, rank: int, seed: int) -> tuple[float, int, float]:
+    """(seconds, peak bytes above the start, error) of a really quantized layer by `balanced`, int4."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, k, generator=generator) / k**0.5
+    gain = torch.exp(0.5 * torch.randn(k, generator=generator))
+    rows = (torch.randn(tokens + 256, k, generator=generator) * gain).to(BF16)
+    spec, bias = LayerSpec("int4", n, k, rank), torch.zeros(n)
+    with PeakMemory() as peak:
+        begun = time.perf_counter()
+        fit = make_fit(weight, bias, spec, rows[:tokens], Recipe.named("balanced"))
+        seconds = time.perf_counter() - begun
+    return seconds, peak.bytes, output_errors(fit, weight, bias, spec, rows[tokens:]).total
+
+
+LARGE = ((12288, 3072), (3072, 12288))  # (out, in): fc1 and fc2 of FLUX.1
+# (out, in, how often) of every low-rank linear of FLUX.1
+FLUX = (
+    (9216, 3072, 38),
+    (3072, 3072, 38),
+    (12288, 3072, 38),
+    (3072, 12288, 38),
+    (21504, 3072, 38),
+    (3072, 15360, 38),
+)
+
+
+def large(seed: int, checks: Checks, tokens: int = 4096) -> None:
+    """The two MLP layers of FLUX.1 at full size, and what follows for the whole model."""
+    seconds = {}
+    for n, k in LARGE:
+        seconds[k], peak, error = one_layer(n, k, tokens, 32, seed)
+        say(f"  {n} x {k}, {tokens} tokens: {seconds[k]:.0f} s, {peak / 1e9:.2f} GB above the start, error {error:.4f}")
+    # same K: nearly everything is proportional to N; a wider K costs its square in the Hessian, so fc2 stands for both
+    total = sum(count * seconds[min(k, 12288)] * (n * k) / (12288 * 3072) for n, k, count in FLUX)
+    say(
+        f"  estimate for FLUX.1, {tokens} tokens, on one core of this machine: {total / 3600:.1f} h for {6 * 38} layers"
+    )
+
+
+def cost(seed: int, checks: Checks) -> None:
+    """Seconds as a function of n, tokens and rank."""
+    for n, tokens, rank in ((256, 4096, 32), (512, 4096, 32), (1024, 4096, 32), (1024, 16384, 32), (1024, 4096, 128)):
+        seconds, peak, error = one_layer(n, n, tokens, rank, seed)
+        say(f"  n {n:5}  tokens {tokens:6}  rank {rank:4}: {seconds:6.2f} s  {peak / 1e6:6.0f} MB  error {error:.4f}")
+
+
+def memory(seed: int, checks: Checks) -> None:
+    """`fast` on blocks of FLUX.1 at full size: one double and one single block, random weights, bf16."""
+    shapes = {f"double_blocks.0.{stream}_{name}": shape for stream in ("img", "txt") for name, shape in _DOUBLE.items()}
+    shapes |= {f"single_blocks.0.{name}": shape for name, shape in _SINGLE.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path, generator = Path(folder) / "blocks.safetensors", torch.Generator().manual_seed(seed)
+        plan = {f"{layer}.weight": TensorInfo(shape, BF16) for layer, shape in shapes.items()}
+        plan |= {f"{layer}.bias": TensorInfo((shape[0],), BF16) for layer, shape in shapes.items()}
+        plan["vector_in.in_layer.weight"] = TensorInfo((8, 8), BF16)
+        with TensorWriter(path, plan) as writer:
+            for key, info in plan.items():
+                writer.write(key, torch.randn(info.shape, generator=generator).to(BF16) * 0.02)
+        begun = time.perf_counter()
+        report = quantize_model(FileSource(path), Path(folder) / "out.safetensors", Recipe(alternations=2))
+        seconds, size = time.perf_counter() - begun, path.stat().st_size
+    single, peak = sum(2 * n * k for n, k in _SINGLE.values()), report.peak_memory
+    say(f"  {size / 1e9:.2f} GB of weights, {len(report.errors)} layers: {seconds:.0f} s, {peak / 1e9:.2f} GB")
+    checks.figure("fast, GB above one single block", (peak - single) / 1e9, most=3.0)
+
+
+_DOUBLE = {
+    "attn.qkv": (9216, 3072),
+    "attn.proj": (3072, 3072),
+    "mlp.0": (12288, 3072),
+    "mlp.2": (3072, 12288),
+    "mod.lin": (18432, 3072),
+}
+_SINGLE = {"linear1": (21504, 3072), "linear2": (3072, 15360), "modulation.lin": (9216, 3072)}
+SECTIONS: dict[str, Callable[[int, Checks], None]] = {
+    "trained": trained,
+    "synthetic": synthetic,
+    "speed": speed,
+    "cost": cost,
+    "large": large,
+    "memory": memory,
+}
+
+
+def main(description: str) -> int:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a figure is missed")
+    parser.add_argument("--seed", type=int, default=1, help="of calibration, test and layers")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    checks = Checks()
+    say(f"torch {torch.__version__}, one thread, seed {options.seed}")
+    for name in options.only:
+        say(f"\n{name}: {SECTIONS[name].__doc__}")
+        SECTIONS[name](options.seed, checks)
+    say(
+        "\n"
+        + (json.dumps({"missed": checks.missed}, indent=2) if checks.missed else "every figure is within its bound")
+    )
+    return 1 if options.check and checks.missed else 0
