@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from .dialects import DIALECTS
+from .families import detect
 from .tensor_file import PREFIXES, TensorFile, TensorFileError, TensorInfo
 
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
@@ -43,10 +44,9 @@ class FileSource:
     One file, or one of several shards `X-00001-of-0000N.safetensors`, which are then all read. fp8 weights appear as
     bf16, multiplied by the scale that lies beside them.
 
-    raises  TensorFileError for a damaged file, a missing shard, or one that is 4-bit already
+    raises  TensorFileError for a damaged file, a missing shard, or one that is 4-bit already; FamilyError for a model
+            of several families or of one that ComfyUI has no class for
     """
-
-    family = None
 
     def __init__(self, path: str | Path) -> None:
         files = [TensorFile(file) for file in shards(Path(path))]
@@ -55,7 +55,10 @@ class FileSource:
             self._refuse_4bit(file)
         self._files = {key: file for file in files for key in file}
         prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in self._files)), "")
-        self._keys = {key.removeprefix(prefix): key for key in self._files if key.startswith(prefix)}
+        keys = {key.removeprefix(prefix): key for key in self._files if key.startswith(prefix)}
+        family = detect(keys)
+        self.family = family.name
+        self._keys = {family.canonical(key): full for key, full in keys.items()}  # older names of the same layers
         stored = {key: self._files[full].infos[full] for key, full in self._keys.items()}
         self._scales = {key: scale for key in stored if (scale := _scale_of(key, stored)) is not None}
         dropped = {f"{key.removesuffix('weight')}{suffix}" for key in self._scales for suffix in FP8_ONLY} | {

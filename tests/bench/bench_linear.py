@@ -64,9 +64,20 @@ class Row:
     memory: float
 
 
+def processor() -> str:
+    """Name of the CPU and how many of its threads torch uses."""
+    found = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    name = found[0].partition(":")[2].strip() if found else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def environment(device: torch.device) -> dict[str, str]:
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    driver, name = "", platform.processor() or platform.machine()
+    driver, name = "", processor()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

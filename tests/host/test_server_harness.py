@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PATH is not set; `make host` makes a ComfyUI to point it at"),
 ]
 
-PACK = '''
+PACK = """
 import time
 
 
@@ -50,7 +50,7 @@ class HarnessSay:
 
 
 NODE_CLASS_MAPPINGS = {"HarnessRaise": HarnessRaise, "HarnessSay": HarnessSay}
-'''
+"""
 SAY = {"1": {"class_type": "HarnessSay", "inputs": {"text": "hello", "seconds": 0}}}
 SLEEP = {"1": {"class_type": "HarnessSay", "inputs": {"text": "late", "seconds": 60}}}
 IMAGE = {
