@@ -16,7 +16,7 @@ The only library below this line is torch; a backend may bring its own.
 import torch
 
 from . import check, ops
-from .dispatch import COMPUTES, Choice, choose
+from .dispatch import COMPUTES, Choice, choose, computes_of
 from .formats import FORMATS
 from .layer import Layer, LayerError, LayerSpec
 
@@ -28,6 +28,7 @@ __all__ = [
     "LayerError",
     "LayerSpec",
     "choose",
+    "computes_of",
     "expand_weight",
     "gemv_w4a16",
     "linear_w4_requantize",
@@ -50,6 +51,8 @@ def svdquant_linear(
     activation: str = "",
 ) -> torch.Tensor:
     """y = Q(x / smooth_factor) @ decode(qweight).T + (x @ proj_down) @ proj_up.T + bias [+ (x @ lora_down) @ lora_up.T]
+
+    A layer with act_mean and out_mean has x - act_mean in place of the first x, and + out_mean.
 
     x        (..., K) bf16, fp16, fp32 (or fp64, as an oracle); any leading dimensions, also empty, also strided
     layer    tensors on the device of x
@@ -79,6 +82,7 @@ def svdquant_linear(
         spec.format,
         list(spec.act_unsigned),
         spec.act_rule,
+        spec.act_bits,
         compute,
         activation,
     )
@@ -93,8 +97,9 @@ def quantize_activation(
     codes: str = "int4",
     act_unsigned: tuple[int, int] = (0, 0),
     act_rule: str = "absmax",
+    act_mean: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """qact = round((x + shift) / smooth_factor / scale), branch_act = x @ proj_down
+    """qact = round((x - act_mean + shift) / smooth_factor / scale), branch_act = x @ proj_down
 
     x             (M, K) bf16, fp16 or fp32
     act_unsigned  channels that are shifted by GELU_SHIFT; int4 gives them unsigned codes
@@ -104,6 +109,7 @@ def quantize_activation(
       int8_group  | (M, K) int8, kernels/eight_bit.py | (K/64, M) float32, absmax / 127
       int8_row    | (M, K) int8                       | (M,) float32, absmax / 127
       fp8_row     | (M, K) float8_e4m3fn              | (M,) float32, absmax / 448
+    act_mean      (K,) or None, for codes of 4 bit
     act_rule      absmax, or a rule of kernels/formats: signed_extreme for int4, four_six for nvfp4
     returns  qact, ascales, branch_act (M, R) in the dtype of x, R = 0 without proj_down. A group (row) with NaN or Inf
              has the scale NaN
@@ -114,7 +120,10 @@ def quantize_activation(
     check.matrix_input(x, codes, act_unsigned)
     check.vector("smooth_factor", smooth_factor, x.shape[1], x)
     check.matrix("proj_down", proj_down, (x.shape[1], None), x)
-    return ops.quantize_activation(x, smooth_factor, proj_down, codes, list(act_unsigned), act_rule)
+    check.vector("act_mean", act_mean, x.shape[1], x)
+    if act_mean is not None and codes not in FORMATS:
+        raise ValueError(f"act_mean is for codes of 4 bit, int4 and nvfp4, not for {codes}")
+    return ops.quantize_activation(x, smooth_factor, proj_down, act_mean, codes, list(act_unsigned), act_rule)
 
 
 def linear_w4a4(

@@ -52,23 +52,30 @@ def choose(
     compute: str = "auto",
     rows: int = USUAL_ROWS,
     partly_unsigned: bool = False,
+    act_bits: int = 4,
 ) -> Choice:
     """The best mode of the table that a backend runs there. Raises ValueError with every reason if there is none."""
-    key = format, device, dtype, compute, bucket(rows), partly_unsigned
+    key = format, device, dtype, compute, bucket(rows), partly_unsigned, act_bits
     if key not in _chosen:
         _chosen[key] = _choose(*key)
     return _chosen[key]
 
 
 def _choose(
-    format: str, device: torch.device, dtype: torch.dtype, compute: str, rows: int, partly_unsigned: bool
+    format: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    compute: str,
+    rows: int,
+    partly_unsigned: bool,
+    act_bits: int,
 ) -> Choice:
     if compute not in COMPUTES:
         raise ValueError(f"compute is {compute!r}, known are {', '.join(COMPUTES)}")
     arch, capability = arch_of(device)
     backends, absent = discover()
     reasons = dict(absent)
-    for rule in candidates(format, arch, compute, rows):
+    for rule in candidates(format, arch, compute, rows, act_bits):
         call = Call(format, device, dtype, rule.compute, capability, arch, rows, partly_unsigned)
         for backend in sorted(backends.values(), key=lambda backend: -backend.priority):
             if rule.backends and backend.name not in rule.backends:
@@ -81,6 +88,15 @@ def _choose(
             reasons[backend.name] = reason
     lines = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise ValueError(f"no kernel backend runs {format} on {device} in {dtype} with compute={compute}: {lines}")
+
+
+def computes_of(format: str) -> tuple[str, ...]:
+    """What may be asked of layers of this format on any device: what the reference has, which is the definition"""
+    if format == "awq_w4a16":
+        return COMPUTES  # it has one way to compute, whatever is asked for
+    refuses = discover()[0]["reference"].refuses
+    device, dtype = torch.device("cpu"), torch.float32
+    return tuple(each for each in COMPUTES if each == "auto" or refuses(Call(format, device, dtype, each)) is None)
 
 
 def refusal(backend: Backend, call: Call) -> str | None:
@@ -126,7 +142,7 @@ def run(
     format, unsigned = layer.spec.format, layer.spec.act_unsigned
     partly = unsigned not in ((0, 0), (0, layer.spec.k))
     while True:
-        choice = choose(format, x.device, x.dtype, compute, x.shape[0], partly)
+        choice = choose(format, x.device, x.dtype, compute, x.shape[0], partly, layer.spec.act_bits)
         backend, arguments = choice.backend, (x, layer, bias, lora, choice.compute)
         try:
             if backend.epilogue:
@@ -148,7 +164,8 @@ def _with_epilogue(
     x, layer, bias, lora, compute = arguments
     if lora is not None and lora_strength is not None:
         down, up = lora
-        lora = down * lora_strength.to(down.dtype).repeat_interleave(16)[: down.shape[1]], up
+        # strengths are float32: the product is rounded once
+        lora = (down * lora_strength.repeat_interleave(16)[: down.shape[1]]).to(down.dtype), up
     return activate(backend.linear(x, layer, bias, lora, compute), activation)
 
 

@@ -10,7 +10,12 @@ Every reader ends here and every kernel starts here. Names are the pack's vocabu
     smooth_factor  (K,)                  the activation is divided by it
     proj_down      (K, R)                low-rank branch, sees the unsmoothed activation
     proj_up        (N, R)
+    act_mean       (K,)                  optional: taken off the activation before it is rounded to 4 bit
+    out_mean       (N,) float32          with act_mean: decode(qweight) @ (act_mean / smooth_factor), added to y again
 
+    y = Q((x - act_mean) / smooth_factor) @ decode(qweight).T + out_mean + (x @ proj_down) @ proj_up.T + bias
+
+A mode that rounds to more than 4 bit ignores both: without them the layer is right as well, with a little more error.
 The bias is not among them: a host wants to see it as an ordinary parameter.
 """
 
@@ -32,6 +37,7 @@ class LayerSpec:
                   (0, 0) for none. The stored bias then already contains -GELU_SHIFT * sum(dequantized weight / smooth)
     act_rule      how the layer's maker expects activation scales to be chosen, one of `fmt.act_rules`. A backend that
                   has only the stock rule, absmax, may use that: the layer stays right, with a little more error
+    act_bits      4, or 8 for a layer whose activation loses too much in 4 bit: compute=auto then keeps 8
     """
 
     format: str
@@ -40,6 +46,7 @@ class LayerSpec:
     rank: int = 0
     act_unsigned: tuple[int, int] = (0, 0)
     act_rule: str = "absmax"
+    act_bits: int = 4
 
     @property
     def fmt(self) -> Format:
@@ -63,6 +70,11 @@ class Layer:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
+
+    def centred_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """b + out_mean, what 4-bit activations have to be completed with; b itself where nothing is taken off"""
+        out_mean = self.tensors.get("out_mean")
+        return bias if out_mean is None else out_mean if bias is None else bias + out_mean
 
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -101,6 +113,11 @@ def shifted_bias_term(weight: torch.Tensor, smooth_factor: torch.Tensor, act_uns
     return (GELU_SHIFT * channels.sum(1)).float()
 
 
+def mean_term(weight: torch.Tensor, smooth_factor: torch.Tensor, act_mean: torch.Tensor) -> torch.Tensor:
+    """out_mean = weight @ (act_mean / smooth_factor), (N,) float32, of a decoded weight (N, K)"""
+    return (weight.double() @ (act_mean.double() / smooth_factor.double())).float()
+
+
 def check_layer(spec: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise LayerError unless `tensors` are exactly what the format asks of an (N, K) layer of this rank.
 
@@ -116,6 +133,10 @@ def check_layer(spec: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> None:
         raise LayerError(f"unsigned channels {start}:{stop} are only defined for int4, this layer is {spec.format}")
     if spec.act_rule not in fmt.act_rules:
         raise LayerError(f"activation rule {spec.act_rule!r} is unknown to {spec.format}, known are {fmt.act_rules}")
+    if spec.act_bits not in (4, 8) or (spec.act_bits == 8 and not fmt.low_rank):
+        raise LayerError(f"activations in {spec.act_bits} bit: {spec.format} has {'4 or 8' if fmt.low_rank else '16'}")
+    if ("act_mean" in tensors) != ("out_mean" in tensors):
+        raise LayerError("act_mean and out_mean belong together, this layer has one of them")
     parts = fmt.parts(spec.n, spec.k, spec.rank)
     for name, part in parts.items():
         if name not in tensors:

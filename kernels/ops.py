@@ -15,7 +15,8 @@ from .layer import Layer, LayerSpec
 
 NAMESPACE = "svdquant"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # the operators live as long as it does
-TENSORS = ("qweight", "wscales", "wtscale", "wcscales", "wzeros", "smooth_factor", "proj_down", "proj_up")
+TENSORS = ("qweight", "wscales", "wtscale", "wcscales", "wzeros", "smooth_factor", "proj_down", "proj_up", "act_mean",
+           "out_mean")  # fmt: skip
 GROUP = {"int4": ("int4", "w4a4"), "nvfp4": ("nvfp4", "w4a4"), "int8_group": ("int4", "w4a8")}
 GROUP |= {"int8_row": ("int4", "w4a8-jit"), "fp8_row": ("int4", "fp8")}  # codes -> (format, mode) that makes them
 
@@ -33,22 +34,34 @@ def register(
         free = f"{name}_{number}"
     LIBRARY.define(free + schema)
     # not torch.library.custom_op: its first call imports the compiler, seconds that only torch.compile needs
-    LIBRARY.impl(free, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(free, _of_dense_tensors(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{free}", fake, lib=LIBRARY)
     return getattr(space, free)
+
+
+def _of_dense_tensors(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Kernels find an element by the shape alone; of an activation that comes first they know the stride."""
+
+    def run(first: torch.Tensor, *rest: Any) -> Any:
+        first = first if first.is_floating_point() else first.contiguous()
+        return implementation(first, *[each.contiguous() if isinstance(each, torch.Tensor) else each for each in rest])
+
+    return run
 
 
 def _weights(*tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in zip(TENSORS, tensors, strict=False) if tensor is not None}
 
 
-def _linear(x, qweight, wscales, wtscale, wcscales, wzeros, smooth_factor, proj_down, proj_up, bias, lora_down, lora_up,
-            lora_strength, format, act_unsigned, act_rule, compute, activation):  # fmt: skip
-    tensors = _weights(qweight, wscales, wtscale, wcscales, wzeros, smooth_factor, proj_down, proj_up)
-    rank = 0 if proj_down is None else proj_down.shape[1]
-    layer = Layer(
-        LayerSpec(format, qweight.shape[0], 2 * qweight.shape[1], rank, tuple(act_unsigned), act_rule), tensors
+def _linear(x, qweight, wscales, wtscale, wcscales, wzeros, smooth_factor, proj_down, proj_up, act_mean, out_mean, bias,
+            lora_down, lora_up, lora_strength, format, act_unsigned, act_rule, act_bits, compute,
+            activation):  # fmt: skip
+    tensors = _weights(
+        qweight, wscales, wtscale, wcscales, wzeros, smooth_factor, proj_down, proj_up, act_mean, out_mean
     )
+    rank = 0 if proj_down is None else proj_down.shape[1]
+    n, k = qweight.shape[0], 2 * qweight.shape[1]
+    layer = Layer(LayerSpec(format, n, k, rank, tuple(act_unsigned), act_rule, act_bits), tensors)
     lora = None if lora_down is None else (lora_down, lora_up)
     return dispatch.run(x, layer, bias, lora, compute, lora_strength, activation)
 
@@ -57,14 +70,14 @@ def _linear_fake(x, qweight, *rest):
     return x.new_empty(x.shape[0], qweight.shape[0])
 
 
-def _quantize_activation(x, smooth_factor, proj_down, codes, act_unsigned, act_rule):
+def _quantize_activation(x, smooth_factor, proj_down, act_mean, codes, act_unsigned, act_rule):
     format, compute = GROUP[codes]
     step = dispatch.stage("quantize_activation", format, x.device, x.dtype, compute)
-    qact, ascales, branch_act = step(x, smooth_factor, proj_down, codes, tuple(act_unsigned), act_rule)
+    qact, ascales, branch_act = step(x, smooth_factor, proj_down, codes, tuple(act_unsigned), act_rule, act_mean)
     return qact, ascales, x.new_empty(x.shape[0], 0) if branch_act is None else branch_act
 
 
-def _quantize_activation_fake(x, smooth_factor, proj_down, codes, act_unsigned, act_rule):
+def _quantize_activation_fake(x, smooth_factor, proj_down, act_mean, codes, act_unsigned, act_rule):
     m, k = x.shape
     branch_act = x.new_empty(m, 0 if proj_down is None else proj_down.shape[1])
     if codes in ("int8_row", "fp8_row"):
@@ -131,17 +144,16 @@ WEIGHT = "Tensor qweight, Tensor wscales, Tensor? wtscale, Tensor? wcscales"
 BRANCH = "Tensor? branch_act, Tensor? proj_up, Tensor? bias"
 linear = register(
     "linear",
-    f"(Tensor x, {WEIGHT}, Tensor? wzeros, Tensor? smooth_factor, Tensor? proj_down, Tensor? proj_up, Tensor? bias, "
-    "Tensor? lora_down, Tensor? lora_up, Tensor? lora_strength, str format, SymInt[] act_unsigned, str act_rule, "
-    "str compute, "
-    "str activation) -> Tensor",
+    f"(Tensor x, {WEIGHT}, Tensor? wzeros, Tensor? smooth_factor, Tensor? proj_down, Tensor? proj_up, "
+    "Tensor? act_mean, Tensor? out_mean, Tensor? bias, Tensor? lora_down, Tensor? lora_up, Tensor? lora_strength, "
+    "str format, SymInt[] act_unsigned, str act_rule, int act_bits, str compute, str activation) -> Tensor",
     _linear,
     _linear_fake,
 )
 quantize_activation = register(
     "quantize_activation",
-    "(Tensor x, Tensor? smooth_factor, Tensor? proj_down, str codes, SymInt[] act_unsigned, str act_rule) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor? smooth_factor, Tensor? proj_down, Tensor? act_mean, str codes, SymInt[] act_unsigned, "
+    "str act_rule) -> (Tensor, Tensor, Tensor)",
     _quantize_activation,
     _quantize_activation_fake,
 )

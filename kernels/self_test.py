@@ -4,7 +4,7 @@ import torch
 
 from .backends import Backend, Call
 from .formats import FORMATS
-from .layer import Layer, LayerSpec
+from .layer import Layer, LayerSpec, mean_term
 
 SHAPES = ((5, 192), (600, 256))  # (M, N): kernels have settings for few rows and for many, for ragged N and even N
 K, RANK = 256, 32
@@ -22,6 +22,9 @@ def make_layer(format: str, dtype: torch.dtype, n: int, partly_unsigned: bool) -
         tensors["smooth_factor"] = (torch.rand(K, generator=generator) + 0.5).to(dtype)
         tensors["proj_down"] = (torch.randn(K, rank, generator=generator) / K**0.5).to(dtype)
         tensors["proj_up"] = (torch.randn(n, rank, generator=generator) / rank**0.5).to(dtype)
+    if fmt.low_rank and n == SHAPES[1][1]:
+        tensors["act_mean"] = (torch.randn(K, generator=generator) / 4).to(dtype)
+        tensors["out_mean"] = mean_term(fmt.decode_weight(tensors), tensors["smooth_factor"], tensors["act_mean"])
     unsigned = (64, 128) if partly_unsigned else (0, K) if format == "int4" and n == SHAPES[0][1] else (0, 0)
     return Layer(LayerSpec(format, n, K, rank, unsigned), tensors)
 

@@ -23,9 +23,13 @@ def wide_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def smoothed(x: torch.Tensor, smooth_factor: torch.Tensor | None, act_unsigned: Range) -> torch.Tensor:
-    """(x + shift) / smooth_factor, not rounded. x is (M, K)."""
+def smoothed(
+    x: torch.Tensor, smooth_factor: torch.Tensor | None, act_unsigned: Range, act_mean: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(x - act_mean + shift) / smooth_factor, not rounded. x is (M, K)."""
     wide = x.to(wide_dtype(x))
+    if act_mean is not None:
+        wide = wide - act_mean.to(wide.dtype)
     start, stop = act_unsigned
     if start != stop:
         shift = torch.zeros(x.shape[-1], dtype=wide.dtype, device=x.device)
@@ -41,9 +45,10 @@ def quantize_activation(
     codes: str,
     act_unsigned: Range,
     act_rule: str = "absmax",
+    act_mean: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(qact, ascales, branch_act) of x (M, K)"""
-    y = smoothed(x, smooth_factor, act_unsigned)
+    y = smoothed(x, smooth_factor, act_unsigned, act_mean)
     if codes == "int8_group":
         qact, ascales = eight_bit.quantize_groups(y.float())
     elif codes in ("int8_row", "fp8_row"):

@@ -4,7 +4,7 @@ from .bake_lora import SVDQuantBakeLora
 from .calibrate import SVDQuantCalibrate
 from .compare_models import SVDQuantCompare
 from .convert_model import SVDQuantConvertModel
-from .demo import SVDQuantDemoDecode, SVDQuantDemoModel, SVDQuantDemoPrompt
+from .demo import SVDQuantDemoDecode, SVDQuantDemoModel, SVDQuantDemoPrompt, SVDQuantDemoVae
 from .download_model import SVDQuantDownloadModel
 from .load_model import SVDQuantLoadModel
 from .lora_info import SVDQuantLoraInfo
@@ -26,6 +26,7 @@ NODE_CLASS_MAPPINGS = {
     "SVDQuantDemoModel": SVDQuantDemoModel,
     "SVDQuantDemoPrompt": SVDQuantDemoPrompt,
     "SVDQuantDemoDecode": SVDQuantDemoDecode,
+    "SVDQuantDemoVae": SVDQuantDemoVae,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -42,4 +43,5 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "SVDQuantDemoModel": "SVDQuant Demo Model",
     "SVDQuantDemoPrompt": "SVDQuant Demo Prompt",
     "SVDQuantDemoDecode": "SVDQuant Demo Decode",
+    "SVDQuantDemoVae": "SVDQuant Demo VAE",
 }

@@ -1,14 +1,18 @@
 """Node: SVDQuant Bake LoRA."""
 
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
 
+from ..quantize.statistics import Statistics
+from .calibrate import statistics_files, statistics_folder
 from .comfy_bake import bake
 from .comfy_model import load_model
 from .comfy_patcher import SVDQuantPatcher
 from .model_files import refuse_name, target
+from .quantize_model import NO_FILE
 
 
 class SVDQuantBakeLora:
@@ -44,24 +48,37 @@ class SVDQuantBakeLora:
             },
             "optional": {
                 "overwrite": ("BOOLEAN", {"default": False, "tooltip": "Replace a file of that name."}),
+                "statistics_file": (
+                    [NO_FILE, *statistics_files()],
+                    {
+                        "default": NO_FILE,
+                        "tooltip": "With refit: what SVDQuant Calibrate gathered, so that the error on the model's own "
+                        "activations is the least.",
+                    },
+                ),
             },
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, file_name: str) -> bool | str:
+    def VALIDATE_INPUTS(cls, file_name: str | None = None) -> bool | str:
         return refuse_name(file_name) or True
 
-    def bake(self, model: Any, file_name: str, refit: bool, overwrite: bool = False) -> dict[str, Any]:
+    def bake(
+        self, model: Any, file_name: str, refit: bool, overwrite: bool = False, statistics_file: str = NO_FILE
+    ) -> dict[str, Any]:
         if not isinstance(model, SVDQuantPatcher):
             raise ValueError("the model is not 4-bit; SVDQuant Quantize Model bakes the LoRAs of a 16-bit MODEL in")
         path = target(file_name, overwrite)
+        known = None
+        if statistics_file != NO_FILE:
+            known = Statistics.open(statistics_folder() / Path(statistics_file).name)
         bar = comfy.utils.ProgressBar(1)
 
         def progress(done: int, total: int, layer: str) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, total)
 
-        report = bake(model, path, refit, progress)
+        report = bake(model, path, refit, progress, known)
         text = (
             f"{path.name}: {report.layers} layers have the LoRAs inside, {report.lost:.3%} of their energy lost at most"
         )

@@ -72,12 +72,14 @@ class SVDQuantCalibrate:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, file_name: str) -> bool | str:
+    def VALIDATE_INPUTS(cls, file_name: str | None = None) -> bool | str:
         return refuse_name(file_name) or True
 
     def calibrate(
         self, model: Any, file_name: str, tokens: int, disk_gb: float, start_over: bool, sensitivity: bool = False
     ) -> tuple[Any, Collector]:
+        if reason := refuse_name(file_name):
+            raise ValueError(reason)
         path = statistics_folder() / f"{file_name.removesuffix(SUFFIX)}{SUFFIX}"
         collector = Collector.of(model, path, tokens, int(disk_gb * GB), not start_over, sensitivity)
         return collector.watch(model), collector

@@ -13,6 +13,7 @@ from ..quantize.checkpoint import Provenance
 from ..quantize.dialects import native
 from ..quantize.lora_bake import Baked, bake_layer
 from ..quantize.lora_terms import LoraError
+from ..quantize.statistics import Statistics, StatisticsError
 from ..quantize.tensor_file import TensorInfo, TensorWriter
 from .comfy_model import ATTACHMENT
 from .comfy_patcher import PREFIX, SVDQuantPatcher, layer_name
@@ -31,14 +32,19 @@ class BakeReport:
 
 
 def bake(
-    patcher: SVDQuantPatcher, path: str | Path, refit: bool = False, progress: Progress | None = None
+    patcher: SVDQuantPatcher,
+    path: str | Path,
+    refit: bool = False,
+    progress: Progress | None = None,
+    statistics: Statistics | None = None,
 ) -> BakeReport:
     """Write `patcher` with everything that is patched into it, layer by layer.
 
     refit   keep the rank of every layer: the best branch of that rank is stored, and what it misses reported
+    statistics  of the model, to refit by; layers that it lacks are refitted without
     raises  LoraError for a patch that no low-rank branch can hold, and what `progress` raises; `path` is then as before
     """
-    baked = _bake_layers(patcher, refit, progress)
+    baked = _bake_layers(patcher, refit, progress, statistics)
     packed = {layer_name(key): module for key, module in patcher.packed_layers().items()}
     specs, dense = {}, []
     for name, module in packed.items():
@@ -73,7 +79,9 @@ def bake(
     return BakeReport(Path(path), len(baked), lost, tuple(dense))
 
 
-def _bake_layers(patcher: SVDQuantPatcher, refit: bool, progress: Progress | None) -> dict[str, Baked]:
+def _bake_layers(
+    patcher: SVDQuantPatcher, refit: bool, progress: Progress | None, statistics: Statistics | None
+) -> dict[str, Baked]:
     branches, baked = patcher.branches(), {}
     for done, (key, branch) in enumerate(branches.items()):
         name, module = layer_name(key), patcher.packed_layers()[key]
@@ -81,8 +89,14 @@ def _bake_layers(patcher: SVDQuantPatcher, refit: bool, progress: Progress | Non
             progress(done, len(branches), name)
         layer = module.packed.layer(module.weight.detach().cpu())
         rank = layer.spec.rank if refit and layer.spec.rank else None
+        entry = None if statistics is None or rank is None else statistics.entry(name)
+        if entry is not None and entry.tokens.shape[1] != layer.spec.k:
+            raise StatisticsError(
+                f"{statistics.path.name}: layer {name!r} has {entry.tokens.shape[1]} channels, this model's has "
+                f"{layer.spec.k}: they are statistics of another model"
+            )
         try:
-            baked[name] = bake_layer(layer, branch, rank, patcher.lora_limits(), patcher.load_device)
+            baked[name] = bake_layer(layer, branch, rank, patcher.lora_limits(), patcher.load_device, entry)
         except LoraError as error:
             raise LoraError(f"{name}: {error}") from error
     return baked

@@ -85,10 +85,12 @@ class SVDQuantLinear(Base):
             self, dtype=torch.uint8, device=x.device, bias_dtype=x.dtype, offloadable=True
         )
         try:
-            loaded = self._branch_on(x)
+            # hosts stream offloaded weights through one buffer: its next bytes are another layer's
+            own = blob.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
+            packed, loaded = self.packed if own else self.packed.passing(), self._branch_on(x)
             if loaded is None:
-                return self.packed.forward(x, blob, bias, None)
-            return loaded.forward(self.packed, x, blob, bias)
+                return packed.forward(x, blob, bias, None)
+            return loaded.forward(packed, x, blob, bias)
         finally:
             comfy.ops.uncast_bias_weight(self, blob, bias, stream)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .comfy_executing import executing_lora
 from .comfy_linear import SVDQuantLinear
 from .comfy_patch import Patch
 
@@ -26,6 +27,7 @@ class PatchGroup:
     values   the patches as the host holds them
     unknown  keys that the model does not have
     hook     whether it acts where a conditioning asks for it, not always
+    file     name in models/loras, where it is known
     """
 
     values: tuple[Any, ...]
@@ -33,6 +35,7 @@ class PatchGroup:
     unknown: tuple[str, ...]
     strength: float
     hook: bool = False
+    file: str | None = None
 
 
 def group_of(patches: Mapping[Any, Any], added: Sequence[Any], strength: float) -> PatchGroup:
@@ -41,7 +44,7 @@ def group_of(patches: Mapping[Any, Any], added: Sequence[Any], strength: float) 
     unknown = {_key(target) for target in patches if target not in done}
     ours = sorted(key for key in unknown if key.startswith(PREFIX))  # the others are a text encoder's
     values = tuple(patches[target] for target in added)
-    return PatchGroup(values, tuple(sorted(set(map(_key, added)))), tuple(ours), strength)
+    return PatchGroup(values, tuple(sorted(set(map(_key, added)))), tuple(ours), strength, file=executing_lora())
 
 
 def hook_group(by_key: Mapping[str, Sequence[tuple[Any, ...]]]) -> PatchGroup:

@@ -9,10 +9,13 @@ from .comfy_patcher import SVDQuantPatcher, layer_name
 
 
 def describe_loras(patcher: Any) -> dict[str, Any] | None:
-    """One row per LoRA in the order of the nodes, totals, and why something cannot be applied; None for a 16-bit MODEL.
+    """One row per LoRA in the order of the nodes, totals, injections of the host, and why something cannot be applied.
 
-    A row: name, strength, hook, kinds {kind: layers}, layers (4-bit), other (keys of 16-bit layers, biases, norms),
-    columns, kept (least share of energy in any layer), milliseconds (to make the factors), unknown keys.
+    None for a 16-bit MODEL.
+
+    A row: name, file (in models/loras, where it is known), strength, hook, kinds {kind: layers}, layers (4-bit), other
+    (keys of 16-bit layers, biases, norms), columns, kept (least share of energy in any layer), milliseconds (to make
+    the factors), unknown keys.
     """
     if not isinstance(patcher, SVDQuantPatcher):
         return None
@@ -31,6 +34,7 @@ def describe_loras(patcher: Any) -> dict[str, Any] | None:
         rows.append(
             {
                 "name": f"{'hook LoRA' if group.hook else 'LoRA'} {index}",
+                "file": group.file,
                 "strength": group.strength,
                 "kinds": dict(kinds),
                 "layers": sorted({layer_name(key) for key in group.keys if key in packed}),
@@ -44,6 +48,7 @@ def describe_loras(patcher: Any) -> dict[str, Any] | None:
         )
     return {
         "rows": rows,
+        "beside": sorted(patcher.injections),
         "refused": refused,
         "layers": len(branches),
         "of": len(packed),

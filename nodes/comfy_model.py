@@ -1,8 +1,9 @@
 """Bridge: checkpoint -> ComfyUI's own model with 4-bit layers in place, and back to the tensors of a loaded MODEL."""
 
 import inspect
+import logging
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import comfy.lora
@@ -12,6 +13,8 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ..kernels.dispatch import arch_of
+from ..kernels.modes import faster_format
 from ..quantize.checkpoint import CheckpointError, open_checkpoint
 from ..quantize.inspect import describe
 from ..quantize.source import FileSource
@@ -20,6 +23,8 @@ from .comfy_linear import operations
 from .comfy_patcher import PREFIX, SVDQuantPatcher, adopt, layer_name
 
 ATTACHMENT = "svdquant"
+FASTER = "runs, but a file of this model in {} would be faster: this GPU computes those in 4 bit"
+log = logging.getLogger("svdquant")
 
 
 def load_model(path: str, compute: str = "auto", disable_dynamic: bool = False) -> ModelPatcher:
@@ -30,6 +35,7 @@ def load_model(path: str, compute: str = "auto", disable_dynamic: bool = False) 
     raises  CheckpointError naming file, layer and reason
     """
     checkpoint = open_checkpoint(path)
+    checkpoint.check_compute(compute)
     state_dict = {name: checkpoint.tensor(name) for name in checkpoint.rest}
     for name, spec in checkpoint.specs.items():  # stand-ins without memory: detection and LoRA names look at them
         state_dict[f"{name}.weight"] = torch.empty(spec.n, spec.k, dtype=checkpoint.dtype, device="meta")
@@ -49,7 +55,10 @@ def load_model(path: str, compute: str = "auto", disable_dynamic: bool = False) 
             f"{checkpoint.path.name}: {len(unused)} 4-bit layers have no place in the model that ComfyUI built, "
             f"first {min(unused)!r}"
         )
-    patcher.set_attachments(ATTACHMENT, describe(checkpoint))
+    found = describe(checkpoint)
+    patcher.set_attachments(ATTACHMENT, found)
+    if faster := _faster_format(found["formats"], patcher.load_device):
+        log.info("%s: %s", found["file"], FASTER.format(faster))
     patcher.cached_patcher_init = (load_model, (path, compute))  # newer hosts rebuild the model from this
     return patcher
 
@@ -156,7 +165,14 @@ def describe_model(patcher: ModelPatcher) -> dict[str, Any] | None:
         backends[layer_name(key)] = {
             "backend": choice.backend.name,
             "compute": choice.compute,
+            "asked": module.packed.compute,
             "passed_over": choice.passed_over,
             "lora_rank": branches[key][0].shape[1] if key in branches else 0,
         }
-    return found | {"device": str(patcher.load_device), "dtype": str(dtype), "backends": backends}
+    device, faster = patcher.load_device, _faster_format(found["formats"], patcher.load_device)
+    return found | {"device": str(device), "dtype": str(dtype), "faster": faster, "backends": backends}
+
+
+def _faster_format(formats: Iterable[str], device: torch.device) -> str | None:
+    arch, _ = arch_of(device)
+    return next((faster for format in formats if (faster := faster_format(format, arch))), None)

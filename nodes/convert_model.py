@@ -42,7 +42,7 @@ class SVDQuantConvertModel:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, file_name: str) -> bool | str:
+    def VALIDATE_INPUTS(cls, file_name: str | None = None) -> bool | str:
         return refuse_name(file_name) or True
 
     @classmethod

@@ -48,7 +48,9 @@ class SVDQuantDemoPrompt:
         return {"required": {"digits": ("STRING", {"default": "0123456789", "tooltip": "Which digits to paint."})}}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, digits: str) -> bool | str:
+    def VALIDATE_INPUTS(cls, digits: str | None = None) -> bool | str:
+        if digits is None:  # it comes from another node, which has not run yet
+            return True
         return (digits.isascii() and digits.isdigit()) or f"digits is {digits!r}, needed one or more of 0123456789"
 
     def encode(self, digits: str) -> tuple[Any]:
@@ -69,6 +71,30 @@ class SVDQuantDemoDecode:
         return {"required": {"samples": ("LATENT", {"tooltip": "Latents of the demo model."})}}
 
     def decode(self, samples: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
-        latent = (samples["samples"] - 0.1159) * 0.3611  # undo ComfyUI's scaling of FLUX latents
+        return (DemoVae.decode(samples["samples"]),)
+
+
+class DemoVae:
+    """The decoder as stock nodes want it: what a VAE's `decode` is."""
+
+    @staticmethod
+    def decode(samples: torch.Tensor) -> torch.Tensor:
+        """(B, 16, H, W) -> (B, 4 H, 4 W, 3) in 0..1"""
+        latent = (samples - 0.1159) * 0.3611  # undo ComfyUI's scaling of FLUX latents
         pixels = torch.nn.functional.pixel_shuffle(latent.float(), PATCH) / 2 + 0.5
-        return (pixels.clamp(0, 1).movedim(1, -1).repeat(1, 1, 1, 3),)
+        return pixels.clamp(0, 1).movedim(1, -1).repeat(1, 1, 1, 3)
+
+
+class SVDQuantDemoVae:
+    DESCRIPTION = "Stands in for the VAE of the demo model: decodes, but does not encode."
+    CATEGORY = CATEGORY
+    FUNCTION = "load"
+    RETURN_TYPES = ("VAE",)
+    OUTPUT_TOOLTIPS = ("For VAE Decode and SVDQuant Compare.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def load(self) -> tuple[DemoVae]:
+        return (DemoVae(),)

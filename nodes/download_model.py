@@ -1,5 +1,6 @@
 """Node: SVDQuant Download Model."""
 
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -39,10 +40,14 @@ class SVDQuantDownloadModel:
             },
         }
 
+    @classmethod
+    def IS_CHANGED(cls, published: str, repo: str = "", file: str = "", revision: str = "main") -> float:
+        path = write_folder() / Path(_names(published, repo, file)[1]).name
+        return path.stat().st_mtime if path.is_file() else float("nan")  # a new nan each time equals no earlier one
+
     def download(self, published: str, repo: str = "", file: str = "", revision: str = "main") -> dict[str, Any]:
-        if published != OTHER:
-            repo, file = next((known.repo, known.file) for known in PUBLISHED if known.title == published)
-        elif not (repo.strip() and file.strip()):
+        repo, file = _names(published, repo, file)
+        if not (repo and file):
             raise ValueError(f"published is {OTHER}, needed a repo (owner/name) and a file")
         bar = comfy.utils.ProgressBar(1)
 
@@ -50,6 +55,13 @@ class SVDQuantDownloadModel:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, max(done, total))
 
-        path = download(repo.strip(), file.strip(), write_folder(), revision.strip() or "main", progress)
+        path = download(repo, file, write_folder(), revision.strip() or "main", progress)
         text = f"{path.name}: {path.stat().st_size:,} bytes in models/{FOLDER}"
         return {"ui": {"text": [text]}, "result": (path.name,)}
+
+
+def _names(published: str, repo: str, file: str) -> tuple[str, str]:
+    """(repository, file) of a choice."""
+    if published == OTHER:
+        return repo.strip(), file.strip()
+    return next((known.repo, known.file) for known in PUBLISHED if known.title == published)

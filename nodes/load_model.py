@@ -2,11 +2,19 @@
 
 from typing import Any
 
+from ..kernels import COMPUTES
 from ..quantize.checkpoint import CheckpointError, open_checkpoint
 from .comfy_model import load_model
 from .model_files import choices, find_or_raise, modified
 
-COMPUTES = ["auto", "w4a4", "w16"]
+COMPUTE_TOOLTIP = """How the 4-bit layers compute. SVDQuant Model Info says what runs and what the device has not.
+auto: the best mode of this device.
+w4a4: 4-bit weights and activations, the layer as it was made.
+w4a8: activations in 8 bit, closer to the 16-bit model; INT4 files only.
+w8a8: both sides in 8 bit; the expanded weights are kept, which takes half of the 16-bit model's memory more.
+w4a8-jit: the same numbers, the weights are expanded again for each call.
+fp8: both sides in fp8, the weights are expanded for each call.
+w16: activations are not rounded, the weights are expanded to 16 bit for each call: the most exact, and slow."""
 
 
 class SVDQuantLoadModel:
@@ -29,20 +37,16 @@ class SVDQuantLoadModel:
                     {"tooltip": "A 4-bit checkpoint in models/diffusion_models, of any published spelling."},
                 ),
                 "compute": (
-                    COMPUTES,
-                    {
-                        "default": "auto",
-                        "tooltip": "How the 4-bit layers compute. auto: the best mode of this device. w4a4: 4-bit "
-                        "weights and activations. w16: 4-bit weights, activations untouched (exact, slower).",
-                    },
+                    list(COMPUTES),
+                    {"default": "auto", "tooltip": COMPUTE_TOOLTIP},
                 ),
             }
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model_name: str) -> bool | str:
+    def VALIDATE_INPUTS(cls, model_name: str, compute: str = "auto") -> bool | str:
         try:
-            open_checkpoint(find_or_raise(model_name))
+            open_checkpoint(find_or_raise(model_name)).check_compute(compute)
         except (CheckpointError, FileNotFoundError) as error:
             return str(error)
         return True

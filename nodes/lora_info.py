@@ -31,8 +31,10 @@ def report(found: dict[str, Any] | None) -> str:
     """The table of `describe_loras` as text."""
     if found is None:
         return "This MODEL is not 4-bit: ComfyUI adds LoRAs to its weights."
+    wrapped = ", ".join(found["beside"])
+    beside = [f"beside the layers: {wrapped} (ComfyUI adds it to what a layer gives)"] if wrapped else []
     if not found["rows"]:
-        return "This MODEL has no LoRA."
+        return "\n".join(["This MODEL has no LoRA.", *beside])
     head = ("", "strength", "kind", "4-bit layers", "other keys", "columns", "kept", "ms")
     table = [head, *(_cells(row) for row in found["rows"])]
     widths = [max(len(line[column]) for line in table) for column in range(len(head))]
@@ -44,6 +46,7 @@ def report(found: dict[str, Any] | None) -> str:
     for row in found["rows"]:
         if row["unknown"]:
             lines.append(f"{row['name']}: {len(row['unknown'])} keys found no place: {', '.join(row['unknown'][:10])}")
+    lines += beside
     if found["refused"]:
         lines.append(f"cannot be applied: {found['refused']}")
     return "\n".join(lines)
@@ -53,4 +56,5 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     kinds = ", ".join(f"{count} {kind}" for kind, count in row["kinds"].items()) or "-"
     kept = f"{row['kept']:.4%}" if row["kept"] < 1 else "exact"
     numbers = str(len(row["layers"])), str(len(row["other"])), str(row["columns"])
-    return row["name"], f"{row['strength']:g}", kinds, *numbers, kept, f"{row['milliseconds']:.1f}"
+    name = f"{row['name']}: {row['file']}" if row["file"] else row["name"]
+    return name, f"{row['strength']:g}", kinds, *numbers, kept, f"{row['milliseconds']:.1f}"

@@ -4,15 +4,16 @@ from pathlib import Path
 
 import folder_paths
 
+from ..quantize.tensor_file import LEGACY_FOLDER, folder_files
+
 FOLDER = "diffusion_models"
-LEGACY_FILES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
 
 
 def choices() -> list[str]:
     """Every file, and a folder of two tensor files as one entry in place of its parts."""
     names = folder_paths.get_filename_list(FOLDER)
-    parents = {str(Path(name).parent) for name in names if Path(name).name == LEGACY_FILES[0]}
-    parts = {str(Path(parent) / file) for parent in parents for file in LEGACY_FILES}
+    parents = {str(Path(name).parent) for name in names if Path(name).name == LEGACY_FOLDER[0]}
+    parts = {str(Path(parent) / file) for parent in parents for file in LEGACY_FOLDER}
     return sorted({str(Path(name)) for name in names} - parts | parents - {"."})
 
 
@@ -21,7 +22,7 @@ def find(model_name: str) -> Path | None:
     path = folder_paths.get_full_path(FOLDER, model_name)
     if path is not None:
         return Path(path)
-    first = folder_paths.get_full_path(FOLDER, str(Path(model_name) / LEGACY_FILES[0]))
+    first = folder_paths.get_full_path(FOLDER, str(Path(model_name) / LEGACY_FOLDER[0]))
     return None if first is None else Path(first).parent
 
 
@@ -36,7 +37,8 @@ def find_or_raise(model_name: str) -> Path:
 def modified(model_name: str) -> float:
     """When a model was last written; 0 if it is gone, so that the node runs and says so."""
     path = find(model_name)
-    return path.stat().st_mtime if path else 0.0
+    files = [] if path is None else folder_files(path) if path.is_dir() else [path]
+    return max((file.stat().st_mtime for file in files), default=0.0)
 
 
 def write_folder() -> Path:
@@ -46,15 +48,24 @@ def write_folder() -> Path:
 
 
 def target(file_name: str, overwrite: bool) -> Path:
-    """models/diffusion_models/<file_name>.safetensors. Raises ValueError if it exists and may not be replaced."""
+    """models/diffusion_models/<file_name>.safetensors. Raises ValueError if it exists and may not be replaced, or for a
+    name that leaves the folder.
+    """
+    if reason := refuse_name(file_name):
+        raise ValueError(reason)
     path = write_folder() / (file_name if file_name.endswith(".safetensors") else f"{file_name}.safetensors")
     if path.exists() and not overwrite:
         raise ValueError(f"{path.name} exists already in {path.parent}: choose another name or turn overwrite on")
     return path
 
 
-def refuse_name(file_name: str) -> str | None:
-    """Why `file_name` is no name for a new file inside the folder, or None if it is."""
+def refuse_name(file_name: str | None) -> str | None:
+    """Why `file_name` is no name for a new file inside the folder, or None if it is.
+
+    None, which the host passes for a text that comes from another node, is checked when that text is there.
+    """
+    if file_name is None:
+        return None
     name = Path(file_name)
     if not file_name.strip() or name.is_absolute() or ".." in name.parts:
         return f"file_name is {file_name!r}, needed a name inside models/{FOLDER}"

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from .comfy_model import describe_model
+from .comfy_model import FASTER, describe_model
 
 
 class SVDQuantModelInfo:
@@ -38,9 +38,12 @@ def report(found: dict[str, Any] | None) -> str:
     ]
     layers = found["backends"].values()
     runs = Counter(f"{layer['backend']} {layer['compute']}" for layer in layers)
+    lines.append("compute   " + ", ".join(sorted({layer["asked"] for layer in layers})))
     lines.append("backend   " + ", ".join(f"{name} ({count} layers)" for name, count in runs.items()))
     reasons = {name: reason for layer in layers for name, reason in layer["passed_over"].items()}
     lines += [f"not used  {name}: {reason}" for name, reason in sorted(reasons.items())]
+    if found["faster"]:
+        lines.append(f"faster    {FASTER.format(found['faster'])}")
     loras = [layer["lora_rank"] for layer in layers if layer["lora_rank"]]
     if loras:
         lines.append(f"lora      {len(loras)} layers, {max(loras)} columns at most")

@@ -66,7 +66,7 @@ class SVDQuantQuantizeModel:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, file_name: str) -> bool | str:
+    def VALIDATE_INPUTS(cls, file_name: str | None = None) -> bool | str:
         return refuse_name(file_name) or True
 
     def quantize(
@@ -86,6 +86,7 @@ class SVDQuantQuantizeModel:
         target_size_gb: float = 0.0,
         fallback: float = 0.0,
         resume: bool = True,
+        act8_share: float = 0.1,
     ) -> dict[str, Any]:
         if source == MODEL_INPUT and model is None:
             raise ValueError(f"source is {MODEL_INPUT} and no MODEL is connected: connect one or choose a file")
@@ -101,6 +102,7 @@ class SVDQuantQuantizeModel:
             auto_rank=auto_rank,
             target_size=int(target_size_gb * 10**9),
             fallback=fallback,
+            act8_share=act8_share,
         )
         device = comfy.model_management.get_torch_device()
         bar = comfy.utils.ProgressBar(1)
@@ -160,10 +162,22 @@ _OPTIONAL: dict[str, Any] = {
             "min": 0.0,
             "max": 1.0,
             "step": 0.01,
-            "tooltip": "Layers with a relative output error above this stay in 16 bit. 0: none does; 0.25 is usual.",
+            "tooltip": "Layers with a relative output error above this, and the worst ones, get 8-bit activations; "
+            "those still above it stay in 16 bit. 0: all are 4-bit; 0.25 is usual.",
         },
     ),
     "resume": ("BOOLEAN", {"default": True, "tooltip": "Take up a run that was stopped, layer by layer."}),
+    "act8_share": (
+        "FLOAT",
+        {
+            "default": 0.1,
+            "min": 0.0,
+            "max": 1.0,
+            "step": 0.01,
+            "tooltip": "With fallback: at most this share of the multiply-adds gets 8-bit activations. They take no "
+            "bytes, and time where a GPU is faster with 4-bit ones.",
+        },
+    ),
 }
 
 
@@ -181,6 +195,8 @@ def _text(report: QuantizeReport, folder: Path) -> str:
     )
     if data["mean_output_error"] is not None:
         text += f", mean output error {data['mean_output_error']:.4f}"
+    if report.eight:
+        text += f", {len(report.eight)} layers have 8-bit activations"
     if report.kept:
         text += f", {len(report.kept)} layers stay in 16 bit"
     return f"{text}. Report: output/svdquant/{folder.name}"

@@ -1,9 +1,10 @@
-"""Bytes for rank: how wide each layer's low-rank branch is, and which layers stay in 16 bit.
+"""Bytes for rank: how wide each layer's low-rank branch is, and which layers need more bits than the others.
 
 The output error of a layer of rank r is nearly proportional to what the branch leaves over, so its square falls like
 the sum of the squared singular values from r on. Source of the greedy rule: SRR and LoRaQ, arXiv 2604.18117.
 """
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ import torch
 from ..kernels.layer import LayerSpec
 from .lowrank import OVERSAMPLING, randomized_svd
 from .recipe import LARGEST_AUTO_RANK, RANK_MULTIPLE
+
+TIMES_MEDIAN = 5  # a layer that costs the model so many times what the median layer does is one of the worst
 
 
 class BudgetError(ValueError):
@@ -24,18 +27,25 @@ class Unit:
 
     error        squared relative output error to expect at each rank 0, 16, ..., 128
     sensitivity  how much the model's output suffers per squared relative error; 1 for all where it is not known
+    error8       `error` with 8-bit activations, None where nothing is known of the activations
     """
 
     spec: LayerSpec
     error: tuple[float, ...]
     sensitivity: float = 1.0
+    error8: tuple[float, ...] | None = None
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds per token."""
+        return self.spec.n * self.spec.k
 
     def bytes_at(self, rank: int) -> int:
-        """Bytes of the stored layer; 16-bit tensors are counted as such."""
+        """Bytes of the stored layer at most; 16-bit tensors are counted as such, and means as if it had them."""
         parts = self.spec.fmt.parts(self.spec.n, self.spec.k, rank)
         size = 0
-        for part in parts.values():
-            if not part.optional:
+        for name, part in parts.items():
+            if not part.optional or name in ("act_mean", "out_mean"):
                 dtype = torch.bfloat16 if torch.bfloat16 in part.dtypes else part.dtypes[0]
                 size += torch.Size(part.shape).numel() * dtype.itemsize
         return size
@@ -52,6 +62,46 @@ def tails(weight: torch.Tensor, seed: int) -> tuple[float, ...]:
     gone = torch.cat([torch.zeros(1, dtype=torch.float64, device=weight.device), values.double().square().cumsum(0)])
     ranks = range(0, LARGEST_AUTO_RANK + 1, RANK_MULTIPLE)
     return tuple(max(0.0, 1 - (gone[min(rank, len(gone) - 1)] / total).item()) for rank in ranks)
+
+
+def eight_bits(
+    units: Mapping[str, Unit], groups: Sequence[Sequence[str]], fallback: float, share: float, rank: int
+) -> dict[str, str]:
+    """layer -> why its activations get 8 bit: where that takes off most weighted squared error per multiply-add
+
+    8-bit activations take no bytes, and time only where 4-bit products are faster. A group, which rounds its activation
+    once, is looked at if one of its layers has a relative error above `fallback` at `rank`, or a weighted squared one
+    above 5 times the median.
+
+    share  of the multiply-adds of all units that may be chosen
+    """
+    place = min(rank, LARGEST_AUTO_RANK) // RANK_MULTIPLE
+    known = {layer: unit for layer, unit in units.items() if unit.error8 is not None}
+    losses = {layer: unit.sensitivity * unit.error[place] for layer, unit in known.items()}
+    median = statistics.median(losses.values()) if losses else 0.0
+    offers = []
+    for group in groups:
+        layers = [layer for layer in group if layer in known]
+        reasons = {}
+        for layer in layers:
+            error, times = known[layer].error[place] ** 0.5, losses[layer] / median if median else 0.0
+            if error > fallback:
+                reasons[layer] = f"predicted error {error:.3f} at rank {place * RANK_MULTIPLE} is above {fallback:g}"
+            elif times > TIMES_MEDIAN:
+                reasons[layer] = f"predicted to cost the model {times:.1f} times what the median layer costs it"
+        cost = sum(known[layer].products for layer in layers)
+        saved = sum(losses[layer] - known[layer].sensitivity * known[layer].error8[place] for layer in layers)
+        if reasons and saved > 0:
+            worst = next(iter(reasons))
+            reasons = {layer: reasons.get(layer, f"reads the activation of {worst}") for layer in layers}
+            offers.append((saved / cost, cost, reasons))
+    left = share * sum(unit.products for unit in units.values())
+    chosen: dict[str, str] = {}
+    for _, cost, reasons in sorted(offers, key=lambda offer: -offer[0]):
+        if cost <= left:
+            left -= cost
+            chosen |= reasons
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -84,7 +134,8 @@ def allocate(units: Mapping[str, Unit], room: int, fallback: float = 0.0, unifor
         error = unit.error[step] ** 0.5
         more = unit.spec.bytes_16bit() - least[layer]
         if fallback and error > fallback and spent + more <= room:
-            kept[layer] = f"predicted error {error:.3f} at rank {step * RANK_MULTIPLE} is above {fallback:g}"
+            even = ", with 8-bit activations too" if unit.spec.act_bits == 8 else ""
+            kept[layer] = f"predicted error {error:.3f} at rank {step * RANK_MULTIPLE} is above {fallback:g}{even}"
             spent += more
     ranks = {layer: 0 for layer in units if layer not in kept}
     while True:

@@ -4,12 +4,13 @@ Dialects (how a file spells its layers) live in `dialects/`; each turns a Tensor
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..kernels import COMPUTES, computes_of
 from ..kernels.layer import Layer, LayerError, LayerSpec, check_layer, check_values
 from .families import FAMILIES
 from .tensor_file import TensorFileError, TensorInfo, open_tensors
@@ -72,6 +73,18 @@ class Checkpoint:
         """Read one tensor of `rest`."""
         return self._read_rest(name)
 
+    def check_compute(self, compute: str) -> None:
+        """Raise CheckpointError if some layers cannot compute in this mode (see kernels/modes.py), naming what can."""
+        if compute not in COMPUTES:
+            raise CheckpointError(f"{self.path.name}: compute is {compute!r}, known are {', '.join(COMPUTES)}")
+        for format in sorted({spec.format for spec in self.specs.values()}):
+            known = computes_of(format)
+            if compute not in known:
+                raise CheckpointError(
+                    f"{self.path.name}: compute is {compute!r}, but its {format} layers have {', '.join(known)}. "
+                    "Choose one of these; auto takes the best one of the device"
+                )
+
     def weight_infos(self) -> dict[str, TensorInfo]:
         """Every tensor as the 16-bit model has it: 4-bit layers appear as `name.weight` of shape (N, K)."""
         dense = {f"{name}.weight": TensorInfo((spec.n, spec.k), self.dtype) for name, spec in self.specs.items()}
@@ -98,4 +111,14 @@ def open_checkpoint(path: str | Path, as_is: bool = False) -> Checkpoint:
             f"{checkpoint.path.name}: family {family!r} is unknown, known are {', '.join(sorted(FAMILIES))}. "
             "A newer version of this pack may know it."
         )
-    return checkpoint
+    return _canonical(checkpoint)
+
+
+def _canonical(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with tensors of `rest` under the names that every ComfyUI reads: its host wrote those it has."""
+    family = FAMILIES[checkpoint.provenance.family]
+    stored = {family.canonical(name): name for name in checkpoint.rest}
+    if stored.keys() == checkpoint.rest.keys():
+        return checkpoint
+    rest = {name: checkpoint.rest[old] for name, old in stored.items()}
+    return replace(checkpoint, rest=rest, _read_rest=lambda name: checkpoint.tensor(stored[name]))

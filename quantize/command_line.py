@@ -11,6 +11,7 @@ from .compare import compare_files
 from .convert import TARGETS, convert_file
 from .inspect import inspect_file
 from .quantizer_commands import add_commands, inspect_statistics, is_statistics
+from .tuning import add_commands as add_tuning
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--to", choices=TARGETS, required=True)
     command.add_argument("--as-is", action="store_true", help="keep layer names, each layer on its own")
     command.set_defaults(run=_convert)
+
+    add_tuning(commands)
 
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="machine-readable result")

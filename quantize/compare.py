@@ -8,12 +8,13 @@ import torch
 from .checkpoint import open_checkpoint
 from .dialects import DIALECTS
 from .source import FileSource
-from .tensor_file import TensorFile
+from .tensor_file import open_tensors
 
 
 def dense_weights(path: str | Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
-    """(layer -> shape, layer -> its weight as one float32 matrix), for a 16-bit or a 4-bit file."""
-    if any(dialect.speaks(TensorFile(path)) for dialect in DIALECTS.values()):
+    """(layer -> shape, layer -> its weight as one float32 matrix), for a 16-bit file or a 4-bit file or folder."""
+    file = open_tensors(path)
+    if any(dialect.speaks(file) for dialect in DIALECTS.values()):
         checkpoint = open_checkpoint(path)
         infos = checkpoint.weight_infos()
 

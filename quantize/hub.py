@@ -36,10 +36,13 @@ class PublishedFile:
         return f"{self.repo}/{self.file}"
 
 
-def _nunchaku(model: str, family: str, ranks: tuple[int, ...] = (32,)) -> list[PublishedFile]:
+def _nunchaku(
+    model: str, family: str, int4: tuple[int, ...] = (32,), fp4: tuple[int, ...] = (32,)
+) -> list[PublishedFile]:
+    """The files of one model, by the ranks of each precision."""
     return [
         PublishedFile(f"nunchaku-tech/nunchaku-{model}", f"svdq-{tag}_r{rank}-{model}.safetensors", family, name)
-        for tag, name in (("int4", "int4"), ("fp4", "nvfp4"))
+        for tag, name, ranks in (("int4", "int4", int4), ("fp4", "nvfp4", fp4))
         for rank in ranks
     ]
 
@@ -52,10 +55,12 @@ PUBLISHED: tuple[PublishedFile, ...] = (
     *_nunchaku("flux.1-depth-dev", "flux"),
     *_nunchaku("flux.1-canny-dev", "flux"),
     *_nunchaku("flux.1-krea-dev", "flux"),
-    *_nunchaku("qwen-image", "qwen_image", (32, 128)),
-    *_nunchaku("qwen-image-edit", "qwen_image", (32, 128)),
-    *_nunchaku("qwen-image-edit-2509", "qwen_image", (32, 128)),
-    *_nunchaku("z-image-turbo", "z_image", (32, 128)),
+    *_nunchaku("qwen-image", "qwen_image", (32, 128), (32, 128)),
+    *_nunchaku("qwen-image-edit", "qwen_image", (32, 128), (32, 128)),
+    *_nunchaku("qwen-image-edit-2509", "qwen_image", (32, 128), (32, 128)),
+    *_nunchaku("z-image-turbo", "z_image", (32, 128, 256), (32, 128)),
+    *_nunchaku("sdxl", "sdxl", fp4=()),
+    *_nunchaku("sdxl-turbo", "sdxl", fp4=()),
 )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint, open_checkpoint
+from .tensor_file import size_on_disk
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -12,7 +13,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     specs = checkpoint.specs.values()
     dense = sum(spec.bytes_16bit() for spec in specs)
     rest = sum(info.nbytes for info in checkpoint.rest.values())
-    size = checkpoint.path.stat().st_size
+    size = size_on_disk(checkpoint.path)
     return {
         "file": checkpoint.path.name,
         "dialect": checkpoint.dialect,
@@ -38,5 +39,5 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def inspect_file(path: str | Path) -> dict[str, Any]:
-    """`describe` of a file. Raises CheckpointError for anything that is not a 4-bit model."""
+    """`describe` of a file or a folder of files. Raises CheckpointError for anything that is not a 4-bit model."""
     return describe(open_checkpoint(path))

@@ -1,6 +1,6 @@
 """A 4-bit layer as one vector of bytes: what a host stores, moves and hands back for the forward pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,7 +15,7 @@ LowRank = tuple[torch.Tensor, torch.Tensor]
 class PackedLinear:
     """The description of a blob: everything about a layer but its bytes.
 
-    compute  auto, w4a4 or w16, see kernels.svdquant_linear
+    compute  one of kernels.COMPUTES
     """
 
     spec: LayerSpec
@@ -33,10 +33,19 @@ class PackedLinear:
         return Layer(self.spec, from_blob(blob, self.views))
 
     def forward(
-        self, x: torch.Tensor, blob: torch.Tensor, bias: torch.Tensor | None, lora: LowRank | None
+        self,
+        x: torch.Tensor,
+        blob: torch.Tensor,
+        bias: torch.Tensor | None,
+        lora: LowRank | None,
+        strength: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """svdquant_linear of the layer in `blob`, which lies on the device of x."""
-        return svdquant_linear(x, self.layer(blob), bias, lora, self.compute)
+        """svdquant_linear of the layer in `blob`, which lies on the device of x; strength of each 16 LoRA columns."""
+        return svdquant_linear(x, self.layer(blob), bias, lora, self.compute, lora_strength=strength)
+
+    def passing(self) -> "PackedLinear":
+        """The same layer for bytes that lie where they do for one call alone: nothing made from them may be kept."""
+        return replace(self, compute="w4a8-jit") if self.compute == "w8a8" else self  # bit-identical, see kernels/modes
 
     def choice(self, device: torch.device, dtype: torch.dtype) -> Choice:
         """Which backend runs this layer there, and why the others do not."""

@@ -12,7 +12,7 @@ import torch
 
 from ..kernels.layer import LayerSpec
 from .linear import LowRank, PackedLinear
-from .lora_terms import Columns, Kron, LoraError, scaled
+from .lora_terms import WIDTH, Columns, Kron, LoraError, scaled
 
 __all__ = ["Branch", "LoadedBranch", "LoraError"]
 
@@ -82,6 +82,7 @@ class LoadedBranch:
 
     down, up  (K, R), (N, R): the factors of all column parts, without their strengths; None where there are none
     krons     the Kronecker parts, without their strengths
+    strength  (R/16,) float32: a factor for each 16 columns; None where all are 1
     """
 
     branch: Branch
@@ -90,22 +91,24 @@ class LoadedBranch:
     krons: tuple[Kron, ...]
     device: torch.device
     dtype: torch.dtype
-    _strength: torch.Tensor | float = field(init=False)
+    strength: torch.Tensor | None = field(init=False)
+    _blocks: torch.Tensor = field(init=False)
     _vectors: dict[str, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
+        blocks = 0 if self.down is None else self.down.shape[1] // WIDTH
+        self._blocks = torch.empty(blocks, device=self.device, dtype=torch.float32)
         self.follow(self.branch)
 
     def follow(self, branch: Branch) -> None:
-        """Take over the strengths of a branch that `fits`. A single strength is a number, no tensor is made for it."""
-        self.branch = branch
+        """Take over the strengths of a branch that `fits`: one small vector changes in place, no factor."""
+        self.branch, self.strength, self._vectors = branch, None, {}
         scales = branch.scales
-        self._strength = scales[0] if scales else 1.0
-        if len(scales) > 1 and len(set(scales)) > 1:
-            wide = [(p.rank, s) for p, s in zip(branch.parts, scales, strict=True) if isinstance(p, Columns)]
-            vector = [scale for rank, scale in wide for _ in range(rank)]
-            self._strength = torch.tensor(vector, device=self.device, dtype=self.dtype)
-        self._vectors = {}
+        if self.down is not None and len(set(scales)) == 1:  # filled on the device, nothing is sent there
+            self.strength = None if scales[0] == 1 else self._blocks.fill_(scales[0])
+        elif self.down is not None:
+            vector = [s for p, s in zip(branch.parts, scales, strict=True) for _ in range(p.rank // WIDTH)]
+            self.strength = None if set(vector) == {1} else self._blocks.copy_(torch.tensor(vector))
         if branch.rows is None and branch.cols is None:
             return
         vectors = {"rows": branch.rows, "cols": branch.cols, "shift": branch.shift}
@@ -116,21 +119,18 @@ class LoadedBranch:
         mine, other = self.branch.parts, branch.parts
         return mine is other or (len(mine) == len(other) and all(a is b for a, b in zip(mine, other, strict=True)))
 
-    def low_rank(self) -> LowRank | None:
-        """(lora_down, lora_up), the smaller of them times the strength."""
-        if self.down is None:
-            return None
-        if isinstance(self._strength, float) and self._strength == 1:
-            return self.down, self.up
-        if self.down.shape[0] <= self.up.shape[0]:
-            return self.down * self._strength, self.up
-        return self.down, self.up * self._strength
+    def _beside(self, x: torch.Tensor) -> torch.Tensor:
+        """(x @ down * strength) @ up.T, for a layer whose kernel cannot hold the columns"""
+        act = x @ self.down
+        if self.strength is not None:
+            act = (act * self.strength.repeat_interleave(WIDTH)).to(act.dtype)
+        return act @ self.up.T
 
     def forward(
         self, packed: PackedLinear, x: torch.Tensor, blob: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """x @ W'.T + bias; the columns run inside the 4-bit kernel, everything else beside it."""
-        lora, vectors = self.low_rank(), self._vectors
+        vectors = self._vectors
         if "rows" in vectors or "cols" in vectors:
             y = packed.forward(x * vectors["cols"] if "cols" in vectors else x, blob, bias, None)
             if "rows" in vectors:
@@ -138,10 +138,11 @@ class LoadedBranch:
                 if bias is not None:  # the factor is the weight's: the bias inside y must not have it
                     pure = bias + vectors["shift"] if "shift" in vectors else bias
                     y = y + (1 - vectors["rows"]) * pure
-            if lora is not None:
-                y = y + (x @ lora[0]) @ lora[1].T
+            if self.down is not None:
+                y = y + self._beside(x)
         else:
-            y = packed.forward(x, blob, bias, lora)
+            lora = None if self.down is None else (self.down, self.up)
+            y = packed.forward(x, blob, bias, lora, self.strength)
         scales = [s for part, s in zip(self.branch.parts, self.branch.scales, strict=True) if isinstance(part, Kron)]
         for kron, scale in zip(self.krons, scales, strict=True):
             y = kron.add_to(y, x, scale)

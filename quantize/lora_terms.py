@@ -62,7 +62,7 @@ def span(offset: Offset | None, shape: tuple[int, int]) -> tuple[tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """delta = up @ down.T. down (K, R), up (N, R), in the dtype of the file."""
+    """delta = up @ down.T. down (K, R), up (N, R), in the dtype of the file; R a multiple of 16."""
 
     down: torch.Tensor
     up: torch.Tensor

@@ -12,7 +12,7 @@ from . import lowrank, smooth
 from .moments import smoothed_chunks
 from .recipe import Recipe
 from .reference import svdquant
-from .refine import NOISE_TOKENS, Errors, Fit, corrected_bias, output_errors, refine, to_16bit
+from .refine import NOISE_TOKENS, Errors, Fit, corrected_bias, mean_of, output_errors, refine, to_16bit
 from .rounding import absmax_scales, searched_scales
 from .statistics import BUCKETS, Entry
 
@@ -35,16 +35,23 @@ class QuantizedLayer:
 
 
 def quantize_layer(
-    weight: torch.Tensor, bias: torch.Tensor | None, spec: LayerSpec, recipe: Recipe, dtype: torch.dtype
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    spec: LayerSpec,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    spans: torch.Tensor | None = None,
 ) -> QuantizedLayer:
     """W * smooth = up @ down.T + decode(qweight) without data: smooth, split, round, a few times; the best is kept
 
     weight (N, K), bias (N,) or None; `dtype` is that of the stored 16-bit tensors. The rounding sees the 16-bit
     factors.
+
+    spans  (n, K) to smooth in place of this weight: those of all layers that read this input
     """
     weight = weight.float()
     if spec.fmt.low_rank:
-        factor = to_16bit(smooth.from_weight_spans(weight, recipe.smooth_power), dtype)
+        factor = to_16bit(smooth.from_weight_spans(weight if spans is None else spans, recipe.smooth_power), dtype)
         layer = data_free(weight, None, spec, factor, recipe, dtype).layer(spec, dtype)
     else:
         layer = Layer(spec, spec.fmt.encode_weight(weight, dtype))
@@ -106,7 +113,8 @@ def quantize_group(
     begun = time.perf_counter()
     note = _why_not(entry, recipe, specs[0])
     if note is not None:
-        made = [quantize_layer(*parts, recipe, dtype) for parts in zip(weights, biases, specs, strict=True)]
+        spans = torch.stack([weight.float().abs().amax(0) for weight in weights])
+        made = [quantize_layer(*parts, recipe, dtype, spans) for parts in zip(weights, biases, specs, strict=True)]
         if recipe.needs_data and specs[0].fmt.low_rank:
             for layer in made:
                 layer.record["notes"] = [note]
@@ -151,8 +159,11 @@ def _with_data(
     def measured(fits: Iterable[Fit]) -> list[tuple[Fit, Errors]]:
         return [(fit, output_errors(fit, *part, held, buckets, BUCKETS)) for fit, part in zip(fits, parts, strict=True)]
 
-    inputs = _inputs(tokens, entry, specs[0], weights[0].device)
-    tried = {name: measured(fits) for name, fits in _candidates(parts, inputs, tokens, recipe, dtype).items()}
+    device = weights[0].device
+    centred = recipe.centring and specs[0].act_bits == 4
+    act_mean = mean_of(tokens, specs[0], dtype, device) if centred else None
+    fits = _candidates(parts, entry, tokens, recipe, dtype, act_mean)
+    tried = {name: measured(found) for name, found in fits.items()}
     # one smoothing serves the whole group, so it is kept or dropped as a whole
     chosen = min(tried, key=lambda name: sum(errors.total**2 for _, errors in tried[name]))
     notes = ["kept the plain SVDQuant: nothing else was better on held-out tokens"] if chosen == PLAIN else []
@@ -179,10 +190,11 @@ def _with_data(
 
 def _candidates(
     parts: Sequence[tuple[torch.Tensor, torch.Tensor | None, LayerSpec]],
-    inputs: smooth.Inputs,
+    entry: Entry,
     tokens: torch.Tensor,
     recipe: Recipe,
     dtype: torch.dtype,
+    act_mean: torch.Tensor | None,
 ) -> dict[str, list[Fit]]:
     """name -> one fit per layer; the best on held-out tokens will be kept, the first of equals"""
     weights, spec = [weight for weight, _, _ in parts], parts[0][2]
@@ -191,19 +203,24 @@ def _candidates(
         found[recipe.name] = [svdquant(*part, tokens, recipe, dtype) for part in parts]
     else:
         rank = max(spec.rank for _, _, spec in parts)
+        inputs = _inputs(tokens, entry, spec, weights[0].device, act_mean)
         factor = to_16bit(smooth.search(weights, inputs, spec, rank, recipe.seed, recipe.adam_steps), dtype)
         variants = {recipe.name: recipe}
         if recipe.input_noise and len(tokens) >= NOISE_TOKENS * spec.k:
             variants[f"{recipe.name}, noise taken as independent"] = replace(recipe, input_noise=False)
         for name, variant in variants.items():
             found[name] = [
-                refine(*part, factor, tokens, variant, dtype, largest=recipe.hessian_block) for part in parts
+                refine(*part, factor, tokens, variant, dtype, largest=recipe.hessian_block, act_mean=act_mean)
+                for part in parts
             ]
+    inputs = _inputs(tokens, entry, spec, weights[0].device)
     found[PLAIN] = [_plain(*part, inputs, weights, recipe, dtype) for part in parts]
     return found
 
 
-def _inputs(tokens: torch.Tensor, entry: Entry, spec: LayerSpec, device: torch.device) -> smooth.Inputs:
+def _inputs(
+    tokens: torch.Tensor, entry: Entry, spec: LayerSpec, device: torch.device, act_mean: torch.Tensor | None = None
+) -> smooth.Inputs:
     """What smoothing looks at: kept tokens, and the largest value that was ever seen in each channel."""
     stride = max(1, len(tokens) // SMOOTHING_TOKENS)
     ones = torch.ones(spec.k, device=device)
@@ -211,6 +228,9 @@ def _inputs(tokens: torch.Tensor, entry: Entry, spec: LayerSpec, device: torch.d
     seen = entry.channel_absmax().to(device)
     start, stop = spec.act_unsigned
     seen[start:stop] = 0  # the shift moves the range: there the kept tokens have to do
+    if act_mean is not None:
+        x -= act_mean
+        seen -= act_mean.abs()
     return smooth.Inputs.of(x, absmax=torch.maximum(x.abs().amax(0), seen))
 
 

@@ -7,6 +7,7 @@ import torch
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # as the paper has them
 SSIM_K = (0.01, 0.03)
+LPIPS_SMALLEST = 31  # AlexNet's strides leave nothing of a smaller picture
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -57,18 +58,24 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def lpips(a: torch.Tensor, b: torch.Tensor) -> tuple[float | None, str]:
-    """(LPIPS with AlexNet, "") or (None, why not). Never downloads: the weights have to be there already."""
+    """(mean LPIPS with AlexNet, "") or (None, why not). Never downloads: the weights have to be there already."""
+    if min(a.shape[-2:]) < LPIPS_SMALLEST:
+        return (
+            None,
+            f"not measured: pictures have {a.shape[-1]} x {a.shape[-2]} pixels, needed {LPIPS_SMALLEST} each way",
+        )
     try:
         measure = _lpips_network()
-    except ImportError:
-        return None, "not measured: torchmetrics is not installed"
-    except OSError as error:
+    except ModuleNotFoundError as error:
+        return None, f"not measured: {error.name} is not installed (`pip install torchmetrics torchvision`)"
+    except (ImportError, OSError, RuntimeError) as error:  # torchvision raises RuntimeError beside another torch
         return None, f"not measured: {error}"
-    return measure(2 * a.float() - 1, 2 * b.float() - 1), ""
+    values = [measure(2 * x[None].float() - 1, 2 * y[None].float() - 1) for x, y in zip(a, b, strict=True)]
+    return sum(values) / len(values), ""
 
 
 def _lpips_network() -> Callable[[torch.Tensor, torch.Tensor], float]:
-    """Raises ImportError without torchmetrics and OSError without AlexNet's weights."""
+    """Raises ImportError without torchmetrics and torchvision, OSError without AlexNet's weights."""
     from pathlib import Path
 
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity

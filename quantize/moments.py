@@ -116,6 +116,7 @@ def gather(
     both: bool = True,
     rounded: bool = True,
     cross: bool = False,
+    centre: torch.Tensor | None = None,
 ) -> Moments:
     """Moments of `tokens` (M, K) at this smoothing, a few thousand rows in memory at a time.
 
@@ -124,6 +125,7 @@ def gather(
     both     False keeps one Gram and uses it for both, at half the cost
     rounded  False takes the input as it is in place of its rounding, as the reference quantizer does
     cross    also gather the cross moment, a third matrix
+    centre   see `round_activation`
     """
     k = spec.k
     total = torch.zeros(2, k, dtype=torch.float64, device=smooth.device)
@@ -133,7 +135,7 @@ def gather(
     between = torch.zeros(k, k, device=smooth.device) if cross else None
     pilot = next(smoothed_chunks(tokens, smooth, spec)).mean(0) if centred else torch.zeros(k, device=smooth.device)
     for z in smoothed_chunks(tokens, smooth, spec):
-        zq = (round_activation(z, spec) if rounded else z).sub(pilot)
+        zq = (round_activation(z, spec, centre) if rounded else z).sub(pilot)
         z = z.sub_(pilot)  # sums around a pilot mean: no cancellation when the mean is large
         total += torch.stack([z.sum(0, dtype=torch.float64), zq.sum(0, dtype=torch.float64)])
         of_rounded.add(zq)

@@ -8,8 +8,13 @@ from .recipe import Recipe
 from .tensor_file import TensorInfo
 
 
-def plan_layers(infos: Mapping[str, TensorInfo], family: Family, recipe: Recipe) -> dict[str, LayerSpec]:
-    """layer -> its spec, by the family's table. Layers whose K does not fit the group stay in 16 bit."""
+def plan_layers(
+    infos: Mapping[str, TensorInfo], family: Family, recipe: Recipe, unfit: dict[str, str] | None = None
+) -> dict[str, LayerSpec]:
+    """layer -> its spec, by the family's table. Layers whose K does not fit the group stay in 16 bit.
+
+    unfit  filled with those layers and the reason
+    """
     specs = {}
     for key, info in infos.items():
         layer = key.removesuffix(".weight")
@@ -22,6 +27,8 @@ def plan_layers(infos: Mapping[str, TensorInfo], family: Family, recipe: Recipe)
         format = "awq_w4a16" if rule.kind == "w4a16" else recipe.format
         spec = LayerSpec(format, n, k)
         if k % spec.fmt.group_size:
+            if unfit is not None:
+                unfit[layer] = f"{k} input channels are no multiple of the {format} group of {spec.fmt.group_size}"
             continue
         if spec.fmt.low_rank:
             act_unsigned = rule.act_unsigned if format == "int4" else (0, 0)

@@ -27,7 +27,12 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--statistics", metavar="FILE", help="what SVDQuant Calibrate has written for this model")
     command.add_argument("--activation", choices=("stock", "best"), default="stock", help="activation rounding")
     command.add_argument("--target-size", type=float, default=0, metavar="GB", help="choose ranks for this file size")
-    command.add_argument("--fallback", type=float, default=0, metavar="ERROR", help="16 bit above this output error")
+    command.add_argument(
+        "--fallback", type=float, default=0, metavar="ERROR", help="more bits for layers above this output error"
+    )
+    command.add_argument(
+        "--act8-share", type=float, default=0.1, metavar="SHARE", help="most multiply-adds with 8-bit activations"
+    )
     command.add_argument("--resume", action="store_true", help="keep finished layers if stopped, and take them up")
     command.add_argument("--seed", type=int, default=0, help="of the randomized SVD")
     command.add_argument("--report", metavar="FOLDER", help="write report.json, report.md and pictures there")
@@ -86,6 +91,7 @@ def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         activation=arguments.activation,
         target_size=int(arguments.target_size * 10**9),
         fallback=arguments.fallback,
+        act8_share=arguments.act8_share,
         seed=arguments.seed,
     )
     report = quantize_model(
@@ -109,6 +115,7 @@ def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "mean_error": data["mean_weight_error"],
         "mean_output_error": data["mean_output_error"],
         "errors": dict(report.errors),
+        "eight": dict(report.eight),
         "kept": dict(report.kept),
         "notes": list(report.notes),
         "resumed": report.resumed,

@@ -12,8 +12,8 @@ BEST_RULES = {"int4": "signed_extreme", "nvfp4": "four_six"}
 # what each named recipe changes; `fast` is the table of defaults below
 NAMED: dict[str, dict[str, Any]] = {
     "fast": {},
-    "balanced": {"smoothing": "noise_model", "adam_steps": 60, "start_rounds": 4, "rounds": 3},
-    "best": {"smoothing": "noise_model", "adam_steps": 120, "start_rounds": 12, "rounds": 5},
+    "balanced": {"smoothing": "noise_model", "adam_steps": 60, "start_rounds": 4, "rounds": 3, "centring": True},
+    "best": {"smoothing": "noise_model", "adam_steps": 120, "start_rounds": 12, "rounds": 5, "centring": True},
     "svdquant": {"smoothing": "grid", "rounds": 0},
     "svdquant+gptq": {"smoothing": "grid", "rounds": 0},
 }
@@ -30,7 +30,9 @@ class Recipe:
     auto_rank        choose the rank of each layer (0 to 128) so that together they take the bytes of `rank`, or fill
                      target_size
     target_size      bytes of the finished file, 0 for no limit
-    fallback         layers with a predicted or measured error above this stay in 16 bit; 0 to keep every layer 4-bit
+    fallback         layers with a predicted or measured error above this, and those that cost the model most, get 8-bit
+                     activations; layers still above it stay in 16 bit. 0 to keep every layer 4-bit
+    act8_share       at most this share of the multiply-adds gets 8-bit activations, worst layers first
     activation       "stock", or "best": signed-extreme (int4) and 4/6 (nvfp4) activation scales, for backends with them
     smoothing        "weight_spans" (data-free), "noise_model" or "grid" (the reference's 39 points)
     smooth_power     weight_spans: smooth_factor = span of the weight's input channel ** -smooth_power
@@ -43,6 +45,7 @@ class Recipe:
     hessian_block    widest block of a layer's Hessian; wider layers get a block-diagonal one, which takes less memory
     input_noise      follow the correlation of an activation with its rounding error, where tokens suffice (50 per
                      channel) and the layer is better for it on held-out tokens
+    centring         take the mean off each activation channel before it is rounded, and add what that takes again
     bias_correction  whether the bias takes up the mean error
     modulation       "awq_w4a16", or "16bit" to leave modulation layers alone
     seed             of the randomized SVD
@@ -54,6 +57,7 @@ class Recipe:
     auto_rank: bool = False
     target_size: int = 0
     fallback: float = 0.0
+    act8_share: float = 0.1
     activation: str = "stock"
     smoothing: str = "weight_spans"
     smooth_power: float = 0.5
@@ -65,6 +69,7 @@ class Recipe:
     refit_damping: float = 0.01
     hessian_block: int = 16384
     input_noise: bool = False
+    centring: bool = False
     bias_correction: bool = True
     modulation: str = "awq_w4a16"
     seed: int = 0
@@ -81,6 +86,8 @@ class Recipe:
                 raise ValueError(f"{field} is {getattr(self, field)!r}, needed {' or '.join(known)}")
         if self.rank < 0 or self.rank % RANK_MULTIPLE:
             raise ValueError(f"rank is {self.rank}, needed a multiple of {RANK_MULTIPLE}, or 0 for no low-rank branch")
+        if not 0 <= self.act8_share <= 1:
+            raise ValueError(f"act8_share is {self.act8_share}, needed a share from 0 to 1 of the multiply-adds")
         if self.target_size < 0:
             raise ValueError(f"target_size is {self.target_size}, needed a number of bytes, or 0 for no limit")
 

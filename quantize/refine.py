@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.formats.int4 import GELU_SHIFT
-from ..kernels.layer import Layer, LayerSpec
+from ..kernels.layer import Layer, LayerSpec, mean_term
 from . import lowrank
 from .gptq import factorize, gptq
-from .moments import LARGEST_BLOCK, Moments, gather, smoothed_chunks
+from .moments import LARGEST_BLOCK, TOKENS_AT_ONCE, Moments, gather, smoothed_chunks
 from .recipe import Recipe
 from .rounding import WeightScales, round_activation, searched_scales
 
@@ -21,7 +21,8 @@ BOTH_GRAMS = 6144  # above this K one Gram serves GPTQ and the fit: the second c
 class Fit:
     """A finished layer as matrices: y = round((x + shift) / smooth) @ rounded.T + (x @ proj_down) @ proj_up.T + bias
 
-    rounded lies on the grid of `scales`; smooth, proj_down and proj_up hold 16-bit values in float32.
+    rounded lies on the grid of `scales`; smooth, proj_down, proj_up and act_mean hold 16-bit values in float32.
+    With act_mean, round(z) is round(z - centre) + centre.
     """
 
     smooth: torch.Tensor
@@ -30,6 +31,12 @@ class Fit:
     proj_down: torch.Tensor
     proj_up: torch.Tensor
     bias: torch.Tensor | None
+    act_mean: torch.Tensor | None = None
+
+    @property
+    def centre(self) -> torch.Tensor | None:
+        """act_mean after smoothing"""
+        return None if self.act_mean is None else self.act_mean / self.smooth
 
     def layer(self, spec: LayerSpec, dtype: torch.dtype) -> Layer:
         """The stored layer; a fit of smaller rank is padded to `spec.rank`."""
@@ -37,6 +44,9 @@ class Fit:
         if spec.rank:
             tensors["proj_down"] = lowrank.pad(self.proj_down, spec.rank).to(dtype)
             tensors["proj_up"] = lowrank.pad(self.proj_up, spec.rank).to(dtype)
+        if self.act_mean is not None:
+            tensors["act_mean"] = self.act_mean.to(dtype)
+            tensors["out_mean"] = mean_term(self.rounded, self.smooth, self.act_mean)
         return Layer(spec, tensors)
 
 
@@ -67,6 +77,16 @@ def shift_of(spec: LayerSpec, device: torch.device) -> torch.Tensor:
     return shift
 
 
+def mean_of(tokens: torch.Tensor, spec: LayerSpec, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """act_mean (K,) = E[x], zero in unsigned channels, which need every code above zero; 16-bit values in float32"""
+    mean = torch.zeros(spec.k, dtype=torch.float64, device=device)
+    for x in tokens.split(TOKENS_AT_ONCE):
+        mean += x.to(device).sum(0, dtype=torch.float64)
+    mean /= len(tokens)
+    mean[slice(*spec.act_unsigned)] = 0
+    return to_16bit(mean, dtype)
+
+
 def refine(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -77,6 +97,7 @@ def refine(
     dtype: torch.dtype,
     rank: int | None = None,
     largest: int = LARGEST_BLOCK,
+    act_mean: torch.Tensor | None = None,
 ) -> Fit:
     """argmin over 4-bit Q and rank-r L of E ||W z - L z - Q round(z)||^2, z = (x + shift) / smooth, by alternation
 
@@ -85,18 +106,20 @@ def refine(
     tokens   (M, K) activations before shift and smoothing
     rank     of the fit, at most spec.rank; spec.rank if None
     largest  widest Gram block; a smaller one takes less memory and sees fewer correlations
+    act_mean (K,) to take off before rounding, see `mean_of`
     """
     rank = spec.rank if rank is None else rank
     both = spec.k <= BOTH_GRAMS
     follow = recipe.input_noise and both and spec.k <= largest and len(tokens) >= NOISE_TOKENS * spec.k
-    moments = gather(tokens, smooth, spec, bias is not None, largest, both, cross=follow)
+    centre = None if act_mean is None else act_mean / smooth
+    moments = gather(tokens, smooth, spec, bias is not None, largest, both, cross=follow, centre=centre)
     damping = recipe.damping * max(1.0, spec.k / moments.count)  # fewer tokens than channels: trust H less
     factors = factorize(moments.rounded, damping)
     root = moments.raw.root(max(1e-5, recipe.refit_damping * spec.k / moments.count)) if rank else None
     noise = InputNoise.of(moments, damping) if follow else InputNoise()
     importance = moments.rounded.diagonal()
     target = weight * smooth
-    probe = _Probe.of(target, tokens, smooth, spec, moments)
+    probe = _Probe.of(target, tokens, smooth, spec, moments, centre)
 
     down, up = start(target, rank, recipe, spec, dtype, importance)
     best = None
@@ -119,7 +142,7 @@ def refine(
     rounded = gptq(wanted, factors, scales)
     mean = moments.mean if recipe.bias_correction else None
     new_bias = corrected_bias(residual, rounded, bias, spec, smooth, mean, moments.mean_rounded)
-    return Fit(smooth, rounded, scales, proj_down, proj_up, new_bias)
+    return Fit(smooth, rounded, scales, proj_down, proj_up, new_bias, act_mean)
 
 
 @dataclass(frozen=True)
@@ -214,11 +237,17 @@ class _Probe:
 
     @classmethod
     def of(
-        cls, target: torch.Tensor, tokens: torch.Tensor, smooth: torch.Tensor, spec: LayerSpec, moments: Moments
+        cls,
+        target: torch.Tensor,
+        tokens: torch.Tensor,
+        smooth: torch.Tensor,
+        spec: LayerSpec,
+        moments: Moments,
+        centre: torch.Tensor | None,
     ) -> "_Probe":
         stride = max(1, len(tokens) // PROBE)
         z = next(smoothed_chunks(tokens[::stride][:PROBE], smooth, spec))
-        zq = round_activation(z, spec) - moments.mean_rounded
+        zq = round_activation(z, spec, centre) - moments.mean_rounded
         z = z - moments.mean
         return cls(z @ target.T, z, zq)
 
@@ -244,13 +273,14 @@ def output_errors(
         raw = (z - shift) * fit.smooth
         exact = raw @ weight.T
         with_z = z @ fit.rounded.T
-        with_zq = round_activation(z, spec) @ fit.rounded.T
+        with_zq = round_activation(z, spec, fit.centre) @ fit.rounded.T
         common = (raw @ fit.proj_down) @ fit.proj_up.T + offset - exact
         parts = (with_zq + common, with_zq - with_z, with_z + common, exact)
         for row, part in enumerate(parts):
             sums[row, first : first + len(z)] = part.square().sum(1).double().cpu()
         first += len(z)
-    total, activation, of_weight, exact = sums.sum(1).clamp_min(1e-300).tolist()
+    total, activation, of_weight, exact = sums.sum(1).tolist()
+    exact = exact or 1e-300  # a layer that only ever gives zeros, and is right, has no error
     by_bucket = []
     for bucket in range(bucket_count):
         inside = sums[:, buckets == bucket]

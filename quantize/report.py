@@ -73,6 +73,7 @@ def as_markdown(data: Mapping[str, Any], pictures: list[Path], missing: str = ""
     if data["resumed"]:
         lines.append(f"- {data['resumed']} layers were taken over from an earlier, stopped run")
     lines += [f"- {note}" for note in data["notes"]]
+    lines += [f"- {layer} has 8-bit activations: {reason}" for layer, reason in data["eight"].items()]
     lines += [f"- {layer} stays in 16 bit: {reason}" for layer, reason in data["kept"].items()]
     lines += ["", *_table(data)]
     remarks = [f"- {layer}: {note}" for layer, record in data["layers"].items() for note in record.get("notes", ())]
@@ -87,8 +88,8 @@ def _table(data: Mapping[str, Any]) -> list[str]:
     lines = [
         f"## The {len(data['worst'])} worst layers",
         "",
-        "| layer | shape | rank | output error | activation part | weight part | worst step bucket | plain |",
-        "|---|---|---|---|---|---|---|---|",
+        "| layer | shape | rank | act bits | output error | activation part | weight part | worst steps | plain |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for layer in data["worst"]:
         record = data["layers"][layer]
@@ -96,7 +97,15 @@ def _table(data: Mapping[str, Any]) -> list[str]:
         worst = f"{max(buckets)[1] + 1}: {max(buckets)[0]:.4f}" if buckets else "-"
         figures = (_number(record.get(key)) for key in ("output_error", "activation_part", "weight_part"))
         shape = "x".join(map(str, record["shape"]))
-        cells = [layer, shape, str(record["rank"]), *figures, worst, _number(record.get("plain_error"))]
+        cells = [
+            layer,
+            shape,
+            str(record["rank"]),
+            str(record["act_bits"]),
+            *figures,
+            worst,
+            _number(record.get("plain_error")),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -132,7 +141,9 @@ def draw(report: QuantizeReport, folder: Path) -> list[Path]:
     axes = figure.subplots()
     grid = [[float("nan") if error is None else error for error in record["by_bucket"]] for _, record in layers]
     image = axes.imshow(grid, aspect="auto")
-    axes.set(xlabel="part of the sampling run, first to last", yticks=range(len(names)), yticklabels=names)
+    parts = range(len(grid[0]))
+    axes.set(xlabel="part of the sampling run, first to last", xticks=parts, xticklabels=[part + 1 for part in parts])
+    axes.set(yticks=range(len(names)), yticklabels=names)
     figure.colorbar(image, label="relative output error")
     figure.savefig(paths[1], dpi=110)
 
@@ -141,7 +152,7 @@ def draw(report: QuantizeReport, folder: Path) -> list[Path]:
     axes.loglog(
         [record["weight_part"] for _, record in layers], [record["activation_part"] for _, record in layers], "o"
     )
-    axes.axline((0.01, 0.01), slope=1, color="gray", linewidth=0.8)
+    axes.axline((0.01, 0.01), (0.1, 0.1), color="gray", linewidth=0.8)
     axes.set(xlabel="error of the weight", ylabel="error of rounding the activation")
     figure.savefig(paths[2], dpi=110)
     return paths

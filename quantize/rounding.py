@@ -157,11 +157,16 @@ def _e2m1_codes(values: torch.Tensor) -> torch.Tensor:
     return (torch.bucketize(values.abs(), middles) | (values < 0).to(torch.int64) << 3).to(torch.uint8)
 
 
-def round_activation(z: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
+def round_activation(z: torch.Tensor, spec: LayerSpec, centre: torch.Tensor | None = None) -> torch.Tensor:
     """What the kernels make of a smoothed, shifted activation (M, K) float32, by the layer's rule, decoded again.
 
     The same numbers as `quantize_activation` and `decode_activation` of the format give, without codes in between.
+    centre  (K,) act_mean / smooth_factor: taken off before the rounding and added after it
     """
+    if spec.act_bits == 8:
+        return _round_int8(z, spec)
+    if centre is not None:
+        return round_activation(z - centre, spec).add_(centre)
     if spec.format == "nvfp4":
         return _round_nvfp4(z, spec.act_rule)
     start, stop = spec.act_unsigned
@@ -173,6 +178,13 @@ def round_activation(z: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
         _round_int4(z[:, stop:], spec.act_rule),
     )
     return torch.cat(parts, 1)
+
+
+def _round_int8(z: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
+    """By groups of 64 (w4a8), or by rows where the format has no such mode (w4a8-jit)"""
+    groups = by_group(z, INT4_GROUP if spec.format == "int4" else spec.k)
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    return (groups / torch.where(scale == 0, 1, scale)).round_().mul_(scale).flatten(-2)
 
 
 def _round_int4(z: torch.Tensor, rule: str) -> torch.Tensor:

@@ -21,6 +21,7 @@ one that a single longer run would have given.
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +212,7 @@ class Statistics:
             }
             offset += info.nbytes
         path.parent.mkdir(parents=True, exist_ok=True)
+        _check_disk(path, offset - _taken(path))
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with temporary.open("wb") as file:
             _write_header(file, header, dict(metadata), None)
@@ -230,6 +232,7 @@ class Statistics:
             raise StatisticsError(f"{path.name}: statistics of version {metadata.get('version')}, this pack reads 1")
         names = dict.fromkeys(name.rpartition(".")[0] for name in file)
         if writable:
+            _check_disk(path, path.stat().st_size - _taken(path))
             tensors = _map_writable(path, file.infos)
             return cls(path, _entries(names, tensors.__getitem__), metadata, True)
         return cls(path, _entries(names, file.__getitem__), metadata, False)
@@ -253,6 +256,24 @@ class Statistics:
         """Note a finished run and save."""
         self.metadata.setdefault("runs", []).append(record)
         self.save()
+
+
+def _taken(path: Path) -> int:
+    """Bytes that a file takes on disk; all of them where the system does not know of sparse files."""
+    if not path.exists():
+        return 0
+    stat = path.stat()
+    return stat.st_blocks * 512 if hasattr(stat, "st_blocks") else stat.st_size
+
+
+def _check_disk(path: Path, more: int) -> None:
+    """A full disk under a mapped file kills the process, so there has to be room for all of it from the start."""
+    free = shutil.disk_usage(path.parent).free
+    if more > free:
+        raise StatisticsError(
+            f"{path.name} may grow by {more:,} bytes and {free:,} are free in {path.parent}: keep fewer tokens, allow "
+            "less disk, or make room"
+        )
 
 
 def _entries(names: Iterable[str], read: object) -> dict[str, Entry]:

@@ -4,6 +4,7 @@ Reading maps the file into memory: a tensor costs nothing until it is used. Writ
 computed from a plan, data follows as it is made, and the file gets its name only when it is whole.
 """
 
+import contextlib
 import json
 import os
 import struct
@@ -68,7 +69,8 @@ class TensorFile(Mapping[str, torch.Tensor]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise TensorFileError(f"{self.path}: there is no such file")
+            problem = "is a folder, needed one file" if self.path.is_dir() else "there is no such file"
+            raise TensorFileError(f"{self.path}: {problem}")
         try:
             self._file = safe_open(self.path, framework="pt", device="cpu")
             self.metadata: dict[str, str] = self._file.metadata() or {}
@@ -104,11 +106,6 @@ class TensorFile(Mapping[str, torch.Tensor]):
                     )
                 done += count
         return data.view(info.dtype).view(info.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size on disk."""
-        return self.path.stat().st_size
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
@@ -150,9 +147,8 @@ class TensorFolder(TensorFile):
                 "it. Choose one file."
             )
         self._files: dict[str, TensorFile] = {}
-        self._parts = [TensorFile(file) for file in found]
         self.infos, self.metadata = {}, {}
-        for part in self._parts:
+        for part in map(TensorFile, found):
             for name, info in part.infos.items():
                 if name in self.infos:
                     raise TensorFileError(f"{self.path.name}: {name} is in more than one of its files")
@@ -169,14 +165,16 @@ class TensorFolder(TensorFile):
     def read(self, name: str, buffer: torch.Tensor | None = None) -> torch.Tensor:
         return self._files[name].read(name, buffer)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self._parts)
-
 
 def open_tensors(path: str | Path) -> TensorFile:
     """The tensors of a file or of a folder of files. Raises TensorFileError."""
     return TensorFolder(path) if Path(path).is_dir() else TensorFile(path)
+
+
+def size_on_disk(path: str | Path) -> int:
+    """Bytes of a model in a file or a folder of files."""
+    path = Path(path)
+    return sum(file.stat().st_size for file in (folder_files(path) if path.is_dir() else [path]))
 
 
 def _info(shape: list[int], dtype: str) -> TensorInfo:
@@ -208,7 +206,11 @@ class TensorWriter:
     def __enter__(self) -> "TensorWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self._temporary.open("wb")
-        self._stream.write(bytes(8 + self._room))
+        try:
+            self._stream.write(bytes(8 + self._room))
+        except OSError:
+            self._discard()
+            raise
         self._end = 0
         return self
 
@@ -232,15 +234,21 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._discard()
+            return
         try:
-            if kind is None:
-                self._finish()
-        finally:
+            self._finish()
             self._stream.close()
-            if kind is None and self._offsets.keys() == self._plan.keys():
-                self._temporary.replace(self.path)
-            else:
-                self._temporary.unlink(missing_ok=True)
+            self._temporary.replace(self.path)
+        except BaseException:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):  # closing writes what is left, which fails again on a full disk
+            self._stream.close()
+        self._temporary.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         missing = sorted(self._plan.keys() - self._offsets.keys())

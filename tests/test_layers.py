@@ -13,7 +13,7 @@ FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py")
 ALLOWED = {
     "kernels": {"torch"},
     "quantize": {"torch", "safetensors", "einops", "huggingface_hub", "matplotlib", "numpy", "torchmetrics"},
-    "nodes": {"torch", "comfy", "comfy_api", "folder_paths", "nodes", "server"},
+    "nodes": {"torch", "comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server"},
 }
 BACKENDS = {"triton", "comfy_kitchen", "psutil"}  # only inside kernels/backends
 BANNED_CALLS = {"print", "eval", "exec", "basicConfig", "__import__"}

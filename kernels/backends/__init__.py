@@ -17,7 +17,7 @@ class Call:
     """What a backend needs to know to say whether it can run a layer.
 
     capability  of an NVIDIA GPU, else None
-    arch        sm_90, gfx942, ...; "" on a CPU
+    arch        sm_90, gfx942, ..., or the type of a device that is neither NVIDIA's nor AMD's
     rows        M of the activation
     partly_unsigned  whether some, but not all, input channels have unsigned codes
     """

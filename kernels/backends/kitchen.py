@@ -84,19 +84,24 @@ def linear(
     x, dtype = x.contiguous(), x.dtype
     unsigned = layer.spec.act_unsigned[0] != layer.spec.act_unsigned[1]
     down, up = _columns(layer, lora, dtype)
-    qact, ascales, branch_act = comfy_kitchen.quantize_svdquant_w4a4(
-        x + GELU_SHIFT if unsigned else x, layer["smooth_factor"].to(dtype), down, act_unsigned=unsigned, lora_x=x
-    )
-    y = comfy_kitchen.scaled_mm_svdquant_w4a4(
-        qact,
-        layer["qweight"],
-        ascales,
-        layer["wscales"].to(dtype),
-        branch_act.to(dtype),
-        up,
-        None if bias is None else bias.to(dtype),
-        act_unsigned=unsigned,
-    )
+    shifted = x + GELU_SHIFT if unsigned else x
+    if "act_mean" in layer.tensors:
+        shifted = shifted - layer["act_mean"].to(dtype)
+        bias = layer.centred_bias(bias)
+    with torch.cuda.device_of(x):  # a kernel is launched on the current device, whatever its tensors are on
+        qact, ascales, branch_act = comfy_kitchen.quantize_svdquant_w4a4(
+            shifted, layer["smooth_factor"].to(dtype), down, act_unsigned=unsigned, lora_x=x
+        )
+        y = comfy_kitchen.scaled_mm_svdquant_w4a4(
+            qact,
+            layer["qweight"],
+            ascales,
+            layer["wscales"].to(dtype),
+            branch_act.to(dtype),
+            up,
+            None if bias is None else bias.to(dtype),
+            act_unsigned=unsigned,
+        )
     return y[: x.shape[0]]  # it pads the rows
 
 

@@ -2,8 +2,9 @@
 
 Every sum is kept in float32 (float64 for a float64 activation) and rounded once at the end:
 
-    w4a4           y = Q((x + shift) / smooth) @ decode(qweight).T + (x @ proj_down) @ proj_up.T + bias
-    w16, w4a16     the same without Q: what a dense layer holding the decoded weight would give
+    w4a4           y = Q((x - act_mean + shift) / smooth) @ decode(qweight).T + out_mean
+                       + (x @ proj_down) @ proj_up.T + bias
+    w16, w4a16     the same without Q and means: what a dense layer holding the decoded weight would give
     w4a8           Q rounds to int8 with one scale per 64 channels
     w8a8, w4a8-jit, fp8   Q rounds to 8 bit with one scale per row, and so does the weight, see kernels/eight_bit.py
 
@@ -67,9 +68,9 @@ def decoded_weight(layer: Layer) -> torch.Tensor:
     return WEIGHTS.get(qweight, (spec.format,), layer.decode_weight, 4 * spec.n * spec.k)
 
 
-def smooth_activation(x: torch.Tensor, layer: Layer) -> torch.Tensor:
-    """(x + shift) / smooth_factor, computed in fp32 and rounded once to the dtype of x. x is (M, K)."""
-    return stages.smoothed(x, layer["smooth_factor"], layer.spec.act_unsigned).to(x.dtype)
+def smooth_activation(x: torch.Tensor, layer: Layer, act_mean: torch.Tensor | None = None) -> torch.Tensor:
+    """(x - act_mean + shift) / smooth_factor, computed in fp32 and rounded once to the dtype of x. x is (M, K)."""
+    return stages.smoothed(x, layer["smooth_factor"], layer.spec.act_unsigned, act_mean).to(x.dtype)
 
 
 def _smoothed(x: torch.Tensor, layer: Layer) -> torch.Tensor:
@@ -96,7 +97,7 @@ def product(x: torch.Tensor, layer: Layer, compute: str) -> torch.Tensor:
     if compute == "w4a8":
         act = eight_bit.decode_groups(*eight_bit.quantize_groups(_smoothed(x, layer)))
     else:
-        act = smooth_activation(x, layer)
+        act = smooth_activation(x, layer, layer.tensors.get("act_mean") if compute == "w4a4" else None)
         if compute == "w4a4" and fmt.quantize_activation is not None and x.shape[0]:
             act = rounded(act, spec)
     return act.to(wide) @ decoded_weight(layer).to(wide).T
@@ -113,6 +114,8 @@ def linear(
 ) -> torch.Tensor:
     """One layer on x (M, K); see the module docstring. Returns (M, N) in the dtype of x."""
     y = product(x, layer, compute)
+    if compute == "w4a4":
+        bias = layer.centred_bias(bias)
     wide = x.to(y.dtype)
     if layer.spec.rank:
         y += stages.branch(wide @ layer["proj_down"].to(y.dtype), layer["proj_up"])

@@ -31,7 +31,7 @@ class Format:
 
     name                 as written in checkpoints and widgets
     group_size           input channels that share one weight scale
-    low_rank             whether the layer carries smooth_factor, proj_down and proj_up
+    low_rank             whether the layer carries smooth_factor, proj_down and proj_up, and may carry means
     weight_parts         (N, K) -> {name: Part} of the encoded weight alone
     encode_weight        (weight (N, K) float32, dtype of 16-bit scales) -> {name: tensor}
     decode_weight        {name: tensor} -> (N, K) float32, in the smoothed domain
@@ -59,6 +59,8 @@ class Format:
             if rank:
                 parts["proj_down"] = Part((k, rank), SIXTEEN_BIT)
                 parts["proj_up"] = Part((n, rank), SIXTEEN_BIT)
+            parts["act_mean"] = Part((k,), SIXTEEN_BIT, optional=True)
+            parts["out_mean"] = Part((n,), (torch.float32,), optional=True)
         return parts
 
 

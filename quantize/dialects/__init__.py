@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...kernels.discover import modules
+from ...kernels.layer import Layer
 from ..checkpoint import Checkpoint, CheckpointError
 from ..tensor_file import TensorFile, TensorWriter
 
@@ -31,6 +32,18 @@ class Dialect:
     open: Callable[[TensorFile], Checkpoint]
     open_as_is: Callable[[TensorFile], Checkpoint] | None = None
     save: Save | None = None
+
+
+def stock_layer(name: str, layer: Layer, notes: list[str]) -> Layer:
+    """The layer as other engines know it, without means and at 4-bit activations; `notes` gets a line for each loss."""
+    if "act_mean" in layer.tensors:
+        kept = {part: tensor for part, tensor in layer.tensors.items() if part not in ("act_mean", "out_mean")}
+        layer = replace(layer, tensors=kept)
+        notes.append(f"{name}: its act_mean is not known there, it will run with a little more error")
+    if layer.spec.act_bits != 4:
+        notes.append(f"{name}: {layer.spec.act_bits}-bit activations are not known there, it will run with 4 bit")
+        layer = replace(layer, spec=replace(layer.spec, act_bits=4))
+    return layer
 
 
 DIALECTS: dict[str, Dialect] = {module.DIALECT.name: module.DIALECT for module in modules(sys.modules[__name__])}

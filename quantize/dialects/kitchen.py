@@ -31,7 +31,7 @@ from ...kernels.layer import Layer, LayerError, LayerSpec, check_layer
 from .. import layout
 from ..checkpoint import Checkpoint, CheckpointError
 from ..tensor_file import TensorFile, TensorInfo, TensorWriter
-from . import Dialect, native
+from . import Dialect, native, stock_layer
 
 FORMATS = {"svdquant_w4a4": "int4", "awq_w4a16": "awq_w4a16"}
 GROUP_SIZE = 64
@@ -285,11 +285,11 @@ def save(
     notes, written = [], {}
     for name, spec in checkpoint.specs.items():
         step(name)
-        layer = checkpoint.layer(name)
+        layer = stock_layer(name, checkpoint.layer(name), notes)
         if spec.act_unsigned not in ((0, 0), (0, spec.k)):
             bias = f"{name}.bias"
             written[bias] = layer.unshifted_bias(checkpoint.tensor(bias)).float()
-            layer = Layer(replace(spec, act_unsigned=(0, 0)), layer.tensors)
+            layer = replace(layer, spec=replace(layer.spec, act_unsigned=(0, 0)))
             notes.append(f"{name}: unsigned activations in a part of the inputs became signed, the shift left the bias")
         if "wzeros" in layer.tensors and (layer["wzeros"].to(layer["wscales"].dtype) != layer["wzeros"]).any():
             notes.append(f"{name}: zeros were rounded to 16 bit")

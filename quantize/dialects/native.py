@@ -13,6 +13,8 @@ One `.safetensors` file. X is ComfyUI's own name of a linear layer, N its out an
     X.proj_down      16-bit       (K, R)      int4, nvfp4, absent at rank 0; sees the activation before smoothing
     X.proj_up        16-bit       (N, R)
     X.bias           16-bit       (N,)        where the layer has one
+    X.act_mean       16-bit       (K,)        int4, nvfp4, optional: see below
+    X.out_mean       fp32         (N,)        with act_mean
 
 fp32 is legal wherever 16-bit is written. All other tensors are ordinary tensors of the model under ComfyUI's names.
 
@@ -21,6 +23,11 @@ fp32 is legal wherever 16-bit is written. All other tensors are ordinary tensors
     awq_w4a16  W[n, k] = (code - 8) * weight_scale[k / 64, n] + weight_zero[k / 64, n]
 
     y = Q(x / smooth_factor) @ W.T + (x @ proj_down) @ proj_up.T + bias        (awq_w4a16: y = x @ W.T + bias)
+
+act_mean is what the activation is around. Less is lost when it is taken off before the rounding Q and what that takes
+from y, out_mean = W @ (act_mean / smooth_factor), is added again. A reader may ignore both:
+
+    y = Q((x - act_mean) / smooth_factor) @ W.T + out_mean + (x @ proj_down) @ proj_up.T + bias
 
 `comfy_quant` holds
     format      "svdquant_w4a4", "svdquant_w4a4_ranged", "svdquant_nvfp4" or "awq_w4a16"
@@ -34,6 +41,7 @@ fp32 is legal wherever 16-bit is written. All other tensors are ordinary tensors
     lowrank_branch_input_basis  "raw"
     act_rule    "signed_extreme" (int4) or "four_six" (nvfp4): how activation scales are best chosen, see
                 kernels/formats; absent for the stock rule. A reader may ignore it
+    act_bits    8 for a layer whose activations should be rounded to 8 bit where there is a choice; absent for 4
 
 The header's metadata (strings) carries
     svdquant     JSON {"version": 1, "family", "pinned", "rank", "formats": {layer: format}, "source_hash"}
@@ -75,6 +83,8 @@ SUFFIXES = {
     "smooth_factor": "smooth_factor",
     "proj_down": "proj_down",
     "proj_up": "proj_up",
+    "act_mean": "act_mean",
+    "out_mean": "out_mean",
 }
 PARTS = {suffix: part for part, suffix in SUFFIXES.items()}
 FORMATS = {"svdquant_w4a4": "int4", "svdquant_w4a4_ranged": "int4", "svdquant_nvfp4": "nvfp4", "awq_w4a16": "awq_w4a16"}
@@ -93,6 +103,8 @@ def marker_of(spec: LayerSpec) -> dict[str, Any]:
         marker |= {"rank": spec.rank, "lowrank_branch_input_basis": "raw"}
     if spec.act_rule != "absmax":
         marker["act_rule"] = spec.act_rule
+    if spec.act_bits != 4:
+        marker["act_bits"] = spec.act_bits
     return marker | {"orig_shape": [spec.n, spec.k]}
 
 
@@ -116,7 +128,8 @@ def spec_of(marker: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Layer
     if not (isinstance(channels, list) and len(channels) == 2 and all(type(channel) is int for channel in channels)):
         raise LayerError(f"act_unsigned_range is {channels}, needed [start, stop]")
     act_unsigned = channels[0], channels[1]
-    spec = LayerSpec(FORMATS[name], n, k, rank, act_unsigned, marker.get("act_rule", "absmax"))
+    rule, bits = marker.get("act_rule", "absmax"), marker.get("act_bits", 4)
+    spec = LayerSpec(FORMATS[name], n, k, rank, act_unsigned, rule, bits)
     stated = {"group_size": spec.fmt.group_size, "rank": rank, "orig_shape": [n, k]}
     for key, value in stated.items():
         if key in marker and marker[key] != value:
@@ -148,17 +161,6 @@ def read_marker(file: TensorFile, layer: str) -> dict[str, Any]:
     if not isinstance(marker, dict):
         raise LayerError(f"{MARKER} is a {type(marker).__name__}, needed an object")
     return marker
-
-
-def plan_layer(name: str, spec: LayerSpec, dtype: torch.dtype) -> dict[str, TensorInfo]:
-    """What `encode_layer` will give for a layer of this spec whose 16-bit parts have `dtype`."""
-    plan = {}
-    for part, wanted in spec.fmt.parts(spec.n, spec.k, spec.rank).items():
-        if part == "wcscales":  # our encoders never make it
-            continue
-        kind = wanted.dtypes[0] if len(wanted.dtypes) == 1 else torch.float32 if part == "wtscale" else dtype
-        plan[f"{name}.{SUFFIXES[part]}"] = TensorInfo(wanted.shape, kind)
-    return {**plan, f"{name}.{MARKER}": TensorInfo.of(_marker_tensor(spec))}
 
 
 def encode_layer(name: str, layer: Layer) -> dict[str, torch.Tensor]:

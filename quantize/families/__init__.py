@@ -15,6 +15,8 @@ from functools import cache
 from ...kernels.discover import modules
 
 Channels = Callable[[int, int], tuple[int, int]]
+# newer ComfyUIs call the norms of q and k `weight` and read both names, older ones read `scale` alone
+QK_NORMS = ((".query_norm.weight", ".query_norm.scale"), (".key_norm.weight", ".key_norm.scale"))
 log = logging.getLogger("svdquant")
 
 
@@ -44,7 +46,7 @@ class Family:
     models        what people call the models of this family
     markers       every one must match a key of the model for `detect` to say yes
     absent        none may match a key
-    aliases       (written in older files, ComfyUI's name), parts of a key, replaced in this order
+    aliases       (written in some files, the name that every ComfyUI reads), parts of a key, replaced in this order
     w4a4          layers with 4-bit weights and activations and a low-rank branch
     w4a16         modulation layers: 4-bit weights, 16-bit activations, few rows
     keep16        layers inside blocks that stay in 16 bit -> why. What no table names stays in 16 bit as well
@@ -71,7 +73,7 @@ class Family:
     refused: str = ""
 
     def canonical(self, key: str) -> str:
-        """A key of a model file under the name that ComfyUI's module has."""
+        """A key of a model file under the name that every ComfyUI reads."""
         for written, name in self.aliases:
             key = key.replace(written, name)
         return key

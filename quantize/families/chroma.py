@@ -1,6 +1,6 @@
 """Chroma and Chroma Radiance: FLUX.1 blocks whose modulation comes from one small network outside the blocks."""
 
-from . import Family, all_inputs, inputs_after_out_features
+from . import QK_NORMS, Family, all_inputs, inputs_after_out_features
 
 FAMILY = Family(
     name="chroma",
@@ -10,6 +10,11 @@ FAMILY = Family(
         "distilled_guidance_layer.in_proj.weight",
         "double_blocks.#.img_attn.qkv.weight",
         "single_blocks.#.linear1.weight",
+    ),
+    aliases=(
+        *QK_NORMS,
+        *((f"_layer.norms.{i}.weight", f"_layer.norms.{i}.scale") for i in range(5)),  # of distilled_guidance_layer
+        (".norm.weight", ".norm.scale"),  # of Radiance's pixel decoder
     ),
     w4a4=(
         "double_blocks.#.{img,txt}_attn.qkv",

@@ -1,6 +1,6 @@
 """FLUX.1: dev, schnell, fill, depth, canny, kontext, krea and their finetunes share one set of layers."""
 
-from . import Family, all_inputs, inputs_after_out_features
+from . import QK_NORMS, Family, all_inputs, inputs_after_out_features
 
 FAMILY = Family(
     name="flux",
@@ -17,6 +17,7 @@ FAMILY = Family(
         "img_in.weight",
         "txt_in.weight",
     ),
+    aliases=QK_NORMS,
     w4a4=(
         "double_blocks.#.img_attn.qkv",
         "double_blocks.#.txt_attn.qkv",

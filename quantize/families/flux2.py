@@ -1,6 +1,6 @@
 """FLUX.2: dev and klein. One modulation for all blocks, SwiGLU instead of GELU, so nothing is unsigned."""
 
-from . import Family
+from . import QK_NORMS, Family
 
 FAMILY = Family(
     name="flux2",
@@ -13,6 +13,7 @@ FAMILY = Family(
         "double_blocks.#.img_attn.qkv.weight",
         "single_blocks.#.linear1.weight",
     ),
+    aliases=QK_NORMS,
     # the three modulation layers stay in 16 bit: 2 % of the weights, and their rounding reaches every block
     w4a4=(
         "double_blocks.#.{img,txt}_attn.qkv",

@@ -1,6 +1,6 @@
 """HunyuanVideo (1.0, 1.5, image to video) and HunyuanImage 2.1: FLUX.1 blocks behind a refiner of the text tokens."""
 
-from . import Family, all_inputs, inputs_after_out_features
+from . import QK_NORMS, Family, all_inputs, inputs_after_out_features
 
 FAMILY = Family(
     name="hunyuan_video",
@@ -29,6 +29,7 @@ FAMILY = Family(
         ("_attn_k_norm.weight", "_attn.norm.key_norm.scale"),
         (".q_norm.weight", ".norm.query_norm.scale"),
         (".k_norm.weight", ".norm.key_norm.scale"),
+        *QK_NORMS,
     ),
     w4a4=(
         "double_blocks.#.{img,txt}_attn.qkv",

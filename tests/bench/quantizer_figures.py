@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -18,9 +19,8 @@ from svdquant_pack.quantize.build import quantize_model
 from svdquant_pack.quantize.memory import PeakMemory
 from svdquant_pack.quantize.moments import smoothed_chunks
 from svdquant_pack.quantize.recipe import Recipe
-from svdquant_pack.quantize.refine import Fit, output_errors, refine, to_16bit
-from svdquant_pack.quantize.source import FileSource
-from svdquant_pack.quantize.tensor_file import TensorInfo, TensorWriter
+from svdquant_pack.quantize.refine import Fit, mean_of, output_errors, refine, to_16bit
+from svdquant_pack.quantize.tensor_file import TensorInfo
 from svdquant_pack.tests.bench.synthetic_layers import KINDS, make
 
 FORMATS = ("int4", "nvfp4")
@@ -77,8 +77,11 @@ def make_fit(
     ones = torch.ones(spec.k)
     stride = max(1, len(tokens) // 4096)
     shifted = torch.cat(list(smoothed_chunks(tokens[::stride], ones, spec)))
+    act_mean = mean_of(tokens, spec, BF16, tokens.device) if recipe.centring else None
+    if act_mean is not None:
+        shifted -= act_mean
     factor = smooth.search([weight], smooth.Inputs.of(shifted), spec, spec.rank, recipe.seed, recipe.adam_steps)
-    return refine(weight, bias, spec, to_16bit(factor, BF16), tokens, recipe, BF16)
+    return refine(weight, bias, spec, to_16bit(factor, BF16), tokens, recipe, BF16, act_mean=act_mean)
 
 
 def trained(seed: int, checks: Checks) -> None:
@@ -223,33 +226,86 @@ def large(seed: int, checks: Checks, tokens: int = 4096) -> None:
     )
 
 
+COST = (  # (out, in, tokens, rank): each of the four is varied on its own
+    (256, 256, 4096, 32),
+    (512, 512, 4096, 32),
+    (1024, 1024, 4096, 32),
+    (2048, 2048, 4096, 32),
+    (1024, 1024, 16384, 32),
+    (1024, 1024, 4096, 128),
+    (512, 2048, 4096, 32),
+    (2048, 512, 4096, 32),
+)
+
+
+def work_of(n: int, k: int, tokens: int, rank: int) -> list[float]:
+    """The products that a layer's time is made of, in 1e9: noise model, Gram, GPTQ, Cholesky, branch, probe."""
+    parts = (n * k, tokens * k * k, n * k * k, k**3, n * k * rank, tokens * n * k)
+    return [part / 1e9 for part in parts]
+
+
 def cost(seed: int, checks: Checks) -> None:
-    """Seconds as a function of n, tokens and rank."""
-    for n, tokens, rank in ((256, 4096, 32), (512, 4096, 32), (1024, 4096, 32), (1024, 16384, 32), (1024, 4096, 128)):
-        seconds, peak, error = one_layer(n, n, tokens, rank, seed)
-        say(f"  n {n:5}  tokens {tokens:6}  rank {rank:4}: {seconds:6.2f} s  {peak / 1e6:6.0f} MB  error {error:.4f}")
+    """Seconds as a function of the layer's sizes, tokens and rank, and what follows for FLUX.1."""
+    from scipy.optimize import nnls
+
+    one_layer(*COST[0], seed)  # the first layer of a process pays for what is set up once
+    found = []
+    for n, k, tokens, rank in COST:
+        seconds, peak, error = one_layer(n, k, tokens, rank, seed)
+        found.append(seconds)
+        sizes = f"{n:5} x {k:5}  tokens {tokens:6}  rank {rank:4}"
+        say(f"  {sizes}: {seconds:6.2f} s  {peak / 1e6:6.0f} MB  error {error:.4f}")
+    # relative residuals: a small layer counts as much as a large one
+    rows = [[part / seconds for part in work_of(*row)] for row, seconds in zip(COST, found, strict=True)]
+    weights, _ = nnls(rows, [1.0] * len(rows))
+
+    def seconds_of(*row: int) -> float:
+        return sum(weight * part for weight, part in zip(weights, work_of(*row), strict=True))
+
+    worst = max(abs(seconds_of(*row) / seconds - 1) for row, seconds in zip(COST, found, strict=True))
+    names = ("N K", "T K^2", "N K^2", "K^3", "N K R", "T N K")
+    terms = " + ".join(f"{weight:.3g} {name}" for weight, name in zip(weights, names, strict=True) if weight)
+    say(f"  seconds = {terms}, each product in 1e9; at most {worst:.0%} off in this table")
+    for tokens in (4096, 32768):
+        total = sum(count * seconds_of(n, k, tokens, 32) for n, k, count in FLUX)
+        say(f"  estimate for FLUX.1, {tokens} tokens, rank 32, one core of this machine: {total / 3600:.1f} h")
+
+
+class RandomFlux:
+    """A 16-bit FLUX.1 of full size whose tensors are made when they are read; see `quantize.source.Source`."""
+
+    name, family, unet_config, pinned = "random FLUX.1", "flux", MappingProxyType({}), ()
+
+    def __init__(self, seed: int) -> None:
+        layers = {
+            f"double_blocks.{i}.{s}_{name}": _DOUBLE[name] for i in range(19) for s in _STREAMS for name in _DOUBLE
+        }
+        layers |= {f"single_blocks.{i}.{name}": shape for i in range(38) for name, shape in _SINGLE.items()}
+        layers |= _OUTSIDE
+        self.infos = {f"{layer}.weight": TensorInfo(shape, BF16) for layer, shape in layers.items()}
+        self.infos |= {f"{layer}.bias": TensorInfo((shape[0],), BF16) for layer, shape in layers.items()}
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        return torch.randn(self.infos[key].shape, generator=self._generator, dtype=BF16) * 0.02
 
 
 def memory(seed: int, checks: Checks) -> None:
-    """`fast` on blocks of FLUX.1 at full size: one double and one single block, random weights, bf16."""
-    shapes = {f"double_blocks.0.{stream}_{name}": shape for stream in ("img", "txt") for name, shape in _DOUBLE.items()}
-    shapes |= {f"single_blocks.0.{name}": shape for name, shape in _SINGLE.items()}
+    """`fast` on all of FLUX.1 at full size: random bf16 weights, each made when its turn comes. Half an hour."""
+    source = RandomFlux(seed)
     with tempfile.TemporaryDirectory() as folder:
-        path, generator = Path(folder) / "blocks.safetensors", torch.Generator().manual_seed(seed)
-        plan = {f"{layer}.weight": TensorInfo(shape, BF16) for layer, shape in shapes.items()}
-        plan |= {f"{layer}.bias": TensorInfo((shape[0],), BF16) for layer, shape in shapes.items()}
-        plan["vector_in.in_layer.weight"] = TensorInfo((8, 8), BF16)
-        with TensorWriter(path, plan) as writer:
-            for key, info in plan.items():
-                writer.write(key, torch.randn(info.shape, generator=generator).to(BF16) * 0.02)
         begun = time.perf_counter()
-        report = quantize_model(FileSource(path), Path(folder) / "out.safetensors", Recipe(alternations=2))
-        seconds, size = time.perf_counter() - begun, path.stat().st_size
-    single, peak = sum(2 * n * k for n, k in _SINGLE.values()), report.peak_memory
-    say(f"  {size / 1e9:.2f} GB of weights, {len(report.errors)} layers: {seconds:.0f} s, {peak / 1e9:.2f} GB")
+        # two rounds: a second one is where the first one's result is kept beside the work
+        report = quantize_model(source, Path(folder) / "out.safetensors", Recipe(alternations=2))
+        seconds, written = time.perf_counter() - begun, report.path.stat().st_size
+    size, peak = sum(info.nbytes for info in source.infos.values()), report.peak_memory
+    say(f"  {size / 1e9:.2f} GB to {written / 1e9:.2f} GB, {len(report.errors)} layers: {seconds:.0f} s")
+    single = sum(2 * n * k for n, k in _SINGLE.values())
+    say(f"  peak memory {peak / 1e9:.2f} GB, one single block has {single / 1e9:.2f} GB")
     checks.figure("fast, GB above one single block", (peak - single) / 1e9, most=3.0)
 
 
+_STREAMS = ("img", "txt")
 _DOUBLE = {
     "attn.qkv": (9216, 3072),
     "attn.proj": (3072, 3072),
@@ -258,6 +314,18 @@ _DOUBLE = {
     "mod.lin": (18432, 3072),
 }
 _SINGLE = {"linear1": (21504, 3072), "linear2": (3072, 15360), "modulation.lin": (9216, 3072)}
+_OUTSIDE = {
+    "img_in": (3072, 64),
+    "txt_in": (3072, 4096),
+    "time_in.in_layer": (3072, 256),
+    "time_in.out_layer": (3072, 3072),
+    "vector_in.in_layer": (3072, 768),
+    "vector_in.out_layer": (3072, 3072),
+    "guidance_in.in_layer": (3072, 256),
+    "guidance_in.out_layer": (3072, 3072),
+    "final_layer.adaLN_modulation.1": (6144, 3072),
+    "final_layer.linear": (64, 3072),
+}
 SECTIONS: dict[str, Callable[[int, Checks], None]] = {
     "trained": trained,
     "synthetic": synthetic,

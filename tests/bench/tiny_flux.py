@@ -59,7 +59,8 @@ class Rounded(torch.nn.Module):
         for columns, spec, fit in self.parts:
             part = rows[:, columns]
             z = next(smoothed_chunks(part, fit.smooth, spec, at_once=1 << 30))
-            y = y + round_activation(z, spec) @ fit.rounded.T + (part @ fit.proj_down) @ fit.proj_up.T + fit.bias
+            zq = round_activation(z, spec, fit.centre)
+            y = y + zq @ fit.rounded.T + (part @ fit.proj_down) @ fit.proj_up.T + fit.bias
         return y.view(*x.shape[:-1], -1)
 
 

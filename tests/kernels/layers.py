@@ -3,6 +3,7 @@
 import torch
 
 from svdquant_pack.kernels import FORMATS, Layer, LayerSpec
+from svdquant_pack.kernels.layer import mean_term
 
 
 def random_layer(
@@ -13,8 +14,13 @@ def random_layer(
     act_unsigned: tuple[int, int] = (0, 0),
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    centred: bool = False,
+    act_bits: int = 4,
 ) -> Layer:
-    """A layer of random weight, smoothing and branch; `dtype` is that of its 16-bit parts."""
+    """A layer of random weight, smoothing and branch; `dtype` is that of its 16-bit parts.
+
+    centred  with means of signed channels that are a few times the spread of a normal activation
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -28,4 +34,9 @@ def random_layer(
     if rank:
         tensors["proj_down"] = (normal(k, rank) / k**0.5).to(dtype)
         tensors["proj_up"] = (normal(n, rank) / rank**0.5).to(dtype)
-    return Layer(LayerSpec(format, n, k, rank, act_unsigned), tensors)
+    if centred:
+        mean = 3 * normal(k)
+        mean[slice(*act_unsigned)] = 0
+        tensors["act_mean"] = mean.to(dtype)
+        tensors["out_mean"] = mean_term(fmt.decode_weight(tensors), tensors["smooth_factor"], tensors["act_mean"])
+    return Layer(LayerSpec(format, n, k, rank, act_unsigned, act_bits=act_bits), tensors)

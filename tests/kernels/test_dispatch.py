@@ -7,7 +7,7 @@ import torch
 
 from svdquant_pack.kernels import COMPUTES, FORMATS, choose, dispatch, modes, self_test, svdquant_linear
 from svdquant_pack.kernels.backends import Backend, Call, discover, reference
-from svdquant_pack.kernels.modes import TABLE, candidates
+from svdquant_pack.kernels.modes import TABLE, candidates, faster_format
 from svdquant_pack.tests.kernels.layers import random_layer
 
 CPU = torch.device("cpu")
@@ -54,6 +54,24 @@ def test_every_gpu_has_a_way_that_always_works(format, arch, rows):
 )
 def test_the_table(format, arch, rows, compute):
     assert candidates(format, arch, "auto", rows)[0].compute == compute
+
+
+@pytest.mark.parametrize(
+    ("arch", "int4", "nvfp4"),
+    [
+        ("sm_75", None, "int4"),
+        ("sm_80", None, None),  # neither in 4 bit
+        ("sm_89", None, "int4"),
+        ("sm_90", None, None),
+        ("sm_100", "nvfp4", None),
+        ("sm_120", "nvfp4", None),
+        ("gfx942", None, None),
+        ("cpu", None, None),
+    ],
+)
+def test_the_table_says_which_file_would_be_faster(arch, int4, nvfp4):
+    assert (faster_format("int4", arch), faster_format("nvfp4", arch)) == (int4, nvfp4)
+    assert faster_format("awq_w4a16", arch) is None, "modulation layers are in files of either format"
 
 
 def test_the_table_names_what_exists():

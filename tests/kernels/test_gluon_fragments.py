@@ -10,12 +10,13 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon", reason="needs a triton with Gluon")
 
+from svdquant_pack.kernels import stages
 from svdquant_pack.kernels.backends import Call
 from svdquant_pack.kernels.backends import gluon as backend
 from svdquant_pack.kernels.backends.gluon import int4_linear, int4_mma, verify
 from svdquant_pack.kernels.backends.gluon.fragments import Fragments, pack_fragments, unpack_fragments
 from svdquant_pack.kernels.backends.reference import linear as reference_linear
-from svdquant_pack.kernels.formats.int4 import decode_activation, quantize_activation
+from svdquant_pack.kernels.formats.int4 import decode_activation
 from svdquant_pack.kernels.packing import pack, sign_extend, unpack
 from svdquant_pack.tests.kernels import gluon_emulator as emulator
 from svdquant_pack.tests.kernels.layers import random_layer
@@ -91,13 +92,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launch the kernel's source in the emulator; the quantizer's part is done by the format it follows."""
     monkeypatch.setattr(int4_linear, "int4_mma_kernel", emulator.Launcher(int4_mma.int4_mma_kernel))
 
-    def quantize(x, smooth, act_unsigned, rule):
-        from svdquant_pack.kernels.formats.int4 import GELU_SHIFT
-
-        wide = x.float()
-        wide[:, slice(*act_unsigned)] += GELU_SHIFT
-        codes, scales = quantize_activation((wide / smooth.float()).to(x.dtype), act_unsigned, rule)
-        return pack(codes), scales.T.contiguous()
+    def quantize(x, smooth, act_unsigned, rule, act_mean):
+        return stages.quantize_activation(x, smooth, None, "int4", act_unsigned, rule, act_mean)[:2]
 
     monkeypatch.setattr(int4_linear, "quantize", quantize)
     monkeypatch.setattr(verify, "_right", set())
@@ -142,7 +138,7 @@ def test_the_emulated_layer_agrees_with_the_reference(
     monkeypatch, m, n, rank, lora, biased, act_unsigned, parts, dtype
 ):
     emulated(monkeypatch)
-    layer = random_layer("int4", n, 192, rank, act_unsigned, parts)
+    layer = random_layer("int4", n, 192, rank, act_unsigned, parts, centred=True)
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(m, 192, generator=generator).to(dtype)
     bias = torch.randn(n, generator=generator) if biased else None

@@ -44,8 +44,9 @@ def test_the_quantizer_follows_the_format(dtype, rule, act_unsigned):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(333, 512, generator=generator).to(dtype)
     smooth = (torch.randn(512, generator=generator) * 0.5).exp().to(dtype)
-    qact, ascales = int4_linear.quantize(x.cuda(), smooth.cuda(), act_unsigned, rule)
-    codes, scales, _ = stages.quantize_activation(x, smooth, None, "int4", act_unsigned, rule)
+    mean = torch.randn(512, generator=generator).to(dtype)
+    qact, ascales = int4_linear.quantize(x.cuda(), smooth.cuda(), act_unsigned, rule, mean.cuda())
+    codes, scales, _ = stages.quantize_activation(x, smooth, None, "int4", act_unsigned, rule, mean)
     assert torch.equal(ascales.cpu(), scales)
     assert torch.equal(qact.cpu(), codes)
 
@@ -56,7 +57,7 @@ def test_the_quantizer_follows_the_format(dtype, rule, act_unsigned):
 @pytest.mark.parametrize("act_unsigned", [(0, 0), (0, 384), (128, 384), (64, 192)], ids=str)
 @pytest.mark.parametrize("m", ROWS)
 def test_int4_layer_agrees_with_the_reference(m, act_unsigned, dtype, packed):
-    layer = random_layer("int4", 200, 384, 32, act_unsigned, dtype)
+    layer = random_layer("int4", 200, 384, 32, act_unsigned, dtype, centred=True)
     generator = torch.Generator().manual_seed(m)
     x, bias = torch.randn(m, 384, generator=generator).to(dtype), torch.randn(200, generator=generator).to(dtype)
     lora = torch.randn(384, 8, generator=generator) / 20, torch.randn(200, 8, generator=generator)

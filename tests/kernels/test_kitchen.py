@@ -70,9 +70,10 @@ def test_both_multiply_the_same_codes_alike(dtype, unsigned):
 @pytest.mark.parametrize("unsigned", [False, True])
 def test_the_backend_is_the_layer(dtype, rank, lora_rank, unsigned):
     """Its arguments in the right order, rows cut off, branches side by side: on its CPU path."""
-    layer = random_layer("int4", n=128, rank=rank, act_unsigned=(0, 256) if unsigned else (0, 0), dtype=dtype)
+    channels = (0, 256) if unsigned else (0, 0)
+    layer = random_layer("int4", n=128, rank=rank, act_unsigned=channels, dtype=dtype, centred=not unsigned)
     x, bias = torch.randn(33, 256), torch.randn(128).to(dtype)
-    x = (torch.nn.functional.gelu(x) if unsigned else x).to(dtype)
+    x = (torch.nn.functional.gelu(x) if unsigned else x + layer["act_mean"].float()).to(dtype)
     lora = None
     if lora_rank:
         lora = (torch.randn(256, lora_rank) / 16).to(dtype), (torch.randn(128, lora_rank) / 4).to(dtype)

@@ -20,10 +20,11 @@ ARGUMENTS = ("qweight", "wscales")
 
 
 def arguments_of_linear(format: str, m: int = 5):
-    layer = random_layer(format, rank=16 if format != "awq_w4a16" else 0)
+    low_rank = format != "awq_w4a16"
+    layer = random_layer(format, rank=16 if low_rank else 0, centred=low_rank)
     tensors = [layer.tensors.get(name) for name in ops.TENSORS]
     down, up = torch.randn(256, 20), torch.randn(96, 20)
-    rest = (torch.randn(96), down, up, torch.ones(2), format, [0, 0], "absmax", "auto", "gelu")
+    rest = (torch.randn(96), down, up, torch.ones(2), format, [0, 0], "absmax", 4, "auto", "gelu")
     return torch.randn(m, 256), *tensors, *rest
 
 
@@ -35,7 +36,8 @@ def cases():
     for format in kernels.FORMATS:
         yield f"linear-{format}", ops.linear, arguments_of_linear(format)
     for codes in CODES:
-        arguments = (x, layer["smooth_factor"], layer["proj_down"], codes, [0, 0], "absmax")
+        mean = torch.randn(256) if codes in kernels.FORMATS else None
+        arguments = (x, layer["smooth_factor"], layer["proj_down"], mean, codes, [0, 0], "absmax")
         yield f"quantize-{codes}", ops.quantize_activation, arguments
     for codes in ("int4", "int8_group"):
         qact, ascales, _ = stages.quantize_activation(x, None, None, codes, (0, 0))

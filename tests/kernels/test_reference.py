@@ -6,24 +6,34 @@ import torch
 from svdquant_pack.kernels import FORMATS, Layer, LayerError, LayerSpec, choose, svdquant_linear
 from svdquant_pack.kernels.formats.int4 import GELU_SHIFT
 from svdquant_pack.kernels.layer import check_layer, check_values, from_blob, shifted_bias_term, to_blob
+from svdquant_pack.kernels.modes import candidates
+from svdquant_pack.quantize.dialects import stock_layer
 from svdquant_pack.tests.kernels.layers import random_layer
 
 FLOATS = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-6}  # one rounding of the output
 
 
 def formula(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, rounded: bool) -> torch.Tensor:
-    """y = Q((x + shift) / smooth) @ decode(qweight).T + (x @ proj_down) @ proj_up.T + bias in float64, as written."""
+    """y = Q((x - act_mean + shift) / smooth) @ decode(qweight).T + out_mean + (x @ proj_down) @ proj_up.T + bias
+
+    in float64, as written; the means only where the activation is rounded.
+    """
     fmt, spec, x64 = layer.spec.fmt, layer.spec, x.double()
     act = x64
     if fmt.low_rank:
         shift = torch.zeros(spec.k).double()
         shift[slice(*spec.act_unsigned)] = GELU_SHIFT
+        centred = rounded and "act_mean" in layer.tensors
+        if centred:
+            shift -= layer["act_mean"].double()
         act = ((x64 + shift) / layer["smooth_factor"].double()).to(x.dtype)
     if rounded and fmt.quantize_activation:
         flat = act.reshape(-1, spec.k)
         codes, ascales = fmt.quantize_activation(flat, spec.act_unsigned)
         act = fmt.decode_activation(codes, ascales, spec.act_unsigned).view(act.shape)
     y = act.double() @ layer.decode_weight().double().T
+    if fmt.low_rank and centred:
+        y = y + layer["out_mean"].double()
     if spec.rank:
         y = y + x64 @ layer["proj_down"].double() @ layer["proj_up"].double().T
     return y if bias is None else y + bias.double()
@@ -41,6 +51,45 @@ def test_it_is_the_formula(format, dtype, compute, rank, leading):
     wanted = formula(x, layer, bias, compute == "w4a4")
     assert y.shape == (*leading, 96) and y.dtype == dtype
     assert (y.double() - wanted).norm() <= FLOATS[dtype] * wanted.norm()
+
+
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("compute", ["w4a4", "w16"])
+def test_means_are_taken_off_and_added(format, dtype, compute):
+    channels = (64, 128) if format == "int4" else (0, 0)
+    layer = random_layer(format, act_unsigned=channels, dtype=dtype, centred=True)
+    x = (torch.randn(9, 256) + layer["act_mean"].float()).to(dtype)
+    for bias in (torch.randn(96).to(dtype), None):
+        wanted = formula(x, layer, bias, compute == "w4a4")
+        assert (svdquant_linear(x, layer, bias, compute=compute) - wanted).norm() <= FLOATS[dtype] * wanted.norm()
+
+
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+def test_means_change_the_rounding_alone(format):
+    """Without them the layer is right as well, with a larger error where activations are not around zero."""
+    layer = random_layer(format, centred=True)
+    plain = stock_layer("X", layer, [])
+    x = torch.randn(64, 256) + layer["act_mean"]
+    exact = svdquant_linear(x, plain, compute="w16")
+    centred, stock = (svdquant_linear(x, one, compute="w4a4") - exact for one in (layer, plain))
+    assert torch.equal(svdquant_linear(x, layer, compute="w16"), exact)
+    assert torch.equal(
+        svdquant_linear(x, layer, compute="w4a8" if format == "int4" else "w4a8-jit"),
+        svdquant_linear(x, plain, compute="w4a8" if format == "int4" else "w4a8-jit"),
+    )
+    assert centred.norm() < 0.6 * stock.norm()
+
+
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+def test_a_layer_for_8_bit_activations_gets_them(format):
+    layer, wide = random_layer(format), random_layer(format, act_bits=8)
+    x, mode = torch.randn(9, 256), {"int4": "w4a8", "nvfp4": "w4a8-jit"}[format]
+    assert torch.equal(svdquant_linear(x, wide), svdquant_linear(x, layer, compute=mode))
+    assert not torch.equal(svdquant_linear(x, wide), svdquant_linear(x, layer))
+    assert choose(format, x.device, x.dtype, act_bits=8).compute == mode
+    for arch in ("sm_75", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"):
+        assert all(rule.compute != "w4a4" for rule in candidates(format, arch, "auto", 4096, act_bits=8))
 
 
 @pytest.mark.parametrize("channels", [(0, 256), (64, 256), (64, 192)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from svdquant_pack.kernels import Layer, choose, svdquant_linear
+from svdquant_pack.kernels import Layer, choose, expand_weight, linear_w8a8, quantize_activation, svdquant_linear
 from svdquant_pack.kernels.backends.reference import linear as reference
 from svdquant_pack.tests.kernels.layers import random_layer
 
@@ -37,8 +37,8 @@ def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None
 def test_a_layer_in_every_mode(format, compute, dtype, device):
     need(format, compute, device, dtype)
     channels = (64, 192) if format == "int4" else (0, 0)
-    layer = random_layer(format, rank=32, act_unsigned=channels, dtype=dtype)
-    x, bias = torch.randn(33, 256).to(dtype), torch.randn(96).to(dtype)
+    layer = random_layer(format, rank=32, act_unsigned=channels, dtype=dtype, centred=True)
+    x, bias = (torch.randn(33, 256) + layer["act_mean"].float()).to(dtype), torch.randn(96).to(dtype)
     lora = torch.randn(256, 24).to(dtype) / 16, torch.randn(96, 24).to(dtype) / 5
     strength = torch.tensor([1.5, -0.5])
     epilogue = {"lora_strength": strength, "activation": "gelu"}
@@ -47,6 +47,27 @@ def test_a_layer_in_every_mode(format, compute, dtype, device):
     epilogue["lora_strength"] = strength.to(device)
     y = triton_layers.linear(x.to(device), on(device, layer), bias.to(device), moved, compute, **epilogue)
     close(y, wanted, dtype)
+
+
+@pytest.mark.parametrize(("format", "compute"), CASES)
+@pytest.mark.parametrize("width", [512, 528, 800])
+def test_a_lora_of_any_width(format, compute, width, device):
+    need(format, compute, device)
+    layer, x = random_layer(format, rank=32, dtype=torch.bfloat16), torch.randn(17, 256).bfloat16()
+    lora = tuple(torch.randn(size, width).bfloat16() / size**0.5 for size in (256, 96))
+    strength = torch.linspace(-1, 1, width // 16)
+    wanted = reference(x, layer, None, lora, compute, strength)
+    without = reference(x, layer, None, None, compute)
+    moved = tuple(factor.to(device) for factor in lora)
+    y = triton_layers.linear(x.to(device), on(device, layer), None, moved, compute, strength.to(device))
+    close(y.cpu() - without, wanted.float() - without.float(), torch.bfloat16)
+
+
+def test_a_strength_is_not_rounded_to_the_activation(device):
+    """Where no kernel takes the strength, the product alone is rounded."""
+    act, strength = torch.randn(9, 40).bfloat16().to(device), torch.tensor([0.7, -1.3, 0.1]).to(device)
+    found = triton_layers.Branches(lora_act=act, lora_strength=strength).weighted_lora()
+    assert torch.equal(found, (act.float() * strength.repeat_interleave(16)[:40]).bfloat16())
 
 
 @pytest.mark.parametrize(("format", "compute"), [*CASES, ("awq_w4a16", "w4a16"), ("awq_w4a16", "w16")])
@@ -106,6 +127,29 @@ def test_8_bit_modes_are_closer_to_16_bit_than_w4a4(kind, device):
         for compute in ("w4a4", "w4a8", "w4a8-jit")
     }
     assert error["w4a8"] <= 0.95 * error["w4a4"] and error["w4a8-jit"] <= 0.95 * error["w4a4"]
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, every second element of a wider tensor."""
+    return torch.stack((tensor, torch.zeros_like(tensor)), -1).flatten(-2)[..., ::2] if tensor.dim() else tensor
+
+
+@pytest.mark.parametrize("format", MODES)
+def test_tensors_that_are_not_contiguous_give_the_same(format, device):
+    """600 rows: the branch is computed by the quantizing kernel itself."""
+    layer, x = on(device, random_layer(format, rank=32, dtype=torch.bfloat16)), torch.randn(600, 256).bfloat16()
+    x, lora = x.to(device), (torch.randn(256, 16).to(device), torch.randn(96, 16).to(device))
+    apart = Layer(layer.spec, {name: strided(tensor) for name, tensor in layer.tensors.items()})
+    assert not apart["proj_down"].is_contiguous() and not apart["qweight"].is_contiguous()
+    found = svdquant_linear(strided(x), apart, None, tuple(map(strided, lora)), "w4a8-jit")
+    assert torch.equal(found, svdquant_linear(x, layer, None, lora, "w4a8-jit"))
+    steps = [x, layer["smooth_factor"], layer["proj_down"]], [strided(x), apart["smooth_factor"], apart["proj_down"]]
+    codes = [quantize_activation(*each, codes="int8_row") for each in steps]
+    assert all(torch.equal(a, b) for a, b in zip(*codes, strict=True))
+    rows = expand_weight(layer["qweight"], layer["wscales"], format=format)
+    both = [[*codes[0][:2], *rows, codes[0][2], layer["proj_up"]]]
+    both.append([strided(tensor) for tensor in both[0]])
+    assert torch.equal(*[linear_w8a8(*each) for each in both])
 
 
 def test_triton_is_chosen_where_it_runs(device):

@@ -113,6 +113,27 @@ def test_no_rows_and_strided_rows(codes, device):
             assert torch.equal(one.cpu().float(), other.cpu().float())
 
 
+@pytest.mark.parametrize("codes", ["int4", "nvfp4", "int8_group"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_mean_is_taken_off(codes, dtype, device):
+    """From what is rounded to 4 bit, not from the branch."""
+    have(codes, device)
+    x, smooth, down = inputs(530, 192, 16, dtype)
+    mean = (3 * torch.randn(192)).to(dtype)
+    x = (x.float() + mean).to(dtype)
+    channels = (0, 0) if codes == "nvfp4" else (64, 128)
+    wanted = stages.quantize_activation(x, smooth, down, codes, channels, act_mean=None if "8" in codes else mean)
+    moved = [tensor.to(device) for tensor in (x, smooth, down)]
+    found = launch.quantize(*moved, codes, channels, act_mean=mean.to(device))
+    if codes == "int8_group":
+        assert (found[0].cpu() != wanted[0]).float().mean() <= 2e-3
+    else:
+        assert (unpack(found[0].cpu()) != unpack(wanted[0])).float().mean() <= 3e-3
+    torch.testing.assert_close(found[1].cpu().float(), wanted[1].float(), rtol=0.13, atol=0)
+    assert (found[1].cpu().float() != wanted[1].float()).float().mean() <= (0.01 if dtype != torch.float32 else 1)
+    torch.testing.assert_close(found[2].cpu().float(), wanted[2].float(), rtol=0.03, atol=0.03)
+
+
 @pytest.mark.parametrize(("codes", "rule"), [("int4", "signed_extreme"), ("nvfp4", "four_six")])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [(0, 0), (64, 128)])

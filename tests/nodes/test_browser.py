@@ -30,7 +30,9 @@ DROP = """([name, text]) => {
         canvas.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}));
 }"""
 LISTEN = """() => {
+    const first = window.outcome === undefined;
     window.outcome = null; window.previews = 0;
+    if (!first) return;
     app.api.addEventListener("executed", e => { window.previews += (e.detail.output.images || []).length; });
     app.api.addEventListener("execution_success", () => { window.outcome = "success"; });
     app.api.addEventListener("execution_error", e => { window.outcome = e.detail.exception_message; });
@@ -59,18 +61,28 @@ def page(host):
         browser.close()
 
 
-def test_a_dropped_workflow_runs(page, host):
-    text = (ROOT / "workflows" / "svdquant_demo.json").read_text()
+# file -> pictures: ten for each of three samplers; ten 4-bit ones, and ten with their 16-bit ones beside them
+RUN = {"svdquant_demo.json": 30, "svdquant_quantize_my_model.json": 20}
+# file -> the same in API form
+API_FORMS = {f"svdquant_{name}.json": f"{name}.json" for name in ("flux", "qwen_image", "sdxl", "z_image")} | {
+    "svdquant_quantize_my_model.json": "demo_calibrate.json"
+}
+
+
+@pytest.mark.parametrize(("name", "pictures"), RUN.items())
+def test_a_dropped_workflow_runs(page, host, name, pictures):
+    text = (ROOT / "workflows" / name).read_text()
     wanted = len(json.loads(text)["nodes"])
     page.wait_for_timeout(1500)  # the page restores its own last graph first
-    page.evaluate(DROP, ["svdquant_demo.json", text])
+    page.evaluate("() => app.graph.clear()")
+    page.evaluate(DROP, [name, text])
     page.wait_for_function(f"() => app.graph._nodes.length === {wanted}", timeout=30_000)
     assert page.evaluate("() => app.graph._nodes.filter(n => n.has_errors || !n.type).length") == 0
     page.evaluate(LISTEN)
     page.get_by_test_id("queue-button").get_by_role("button").first.click(timeout=10_000)
     page.wait_for_function("() => window.outcome !== null", timeout=180_000)
     assert page.evaluate("window.outcome") == "success"
-    assert page.evaluate("window.previews") == 30, "ten pictures for each of the three samplers"
+    assert page.evaluate("window.previews") == pictures
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda path: path.stem)
@@ -83,6 +95,21 @@ def test_every_workflow_opens_without_a_missing_node(page, path):
     types = page.evaluate("() => app.graph._nodes.map(n => n.type).filter(t => !LiteGraph.registered_node_types[t])")
     assert types == []
     assert page.evaluate("() => Object.keys(app.graph.links).length || app.graph.links.size") == len(wanted["links"])
+
+
+@pytest.mark.parametrize(("name", "api"), API_FORMS.items())
+def test_the_api_form_is_the_same_workflow(page, name, api):
+    text = (ROOT / "workflows" / name).read_text()
+    page.evaluate("() => app.graph.clear()")
+    page.evaluate(DROP, [name, text])
+    page.wait_for_function(f"() => app.graph._nodes.length === {len(json.loads(text)['nodes'])}", timeout=30_000)
+    found = page.evaluate("async () => (await app.graphToPrompt()).output")
+    expected = json.loads((ROOT / "workflows" / "api" / api).read_text())
+    assert found.keys() == expected.keys()
+    for number, node in expected.items():
+        assert found[number]["class_type"] == node["class_type"]
+        # the page also sends optional inputs at their defaults
+        assert {key: found[number]["inputs"][key] for key in node["inputs"]} == node["inputs"], f"node {number}"
 
 
 def test_the_template_has_a_thumbnail(host):

@@ -1,5 +1,7 @@
 """Calibrate, quantize and sample on the real host: what is watched is what the layers receive."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -7,15 +9,17 @@ pytest.importorskip("comfy.sd", reason="no ComfyUI: set COMFYUI_PATH")
 
 import folder_paths
 
-from svdquant_pack.nodes.calibrate import SVDQuantCalibrate
+from svdquant_pack.nodes.bake_lora import SVDQuantBakeLora
+from svdquant_pack.nodes.calibrate import SUFFIX, SVDQuantCalibrate
+from svdquant_pack.nodes.comfy_bake import bake
 from svdquant_pack.nodes.comfy_calibrate import Collector
 from svdquant_pack.nodes.comfy_model import ModelSource, load_model, load_pinned_model
-from svdquant_pack.nodes.quantize_model import MODEL_INPUT, SVDQuantQuantizeModel
+from svdquant_pack.nodes.quantize_model import MODEL_INPUT, NO_FILE, SVDQuantQuantizeModel
 from svdquant_pack.quantize.build import QuantizeError, quantize_model
 from svdquant_pack.quantize.checkpoint import open_checkpoint
 from svdquant_pack.quantize.recipe import Recipe
 from svdquant_pack.quantize.statistics import BUCKETS, Statistics, StatisticsError, describe
-from svdquant_pack.tests.nodes.sampling import pictures
+from svdquant_pack.tests.nodes.sampling import LORAS, forward, pictures, relative
 
 
 @pytest.fixture
@@ -122,6 +126,21 @@ def test_statistics_make_better_pictures(demo_model, collected, tmp_path, format
     assert len(measured) == 20 and max(measured) < 0.1
 
 
+def test_8_bit_activations_where_the_model_is_sensitive_make_better_pictures(demo_file, tmp_path):
+    model, found = load_pinned_model(str(demo_file)), {}
+    with torch.inference_mode():
+        collector = Collector.of(model, tmp_path / "s.safetensors", 2048, 10**9, again=False, sensitivity=True)
+        pictures(collector.watch(model), 20, 8, 1)
+    exact = pictures(model, 20, 8)
+    for fallback in (0.0, 0.25):
+        recipe, path = Recipe.named("balanced", rank=16, fallback=fallback), tmp_path / f"{fallback}.safetensors"
+        report = quantize_model(ModelSource(model), path, recipe, statistics=Statistics.open(collector.path))
+        found[fallback] = psnr(pictures(load_model(str(path)), 20, 8), exact)
+    assert len(report.eight) == 1 and "times what the median layer costs it" in next(iter(report.eight.values()))
+    assert "8-bit activations: 1 layers, 9.7% of the multiply-adds" in report.notes
+    assert found[0.25] > found[0.0] + 0.4
+
+
 def test_the_activation_rule_is_stored_and_used(demo_model, collected, tmp_path):
     path = tmp_path / "best.safetensors"
     recipe = Recipe.named("balanced", rank=16, activation="best")
@@ -145,6 +164,30 @@ def test_the_nodes_in_the_order_of_the_workflow(demo_model, folders):
     assert (report / "report.md").read_text().startswith("# mine.safetensors") and (report / "report.json").exists()
     assert open_checkpoint(folders / "diffusion_models" / name).provenance.recipe["name"] == "balanced"
     assert [path.name for path in (folders / "diffusion_models").iterdir()] == [name]
+
+
+def test_a_lora_is_baked_nearer_by_statistics(demo_model, collected, folders):
+    """At the rank that the file has; through the node, and the loss it states is of tokens it was not fitted to."""
+    import comfy.sd
+    import comfy.utils
+
+    path = folders / "int4.safetensors"
+    quantize_model(ModelSource(demo_model), path, Recipe(rank=16))
+    lora = comfy.utils.load_torch_file(str(LORAS / "svdquant_demo_inverted_kohya.safetensors"), safe_load=True)
+    strong = comfy.sd.load_lora_for_models(load_model(str(path), compute="w16"), None, lora, 1.0, 0)[0]
+    wanted, errors = forward(strong), {}
+    (folders / "output" / "svdquant").mkdir(parents=True)
+    name = f"demo{SUFFIX}"
+    shutil.copy(collected, folders / "output" / "svdquant" / name)
+    for known in (NO_FILE, name):
+        done = SVDQuantBakeLora().bake(strong, f"baked {known}", True, statistics_file=known)
+        baked = folders / "diffusion_models" / done["result"][1]
+        assert "20 layers have the LoRAs inside" in done["ui"]["text"][0]
+        errors[known] = relative(forward(load_model(str(baked), compute="w16")), wanted)
+    assert errors[name] < 0.9 * errors[NO_FILE], errors
+    wrong = Statistics.create(folders / "s.safetensors", {"double_blocks.0.img_attn.qkv": 64}, 8, {})
+    with pytest.raises(StatisticsError, match="statistics of another model"):
+        bake(strong, folders / "x.safetensors", True, statistics=wrong)
 
 
 def test_statistics_of_another_model_are_refused(demo_model, tmp_path):

@@ -10,7 +10,6 @@ import torch
 pytest.importorskip("comfy.lora", reason="no ComfyUI: set COMFYUI_PATH")
 
 import comfy.lora
-import comfy.utils
 
 from svdquant_pack.kernels.formats.int4 import GELU_SHIFT
 from svdquant_pack.nodes.comfy_model import ModelSource, load_model, load_pinned_model
@@ -57,15 +56,7 @@ def test_a_4bit_model_is_the_dense_model_of_its_weights(name, sixteen_bit, check
         sum(spec.format == "awq_w4a16" for spec in specs.values()),
     ) == zoo.ZOO[name].layers
 
-    dense = load_pinned_model(str(sixteen_bit))
-    for layer_key in specs:
-        layer, module = checkpoint.layer(layer_key), comfy.utils.get_attr(dense.model.diffusion_model, layer_key)
-        module.weight.data = layer.dense_weight()
-        if module.bias is not None:
-            module.bias.data = layer.unshifted_bias(checkpoint.tensor(f"{layer_key}.bias")).float()
-        else:
-            assert specs[layer_key].act_unsigned == (0, 0), "the shift needs a bias in ComfyUI's layer"
-    wanted = zoo.forward(dense, name)
+    wanted = zoo.forward(zoo.dense(name, sixteen_bit, checkpoint), name)
 
     exact = load_model(str(checkpoint.path), compute="w16")
     assert len(exact.packed_layers()) == len(specs)

@@ -1,6 +1,7 @@
 """Loading, quantizing and describing a model through the node classes, inside the host's process."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ pytest.importorskip("comfy.sd", reason="no ComfyUI: set COMFYUI_PATH")
 import comfy.sd
 import comfy.utils
 
-from svdquant_pack.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+from svdquant_pack.kernels import COMPUTES
+from svdquant_pack.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, comfy_model
 from svdquant_pack.nodes.comfy_model import ModelSource, describe_model, load_model
 from svdquant_pack.nodes.model_info import SVDQuantModelInfo
+from svdquant_pack.quantize import linear
 from svdquant_pack.quantize.build import quantize_model
 from svdquant_pack.quantize.checkpoint import CheckpointError, open_checkpoint
 from svdquant_pack.quantize.recipe import Recipe
@@ -87,6 +90,50 @@ def test_the_info_node_tells_backend_and_reason(checkpoints):
     text = SVDQuantModelInfo().describe(patcher)["result"][0]
     for expected in ("flux", "20 int4", "6 awq_w4a16", "16 (20 layers)", "reference w4a4"):
         assert expected in text, text
+
+
+MODES = [(format, compute) for format in ("int4", "nvfp4") for compute in COMPUTES if compute != "auto"]
+
+
+@pytest.mark.parametrize(("format", "compute"), MODES)
+def test_every_offered_mode_runs_or_is_refused_with_what_can(checkpoints, format, compute):
+    assert compute in NODE_CLASS_MAPPINGS["SVDQuantLoadModel"].INPUT_TYPES()["required"]["compute"][0]
+    if (format, compute) == ("nvfp4", "w4a8"):
+        with pytest.raises(CheckpointError, match="nvfp4 layers have auto, w4a4, w8a8, w4a8-jit, fp8, w16"):
+            load_model(str(checkpoints[format]), compute)
+        return
+    patcher, exact = (load_model(str(checkpoints[format]), mode) for mode in (compute, "w16"))
+    text = SVDQuantModelInfo().describe(patcher)["result"][0]
+    assert f"compute   {compute}\n" in text and f"reference {compute} (" in text, text
+    assert relative(forward(patcher), forward(exact)) < (0.12 if compute == "w4a4" else 0.05)
+
+
+def test_nothing_made_from_a_streamed_weight_is_kept(checkpoints, monkeypatch):
+    """A host that offloads hands every layer's bytes over in the same buffer."""
+    import comfy.ops
+
+    asked, run, cast = [], linear.svdquant_linear, comfy.ops.cast_bias_weight
+    monkeypatch.setattr(linear, "svdquant_linear", lambda *a, **k: (asked.append(a[4]), run(*a, **k))[1])
+    patcher = load_model(str(checkpoints["int4"]), "w8a8")
+    resident = forward(patcher)
+    assert set(asked) == {"w8a8"}
+    asked.clear()
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda *a, **k: (lambda w, *r: (w.clone(), *r))(*cast(*a, **k)))
+    assert torch.equal(forward(patcher), resident) and set(asked) == {"w4a8-jit"}
+
+
+@pytest.mark.parametrize(("arch", "format", "other"), [("sm_120", "int4", "nvfp4"), ("sm_89", "nvfp4", "int4")])
+def test_a_file_for_another_gpu_runs_and_says_which_one_would_be_faster(
+    checkpoints, monkeypatch, caplog, arch, format, other
+):
+    caplog.set_level(logging.INFO, "svdquant")
+    fitting = SVDQuantModelInfo().describe(load_model(str(checkpoints[format])))["result"][0]
+    assert "faster" not in fitting + caplog.text
+    monkeypatch.setattr(comfy_model, "arch_of", lambda device: (arch, None))
+    patcher = load_model(str(checkpoints[format]))
+    said = f"runs, but a file of this model in {other} would be faster"
+    assert caplog.text.count(said) == 1 and said in SVDQuantModelInfo().describe(patcher)["result"][0]
+    assert forward(patcher).isfinite().all()
 
 
 def test_the_info_node_says_when_a_model_is_not_four_bit(demo_model):

@@ -10,11 +10,11 @@ import comfy.model_management
 
 from svdquant_pack.nodes.comfy_lora_report import describe_loras
 from svdquant_pack.nodes.comfy_model import load_model
-from svdquant_pack.nodes.demo import SVDQuantDemoPrompt
+from svdquant_pack.nodes.demo import SVDQuantDemoDecode, SVDQuantDemoPrompt
 from svdquant_pack.quantize.checkpoint import open_checkpoint
 from svdquant_pack.quantize.lora_terms import LoraError
 from svdquant_pack.tests.nodes.lora_files import dense_of, dense_weights, lora_of, with_file
-from svdquant_pack.tests.nodes.sampling import relative
+from svdquant_pack.tests.nodes.sampling import LORAS, relative
 
 STEPS = 4
 EXACT = 5e-5  # float32 sums in another order, through STEPS steps
@@ -83,6 +83,33 @@ def test_hook_loras_give_the_dense_models_pictures(pair, case, base):
         outputs.append(hooked)
     assert relative(*outputs) < EXACT
     assert_hooks_gone(pair[0])
+
+
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+def test_a_scheduled_lora_gives_the_16bit_models_pictures(checkpoints, demo_model, format):
+    """A trained LoRA whose strength changes twice, 4-bit activations: the error is no more than those of the two models
+    that the schedule passes through, without the LoRA and with it."""
+    import comfy.utils
+
+    lora = comfy.utils.load_torch_file(str(LORAS / "svdquant_demo_inverted_kohya.safetensors"), safe_load=True)
+    hooks = hook_of(lora, 1.0, ((0.0, 0.0), (0.3, 1.0), (0.7, 0.4)))
+    scheduled = comfy.hooks.set_hooks_for_conditioning(prompt(), hooks)
+
+    def paint(patcher, positive=None) -> torch.Tensor:
+        return SVDQuantDemoDecode().decode({"samples": sample(patcher, positive or prompt(), prompt(), 10)})[0]
+
+    four_bit = load_model(str(checkpoints[format]), compute="w4a4")
+    found, plain, loaded = (
+        (paint(mine, *conditioning), paint(dense, *conditioning))
+        for mine, dense, conditioning in (
+            (four_bit, demo_model, (scheduled,)),
+            (four_bit, demo_model, ()),
+            (with_file(four_bit, lora, 1.0), with_file(demo_model, lora, 1.0), ()),
+        )
+    )
+    error = relative(*found)
+    assert error < relative(*plain) + relative(*loaded)
+    assert all(relative(found[1], other[1]) > 3 * error for other in (plain, loaded)), "the schedule is neither of them"
 
 
 def test_a_lora_masked_to_a_part_of_the_picture(pair):

@@ -76,6 +76,15 @@ def test_two_at_once(pair, order):
     assert max(layer_errors(*patched).values()) < FITTED
 
 
+def test_two_files_with_the_same_keys_add_up(pair):
+    weights = dense_weights(*pair)
+    first, second = (lora_of(("lora",), weights, seed) for seed in (0, 1))
+    assert first.keys() == second.keys()
+    patched = [with_file(with_file(patcher, first, 0.8), second, -0.3) for patcher in pair]
+    assert_equal_and_moved(pair, patched, EXACT)
+    assert all(branch.rank == 32 for branch in patched[0].branches().values())
+
+
 def test_slices_of_fused_weights(pair):
     lora = slices_of(pair[0])
     assert len(lora) > 3 * 10
@@ -186,7 +195,9 @@ def test_every_family_takes_every_kind(name, tmp_path):
     checkpoint = open_checkpoint(tmp_path / "4bit.safetensors")
     pair = load_model(str(checkpoint.path), compute="w16"), dense_of(checkpoint, path)
     weights = dense_weights(*pair)
+    dealt = set()
     for seed, strengths in ((0, (1.0, 0.0)), (4, (-0.5, 1.6))):
+        dealt |= {KINDS[(index + seed) % len(KINDS)] for index in range(len(weights))}
         files = [lora_of(KINDS, weights, seed), {**lora_of(("lora",), weights, seed + 1), **slices_of(pair[0])}]
         patched = pair
         for file, strength in zip(files, strengths, strict=True):
@@ -195,3 +206,4 @@ def test_every_family_takes_every_kind(name, tmp_path):
         worst = max(errors, key=errors.get)
         assert errors[worst] < FITTED, worst
         assert min(layer_errors(pair[0], patched[1]).values()) > 1e-3, "every layer changes"
+    assert dealt == set(KINDS), "the model has too few layers to show every kind"

@@ -44,6 +44,7 @@ def test_the_report_has_a_row_per_lora(plain, weights, demo_model):
     second = with_file(first, {**lora_of(("diff",), weights, 1), **other}, -0.25)
     found = describe_loras(second)
     assert [row["strength"] for row in found["rows"]] == [0.7, -0.25]
+    assert [row["file"] for row in found["rows"]] == [None, None], "no loader node has run"
     kinds = found["rows"][0]["kinds"]
     assert set(kinds) == {"lora", "lokr", "lora with DoRA"}
     assert sum(kinds.values()) == len(weights)

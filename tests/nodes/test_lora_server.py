@@ -30,7 +30,8 @@ def host():
 
 def test_the_lora_workflows_run(host):
     (text,) = host.texts(host.run(workflow("lora_two_info")))
-    assert "LoRA 1" in text and "LoRA 2" in text and "-0.3" in text
+    assert "LoRA 1: svdquant_demo_inverted_kohya.safetensors" in text, "the loader's file is named"
+    assert "LoRA 2: svdquant_demo_inverted_diffusers.safetensors" in text and "-0.3" in text
     assert "total: 20 of 26 4-bit layers" in text
     outputs = host.run(workflow("lora_bake"))
     assert len(host.images(outputs)) == 10

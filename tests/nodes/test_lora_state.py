@@ -66,14 +66,14 @@ def test_a_change_of_strength_touches_no_factor(plain, weights):
     file = lora_of(("lora", "lokr", "loha"), weights)
     weak, strong = (with_file(plain, file, strength) for strength in (0.3, 0.9))
     forward(weak)
-    before = [(module.branch.parts, module._loaded.down, module._loaded.krons) for module in loaded(weak)]
+    before = [(m.branch.parts, m._loaded.down, m._loaded.up, m._loaded.krons) for m in loaded(weak)]
     places = [module.weight.data_ptr() for module in loaded(weak)]
     entries = len(plain.model.svdquant_parts)
     output = forward(strong)
     assert len(plain.model.svdquant_parts) == entries
-    for (parts, down, krons), module in zip(before, loaded(strong), strict=True):
+    for (parts, down, up, krons), module in zip(before, loaded(strong), strict=True):
         assert all(one is other for one, other in zip(parts, module.branch.parts, strict=True))
-        assert module._loaded.down is down and module._loaded.krons is krons
+        assert module._loaded.down is down and module._loaded.up is up and module._loaded.krons is krons
     assert [module.weight.data_ptr() for module in loaded(strong)] == places, "no weight was moved"
     fresh = with_file(plain, {name: tensor.clone() for name, tensor in file.items()}, 0.9)
     assert torch.equal(forward(fresh), output)
@@ -207,11 +207,13 @@ def test_a_wrapped_forward_adds_to_the_layer(plain, weights):
     assert torch.equal(module(x), base)
 
 
-def test_merges_are_refused_by_name(plain, demo_model):
-    from comfy_extras.nodes_model_merging import ModelAdd, ModelMergeSimple, ModelSubtract
+def test_merges_are_refused_by_name(plain, demo_model, checkpoints):
+    from comfy_extras.nodes_model_merging import ModelAdd, ModelMergeBlocks, ModelMergeSimple, ModelSubtract
 
-    four_bit, dense = plain, demo_model
+    four_bit, dense, other = plain, demo_model, load_model(str(checkpoints["int4"]))
     for merge in (
+        lambda: ModelMergeSimple().merge(four_bit, other, 0.5),
+        lambda: ModelMergeBlocks().merge(four_bit, dense, **{"double_blocks.": 0.5}),
         lambda: ModelMergeSimple().merge(four_bit, dense, 0.5),
         lambda: ModelAdd().merge(four_bit, dense),
         lambda: ModelSubtract().merge(four_bit, dense, 1.0),

@@ -19,6 +19,7 @@ NODES = {
     "SVDQuantDemoModel",
     "SVDQuantDemoPrompt",
     "SVDQuantDemoDecode",
+    "SVDQuantDemoVae",
 }
 pytestmark = pytest.mark.host
 
@@ -71,8 +72,12 @@ def test_shipped_workflows_run(host, quantized, name):
     assert len(host.images(host.run(workflow(name)))) == 10
 
 
-def test_nvfp4_workflows_run(host):
+@pytest.fixture(scope="module")
+def quantized_nvfp4(host) -> None:
     host.run(workflow("demo_quantize_nvfp4"))
+
+
+def test_nvfp4_workflows_run(host, quantized_nvfp4):
     outputs = host.run(workflow("demo_nvfp4"))
     assert len(host.images(outputs)) == 10
     assert any("nvfp4" in text and "reference" in text for text in host.texts(outputs))
@@ -109,6 +114,18 @@ def test_a_truncated_file_is_refused_when_queued(host, quantized):
     (folder / "cut.safetensors").write_bytes((folder / quantized).read_bytes()[:-1000])
     message = refused(host, workflow("demo_int4", model_name="cut.safetensors"))
     assert "cut.safetensors" in message and "truncated" in message
+
+
+@pytest.mark.parametrize(
+    ("compute", "message"), [("w4a8", "but its nvfp4 layers have auto, w4a4, w8a8"), ("w3", "known are auto, w4a4")]
+)
+def test_a_mode_that_the_file_has_not_is_refused_when_queued(host, quantized_nvfp4, compute, message):
+    assert f"compute is '{compute}', {message}" in refused(host, workflow("demo_nvfp4", compute=compute))
+
+
+def test_the_info_node_tells_the_mode_that_was_asked_for(host, quantized):
+    texts = host.texts(host.run(workflow("demo_int4", compute="w4a8")))
+    assert any("compute   w4a8" in text and "reference w4a8 (20 layers)" in text for text in texts)
 
 
 @pytest.mark.parametrize(

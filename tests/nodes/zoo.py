@@ -6,6 +6,7 @@ through ComfyUI's own loading code.
 
 import importlib
 import json
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,39 @@ def save(name: str, path: Path) -> Path:
     return path
 
 
+def dense(name: str, source: Path, checkpoint: Any) -> Any:
+    """The 16-bit model in `source` as a MODEL that holds the decoded weights of its 4-bit `checkpoint`."""
+    import comfy.utils
+
+    from svdquant_pack.nodes.comfy_model import load_pinned_model
+
+    patcher = load_pinned_model(str(source))
+    for key in checkpoint.specs:
+        layer, module = checkpoint.layer(key), comfy.utils.get_attr(patcher.model.diffusion_model, key)
+        module.weight.data = layer.dense_weight()
+        if module.bias is not None:
+            module.bias.data = layer.unshifted_bias(checkpoint.tensor(f"{key}.bias")).float()
+        else:
+            assert checkpoint.specs[key].act_unsigned == (0, 0), "the shift needs a bias in ComfyUI's layer"
+    return patcher
+
+
 def forward(patcher: Any, name: str) -> torch.Tensor:
     """One call of the model through ComfyUI's own loading and apply_model."""
+    model, latent = _model(patcher, name)
+    return model(latent, torch.full((1,), 0.7, device=latent.device)).cpu()
+
+
+def sample(patcher: Any, name: str, steps: int = 2) -> torch.Tensor:
+    """A latent from noise by ComfyUI's own Euler sampler."""
+    from comfy.k_diffusion.sampling import sample_euler
+
+    model, latent = _model(patcher, name)
+    return sample_euler(model, latent, torch.linspace(1, 0, steps + 1, device=latent.device), disable=True).cpu()
+
+
+def _model(patcher: Any, name: str) -> tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], torch.Tensor]:
+    """((latent, sigma) -> denoised latent, a latent)"""
     import comfy.model_management
 
     tiny, generator = ZOO[name], torch.Generator().manual_seed(1)
@@ -90,9 +122,12 @@ def forward(patcher: Any, name: str) -> torch.Tensor:
 
     latent, text = value(tiny.latent), value((1, TOKENS, tiny.text))
     extra = {key: value(entry) for key, entry in tiny.extra.items()}
-    with torch.no_grad():
-        sigma = torch.full((1,), 0.7, device=device)
-        return patcher.model.apply_model(latent, sigma, c_crossattn=text, transformer_options={}, **extra).cpu()
+
+    def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return patcher.model.apply_model(x, sigma, c_crossattn=text, transformer_options={}, **extra)
+
+    return model, latent
 
 
 def skeleton(model: torch.nn.Module) -> dict[str, dict[str, list[Any]]]:

@@ -16,7 +16,7 @@ FLUX_SIZES = {
     "context_in_dim": 64,
     "qkv_bias": True,
 }
-UNET_SIZES = {  # the smallest UNet that ComfyUI takes for an SDXL one: KOALA, but with 320 channels everywhere
+UNET_SIZES = {  # the smallest UNet with SDXL's blocks that ComfyUI knows: Segmind Vega, with 320 channels everywhere
     "use_checkpoint": False,
     "image_size": 32,
     "use_spatial_transformer": True,
@@ -26,10 +26,10 @@ UNET_SIZES = {  # the smallest UNet that ComfyUI takes for an SDXL one: KOALA, b
     "in_channels": 4,
     "out_channels": 4,
     "model_channels": 320,
-    "num_res_blocks": [1, 1, 1],
+    "num_res_blocks": [2, 2, 2],
     "channel_mult": [1, 1, 1],
-    "transformer_depth": [0, 2, 5],
-    "transformer_depth_output": [0, 0, 0, 0, 1, 0],
+    "transformer_depth": [0, 0, 1, 1, 2, 2],
+    "transformer_depth_output": [0, 0, 0, 1, 0, 0, 1, 0, 0],
     "transformer_depth_middle": 1,
     "use_linear_in_transformer": True,
     "context_dim": 2048,

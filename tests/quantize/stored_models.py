@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from svdquant_pack.quantize.dialects.nunchaku.layers import V1, up_to
 from svdquant_pack.quantize.dialects.nunchaku.names import NAME_MAPS
@@ -142,6 +143,21 @@ def _add_linear(
 def save_model(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path, metadata)
     return path
+
+
+def legacy_folder(folder: Path, single: Path) -> Path:
+    """A Nunchaku file as the folder of two tensor files and two configurations that older releases were."""
+    folder.mkdir()
+    with safe_open(single, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(single)
+    for name in ("config", "comfy_config"):
+        (folder / f"{name}.json").write_text(metadata.pop(name))
+    blocks = {key: tensor for key, tensor in tensors.items() if "blocks." in key}
+    save_model(folder / "transformer_blocks.safetensors", blocks, metadata)
+    rest = {key: tensor for key, tensor in tensors.items() if key not in blocks}
+    save_model(folder / "unquantized_layers.safetensors", rest)
+    return folder
 
 
 def quantization_config(precision: str = "int4", rank: int = 16) -> dict[str, str]:

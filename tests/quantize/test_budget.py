@@ -48,7 +48,7 @@ def test_bytes_are_those_of_the_stored_layer(format):
     from svdquant_pack.tests.kernels.layers import random_layer
 
     for rank in (0, 16, 48):
-        layer = random_layer(format, 96, 128, rank, dtype=torch.bfloat16)
+        layer = random_layer(format, 96, 128, rank, dtype=torch.bfloat16, centred=True)
         optional = layer.tensors.get("wtscale", torch.empty(0)).nbytes  # four bytes that no budget needs
         assert unit(96, 128, 0.5, format=format).bytes_at(rank) == layer.nbytes() - optional
 

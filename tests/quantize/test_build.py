@@ -112,7 +112,8 @@ def test_a_full_disk_leaves_no_half_file_and_the_work(source, statistics, tmp_pa
     assert run(source, target, statistics, resume=True).resumed >= 4
 
 
-def test_layers_that_share_an_input_share_the_smoothing(source, statistics, tmp_path, monkeypatch):
+@pytest.mark.parametrize("with_data", [True, False])
+def test_layers_that_share_an_input_share_the_smoothing(source, statistics, tmp_path, monkeypatch, with_data):
     class Sharing(type(FAMILIES["generic"])):
         def shared_groups(self, layers):
             return [tuple(layer for layer in layers if layer.startswith(f"blocks.{i}.attn")) for i in range(3)]
@@ -120,7 +121,10 @@ def test_layers_that_share_an_input_share_the_smoothing(source, statistics, tmp_
     family = Sharing(**FAMILIES["generic"].__dict__)
     monkeypatch.setitem(FAMILIES, "generic", family)
     monkeypatch.setattr(build, "detect", lambda keys: family)
-    run(source, tmp_path / "x.safetensors", statistics)
+    if with_data:
+        run(source, tmp_path / "x.safetensors", statistics)
+    else:
+        quantize_model(FileSource(source), tmp_path / "x.safetensors", Recipe(rank=16))
     checkpoint = open_checkpoint(tmp_path / "x.safetensors")
     for block in range(3):
         q, k, mlp = (

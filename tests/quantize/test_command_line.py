@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from svdquant_pack.tests.quantize.stored_models import legacy_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "workflows" / "models" / "diffusion_models" / "svdquant_demo_digits.safetensors"
@@ -41,6 +44,22 @@ def test_compare_sorts_the_worst_layer_first(quantized):
     errors = list(json.loads(run("compare", DEMO, quantized, "--json").stdout)["errors"].values())
     assert len(errors) == 26 and errors == sorted(errors, reverse=True) and 0 < errors[-1] < errors[0] < 0.2
     assert "no linear layer differs" in run("compare", quantized, quantized).stdout
+
+
+def test_the_older_folder_of_two_files_is_one_model(quantized, tmp_path):
+    single = tmp_path / "single.safetensors"
+    assert run("convert", quantized, single, "--to", "nunchaku").returncode == 0
+    folder = legacy_folder(tmp_path / "svdq-int4-digits", single)
+    found = json.loads(run("inspect", folder, "--json").stdout)
+    whole = json.loads(run("inspect", single, "--json").stdout)
+    assert found["bytes"] == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    same = ("dialect", "family", "formats", "ranks", "layers", "bytes_16bit")
+    assert {key: found[key] for key in same} == {key: whole[key] for key in same} and found["file"] == folder.name
+    assert "no linear layer differs" in run("compare", folder, single).stdout
+    errors = json.loads(run("compare", DEMO, folder, "--json").stdout)["errors"]
+    assert len(errors) == 26 and max(errors.values()) < 0.2
+    done = run("quantize", folder, tmp_path / "x.safetensors")
+    assert done.returncode == 1 and "is a folder, needed one file" in done.stderr
 
 
 def test_the_same_run_gives_the_same_bytes(quantized, tmp_path):
@@ -77,3 +96,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(quantized, tmp_path):
         assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert done.stderr.count("error: ") == 1 and "error: " in done.stderr.strip().splitlines()[-1]
     assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would tune this GPU")
+def test_tune_says_what_it_needs(quantized, tmp_path):
+    for arguments in (("--shapes", "flux"), ("--model", quantized)):
+        done = run("tune", *arguments)
+        assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
+        assert "error: tune times kernels on a GPU, and torch" in done.stderr
+    assert "holds no 4-bit layers" in run("tune", "--model", DEMO).stderr
+    assert run("tune").returncode == 2
+
+
+def test_tune_knows_the_layers_of_a_file_and_of_known_models(quantized):
+    from svdquant_pack.quantize.tuning import layers_of
+
+    of_file = layers_of(Namespace(model=quantized, shapes=None))
+    assert of_file.total() == 26 and {format for format, *_ in of_file} == {"int4", "awq_w4a16"}
+    known = layers_of(Namespace(model=None, shapes="flux", format="nvfp4", rank=128))
+    assert known["nvfp4", 3072, 15360, 128] == 1 and known["awq_w4a16", 18432, 3072, 0] == 1 and len(known) == 7

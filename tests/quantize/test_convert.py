@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from svdquant_pack.kernels import FORMATS, svdquant_linear
@@ -109,6 +110,18 @@ def test_kitchen_runs_a_ranged_layer_signed_with_the_same_result(tmp_path):
     assert torch.allclose(*y, atol=1e-5)
 
 
+@pytest.mark.parametrize("to", ["nunchaku", "kitchen"])
+def test_what_only_the_native_dialect_knows_is_left_with_a_note(tmp_path, to):
+    """Means and 8-bit activations; the layer is the same one without them."""
+    layer = random_layer("int4", 128, 128, 16, dtype=torch.bfloat16, centred=True, act_bits=8)
+    source = save_model(tmp_path / "a.safetensors", native.encode_layer("blocks.0.proj", layer))
+    report = convert_file(source, tmp_path / "b.safetensors", to, as_is=True)
+    assert [note.partition(": ")[2][:14] for note in report.notes] == ["its act_mean i", "8-bit activati"]
+    (read,) = (open_checkpoint(tmp_path / "b.safetensors", as_is=True).layer(name) for name in ["blocks.0.proj"])
+    assert read.spec.act_bits == 4 and set(layer.tensors) - set(read.tensors) == {"act_mean", "out_mean"}
+    assert torch.equal(read.dense_weight(), layer.dense_weight())
+
+
 def test_the_header_travels_along(tmp_path):
     metadata = {"config": json.dumps({"_class_name": "FluxTransformer2DModel", "x": 1}), "author": "me"}
     source = save_model(tmp_path / "a.safetensors", stored_model("flux"), metadata)
@@ -117,6 +130,21 @@ def test_the_header_travels_along(tmp_path):
     kept = open_checkpoint(tmp_path / "c.safetensors").metadata
     assert {key: kept[key] for key in metadata} == metadata
     assert json.loads(kept["quantization_config"])["rank"] == 16
+
+
+def test_a_file_of_a_newer_comfyui_is_the_same_model(tmp_path):
+    source = save_model(tmp_path / "a.safetensors", stored_model("flux"))
+    convert_file(source, tmp_path / "b.safetensors", "native")
+    older = load_file(tmp_path / "b.safetensors")
+    newer = {f"{key.removesuffix('.scale')}.weight" if key.endswith("_norm.scale") else key for key in older}
+    assert len(newer - older.keys()) == 6
+    tensors = {key: older.get(key, older.get(f"{key.removesuffix('.weight')}.scale")) for key in newer}
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        save_model(tmp_path / "c.safetensors", tensors, file.metadata())
+    assert same_checkpoint(open_checkpoint(tmp_path / "c.safetensors"), open_checkpoint(tmp_path / "b.safetensors"))
+    convert_file(tmp_path / "c.safetensors", tmp_path / "d.safetensors", "nunchaku")
+    before, after = load_file(source), load_file(tmp_path / "d.safetensors")
+    assert before.keys() == after.keys() and all(same_bytes(before[key], after[key]) for key in before)
 
 
 def test_what_cannot_be_done_leaves_nothing(tmp_path):

@@ -157,6 +157,15 @@ def test_groups_come_in_the_order_of_the_table():
     ]
 
 
+@pytest.mark.parametrize("name", ["flux", "flux2", "chroma", "hunyuan_video"])
+def test_norms_have_the_name_that_every_comfyui_reads(name):
+    """Newer ComfyUIs call them `weight` and read both; what older ones have is in golden_keys."""
+    family, known = FAMILIES[name], list(keys(name))
+    newer = [f"{key.removesuffix('.scale')}.weight" if key.endswith(".scale") else key for key in known]
+    assert newer != known and list(map(family.canonical, newer)) == known
+    assert list(map(family.canonical, known)) == known
+
+
 def test_names_of_the_first_hunyuan_video_release_are_known():
     family = FAMILIES["hunyuan_video"]
     old = "double_blocks.0.img_attn_qkv.weight", "double_blocks.0.img_mod.linear.bias", "single_blocks.1.linear1.weight"

@@ -1,9 +1,12 @@
 """LoRA parts against the dense matrices that they stand for; no host needed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from svdquant_pack.kernels.layer import Layer, LayerSpec
+from svdquant_pack.quantize import linear
 from svdquant_pack.quantize.build import quantize_layer
 from svdquant_pack.quantize.linear import PackedLinear
 from svdquant_pack.quantize.lora import Branch
@@ -11,6 +14,7 @@ from svdquant_pack.quantize.lora_bake import bake_layer
 from svdquant_pack.quantize.lora_fit import LOHA_COLUMNS, LoraLimits, dora, fit, hadamard, kronecker
 from svdquant_pack.quantize.lora_terms import Columns, Kron, LoraError, columns_of
 from svdquant_pack.quantize.recipe import Recipe
+from svdquant_pack.quantize.statistics import Call, Statistics
 
 N, K = 128, 192
 EXACT = 1e-5  # float32 sums in another order
@@ -175,6 +179,33 @@ def test_a_loaded_branch_is_the_dense_layer(layer, bent):
     assert close(loaded.forward(packed, x, blob, bias.float()), wanted)
 
 
+def test_a_strength_is_a_vector_beside_factors_that_stay_where_they_are(layer, monkeypatch):
+    seen = []
+    original = linear.svdquant_linear
+
+    def record(*args, lora_strength):
+        seen.append((args[3], lora_strength))
+        return original(*args, lora_strength=lora_strength)
+
+    monkeypatch.setattr(linear, "svdquant_linear", record)
+    layer, bias = layer
+    blob, packed = PackedLinear.pack(layer, "w16")
+    parts = tuple(columns_of([(0.05 * noise(N, r, seed=r), noise(r, K), None)], (N, K)) for r in (4, 20))
+    x, outputs = noise(9, K), []
+    loaded = Branch(parts, (1.0, 1.0)).on(x.device, x.dtype)
+    factors = loaded.down, loaded.up
+    for scales, vector in (((1.0, 1.0), None), ((0.7, 0.7), [0.7] * 3), ((1.0, -2.5), [1.0, -2.5, -2.5])) * 2:
+        branch = Branch(parts, scales)
+        loaded.follow(branch)
+        outputs.append(loaded.forward(packed, x, blob, bias.float()))
+        lora, strength = seen[-1]
+        assert lora[0] is factors[0] and lora[1] is factors[1]
+        assert strength is None if vector is None else torch.equal(strength, torch.tensor(vector))
+        wanted = x @ branch.dense_weight(layer.dense_weight()).T + layer.unshifted_bias(bias).float()
+        assert close(outputs[-1], wanted)
+    assert all(torch.equal(first, again) for first, again in zip(outputs[:3], outputs[3:], strict=True))
+
+
 @pytest.mark.parametrize("rank", [None, 16, 32])
 def test_a_baked_layer_keeps_its_4bit_weight(layer, rank):
     layer, _ = layer
@@ -191,6 +222,33 @@ def test_a_baked_layer_keeps_its_4bit_weight(layer, rank):
     else:
         assert 0 < baked.lost < 1
         assert missed < 1
+
+
+def test_a_refit_by_statistics_is_the_best_one_on_the_activations(layer, tmp_path):
+    """Activations of low rank, in directions that no scale of single channels describes."""
+    layer, _ = layer
+    branch = Branch((columns_of([(0.02 * noise(N, 32), noise(32, K), None)], (N, K)),), (0.5,))
+    x = noise(900, 12, seed=2) @ noise(12, K, seed=3) + 0.05 * noise(900, K, seed=4)
+    statistics = Statistics.create(tmp_path / "s.safetensors", {"layer": K}, 512, {})
+    entry = statistics.entry("layer")
+    entry.observe(x, Call(0, 1), torch.Generator().manual_seed(0))
+    by_scale, by_tokens = (bake_layer(layer, branch, 16, LoraLimits(), entry=known) for known in (None, entry))
+    assert by_tokens.layer.spec == by_scale.layer.spec
+    wanted, plain = x @ branch.dense_weight(layer.dense_weight()).T, x @ layer.dense_weight().T
+
+    def lost(baked) -> float:
+        return ((x @ baked.layer.dense_weight().T - wanted).norm() / (plain - wanted).norm()).square().item()
+
+    assert lost(by_tokens) < 0.2 * lost(by_scale)
+    assert by_tokens.lost == pytest.approx(lost(by_tokens), rel=0.5), "what is reported is what is lost"
+
+
+def test_a_baked_layer_keeps_its_rules(layer):
+    layer, _ = layer
+    rule = layer.spec.fmt.act_rules[-1]
+    other = Layer(replace(layer.spec, act_rule=rule), layer.tensors)
+    branch = Branch((columns_of([(noise(N, 4), noise(4, K), None)], (N, K)),), (0.5,))
+    assert bake_layer(other, branch, None, LoraLimits()).layer.spec == replace(other.spec, rank=32)
 
 
 def test_a_wider_refit_loses_less(layer):

@@ -8,9 +8,10 @@ import torch
 from svdquant_pack.kernels import LayerSpec, svdquant_linear
 from svdquant_pack.kernels.layer import check_layer, check_values
 from svdquant_pack.quantize import reference, smooth
+from svdquant_pack.quantize.dialects import stock_layer
 from svdquant_pack.quantize.moments import smoothed_chunks
 from svdquant_pack.quantize.recipe import Recipe
-from svdquant_pack.quantize.refine import Fit, output_errors, refine, to_16bit
+from svdquant_pack.quantize.refine import Fit, mean_of, output_errors, refine, to_16bit
 from svdquant_pack.quantize.rounding import round_activation
 from svdquant_pack.tests.bench.synthetic_layers import KINDS, make
 
@@ -42,7 +43,8 @@ def bias():
 def test_the_fit_beats_the_reference_and_is_what_the_kernel_computes(layer, bias, format):
     recipe = Recipe.named("balanced", format=format, activation="best")
     spec = spec_of(layer, format, rule=recipe.act_rule)
-    fit = refine(layer.weight, bias, spec, searched(layer, spec), layer.calibration, recipe, BF16)
+    mean = mean_of(layer.calibration, spec, BF16, torch.device("cpu"))
+    fit = refine(layer.weight, bias, spec, searched(layer, spec), layer.calibration, recipe, BF16, act_mean=mean)
     errors = output_errors(fit, layer.weight, bias, spec, layer.test)
     stock = spec_of(layer, format)
     yardstick = reference.svdquant(
@@ -60,6 +62,33 @@ def test_the_fit_beats_the_reference_and_is_what_the_kernel_computes(layer, bias
     seen = ((y - exact - bias).norm() / exact.norm()).item()
     # float32 sums in another order put a few activations into the next code
     assert seen == pytest.approx(errors.total, rel=1e-2)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+def test_centring_helps_where_the_mean_is_large(layer, bias, format, biased):
+    """And what it makes is as good as without it for a reader that knows no means."""
+    spec, bias = LayerSpec(format, N, N, 16), bias if biased else None
+    offset = 4 * layer.calibration.std(0) * torch.randn(N, generator=torch.Generator().manual_seed(3)).sign()
+    tokens, test = layer.calibration + offset, layer.test + offset
+    exact, errors = test @ layer.weight.T, {}
+    mean = mean_of(tokens, spec, BF16, torch.device("cpu"))
+    torch.testing.assert_close(mean, tokens.mean(0), rtol=0.01, atol=1e-4)
+    for name, act_mean in (("plain", None), ("centred", mean)):
+        recipe = Recipe.named("balanced", rounds=1)
+        fit = refine(layer.weight, bias, spec, torch.ones(N), tokens, recipe, BF16, act_mean=act_mean)
+        stored = fit.layer(spec, BF16)
+        for reader, one in ((name, stored), (f"{name}, means unknown", stock_layer("X", stored, []))):
+            y = svdquant_linear(test, one, fit.bias, compute="w4a4") - (0 if bias is None else bias)
+            errors[reader] = ((y - exact).norm() / exact.norm()).item()
+    assert errors["centred"] < 0.75 * errors["plain"]
+    assert errors["centred, means unknown"] < 1.35 * errors["plain"]
+
+
+def test_unsigned_channels_have_no_mean():
+    spec = LayerSpec("int4", 8, 192, 16, (64, 128))
+    mean = mean_of(torch.ones(40, 192), spec, BF16, torch.device("cpu"))
+    assert not mean[64:128].any() and mean[:64].eq(1).all() and mean[128:].eq(1).all()
 
 
 def test_bias_correction_removes_the_mean_error(layer, bias):

@@ -21,8 +21,8 @@ MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it to a small float roun
 
 @triton.jit(do_not_specialize=["M", "stride", "first_unsigned", "stop_unsigned"])
 def quantize_kernel(
-    x, smooth, qact, ascales, M, K, stride, first_unsigned, stop_unsigned,
-    SHIFT: tl.constexpr, SIGNED_EXTREME: tl.constexpr, ROWS: tl.constexpr,
+    x, smooth, mean, qact, ascales, M, K, stride, first_unsigned, stop_unsigned,
+    MEAN: tl.constexpr, SHIFT: tl.constexpr, SIGNED_EXTREME: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales of ROWS rows in one group of 64 channels; the rounding of formats/int4.py step by step."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -33,6 +33,8 @@ def quantize_kernel(
     values = tl.load(x + rows[:, None].to(tl.int64) * stride + channel[None, :], mask=inside[:, None], other=0.0)
     divisor = tl.load(smooth + channel).to(tl.float32)
     wide = values.to(tl.float32)
+    if MEAN:
+        wide -= tl.load(mean + channel).to(tl.float32)[None, :]
     wide = tl.where(unsigned, wide + SHIFT, wide)
     wide = tl.div_rn(wide, tl.broadcast_to(divisor[None, :], (ROWS, 64))).to(x.dtype.element_ty).to(tl.float32)
     counted = tl.where(unsigned & (wide < 0.0), 0.0, wide)
@@ -54,9 +56,13 @@ def quantize_kernel(
 
 
 def quantize(
-    x: torch.Tensor, smooth: torch.Tensor, act_unsigned: tuple[int, int], rule: str = "absmax"
+    x: torch.Tensor,
+    smooth: torch.Tensor,
+    act_unsigned: tuple[int, int],
+    rule: str = "absmax",
+    act_mean: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """code = round((x + shift) / smooth / scale) as formats/int4.py defines it, with its rules
+    """code = round((x - act_mean + shift) / smooth / scale) as formats/int4.py defines it, with its rules
 
     x        (M, K), rows may be apart by any stride
     returns  qact (M, K/2) int8 low nibble = even channel, ascales (K/64, M) in the dtype of x
@@ -70,6 +76,7 @@ def quantize(
     quantize_kernel[grid](
         x,
         smooth,
+        x if act_mean is None else act_mean,
         qact,
         ascales,
         m,
@@ -77,6 +84,7 @@ def quantize(
         x.stride(0),
         first,
         stop,
+        MEAN=act_mean is not None,
         SHIFT=GELU_SHIFT,
         SIGNED_EXTREME=rule == "signed_extreme",
         ROWS=QUANTIZE_ROWS,
@@ -179,6 +187,7 @@ def int4_linear(
     if lora is not None:
         pairs.append((x @ lora[0].to(x.dtype), lora[1]))
     branch_act, up = side_by_side(pairs, x.dtype)
+    bias = layer.centred_bias(bias)
     bias = None if bias is None else bias.to(x.dtype)
     if n % 2:  # results are stored in pairs: an odd column gets a partner that is cut off again
         weight = weight or pack_fragments(layer["qweight"], layer["wscales"])
@@ -187,21 +196,22 @@ def int4_linear(
     out = x.new_empty(m, n + n % 2)
     with torch.cuda.device_of(x):  # a kernel is launched on the current device, whatever its tensors are on
         _verify(x, weight is not None, layer["wscales"].dtype, layer)
-        qact, ascales = quantize(x, layer["smooth_factor"], layer.spec.act_unsigned, layer.spec.act_rule)
+        mean, spec = layer.tensors.get("act_mean"), layer.spec
+        qact, ascales = quantize(x, layer["smooth_factor"], spec.act_unsigned, spec.act_rule, mean)
         int4_gemm(qact, ascales, weight or natural, branch_act, up, bias, out, layer.spec.act_unsigned)
     return out[:, :n]
 
 
 def compile_cases() -> list[CompileCase]:
     """The quantizer; Ampere and Turing differ in the type of x alone."""
-    pointers = {"smooth": "*bf16", "qact": "*i8"}
+    pointers = {"smooth": "*bf16", "mean": "*bf16", "qact": "*i8"}
     numbers = dict.fromkeys(("M", "K", "stride", "first_unsigned", "stop_unsigned"), "i32")
     return [
         CompileCase(
             name=f"gluon-int4-quantize-{dtype}",
             kernel=quantize_kernel,
             signature={**pointers, **numbers, "x": f"*{dtype}", "ascales": f"*{dtype}"},
-            constexprs={"SHIFT": GELU_SHIFT, "SIGNED_EXTREME": True, "ROWS": QUANTIZE_ROWS},
+            constexprs={"MEAN": True, "SHIFT": GELU_SHIFT, "SIGNED_EXTREME": True, "ROWS": QUANTIZE_ROWS},
             num_warps=4,
             num_stages=1,
             targets=targets,

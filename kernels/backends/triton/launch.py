@@ -50,7 +50,7 @@ class Branches:
         if self.lora_act is None or self.lora_strength is None:
             return self.lora_act
         factors = self.lora_strength.repeat_interleave(16)[: self.lora_act.shape[1]]
-        return self.lora_act * factors.to(self.lora_act.dtype)
+        return (self.lora_act * factors).to(self.lora_act.dtype)
 
     def widths(self) -> tuple[int, int]:
         return tuple(0 if act is None else act.shape[1] for act in (self.branch_act, self.lora_act))
@@ -85,8 +85,12 @@ def quantize(
     codes: str,
     unsigned: Range,
     rule: str = "absmax",
+    act_mean: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(qact, ascales, branch_act) of x (M, K), see kernels.quantize_activation; `rule` counts for 4-bit codes alone"""
+    """(qact, ascales, branch_act) of x (M, K), see kernels.quantize_activation
+
+    rule and act_mean count for 4-bit codes alone
+    """
     if x.stride(-1) != 1:
         x = x.contiguous()
     if codes in ("int8_row", "fp8_row"):
@@ -108,6 +112,7 @@ def quantize(
     tensors = (
         x,
         x if smooth_factor is None else smooth_factor,
+        x if act_mean is None else act_mean,
         proj_down if rank else x,
         qact,
         ascales,
@@ -115,6 +120,7 @@ def quantize(
     )
     sizes = (m, k, proj_down.shape[1] if rank else 0, x.stride(0))
     flags = {"RANK": rank, "SMOOTH": smooth_factor is not None, "ASM": has_asm(arch_of(x.device)), **options}
+    flags["MEAN"] = act_mean is not None and not eight
     with on_device_of(x):
         if nvfp4:
             quantize_nvfp4[grid](*tensors, *sizes, each, FOUR_SIX=rule == "four_six", **flags)

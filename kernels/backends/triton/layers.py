@@ -27,14 +27,23 @@ class Work:
 
     def quantize(self, codes: str) -> tuple[torch.Tensor, torch.Tensor, Branches]:
         """(qact, ascales, epilogue with branch_act)"""
-        spec, smooth_factor = self.layer.spec, self.layer["smooth_factor"]
-        found = launch.quantize(self.x, smooth_factor, self.proj_down, codes, spec.act_unsigned, spec.act_rule)
+        spec, tensors = self.layer.spec, self.layer.tensors
+        found = launch.quantize(
+            self.x,
+            tensors["smooth_factor"],
+            self.proj_down,
+            codes,
+            spec.act_unsigned,
+            spec.act_rule,
+            tensors.get("act_mean"),
+        )
         return found[0], found[1], replace(self.epilogue, branch_act=found[2])
 
 
 def w4a4(work: Work) -> torch.Tensor:
     layer, x = work.layer, work.x
     qact, ascales, epilogue = work.quantize(layer.spec.format)
+    epilogue = replace(epilogue, bias=layer.centred_bias(epilogue.bias))
     if layer.spec.format == "nvfp4":
         scales = launch.channel_scales_of(layer.tensors)
         return launch.multiply_nvfp4(qact, ascales, layer["qweight"], layer["wscales"], scales, epilogue, x.dtype)

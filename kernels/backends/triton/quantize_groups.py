@@ -1,8 +1,10 @@
 """int4: code = round(y / scale), scale = absmax(y of 64 channels) / 7 or max / 15;  int8: scale = absmax / 127
 
 SIGNED_EXTREME: scale of signed int4 groups = -(element of largest magnitude) / 8.
-y = (x + shift) / smooth_factor, and in the same pass branch_act = x @ proj_down.
+y = (x - act_mean + shift) / smooth_factor, and in the same pass branch_act = x @ proj_down.
 """
+
+from itertools import product
 
 import triton
 import triton.language as tl
@@ -53,6 +55,7 @@ def encode_group(
 def quantize_groups(
     x,
     smooth_factor,
+    act_mean,
     proj_down,
     qact,
     ascales,
@@ -67,6 +70,7 @@ def quantize_groups(
     BM: tl.constexpr,
     RANK: tl.constexpr,
     SMOOTH: tl.constexpr,
+    MEAN: tl.constexpr,
     EIGHT: tl.constexpr,
     UNSIGNED: tl.constexpr,
     SIGNED_EXTREME: tl.constexpr,
@@ -95,6 +99,8 @@ def quantize_groups(
             acc = tl.dot(v, down.to(v.dtype), acc, input_precision="ieee")
         unsigned = (g * 64 >= unsigned_start) & (g * 64 < unsigned_stop)
         y = v.to(tl.float32)
+        if MEAN:
+            y -= tl.load(act_mean + k).to(tl.float32)[None, :]
         if UNSIGNED:
             y += tl.where(unsigned, GELU_SHIFT, 0.0)
         if SMOOTH:
@@ -115,22 +121,22 @@ def quantize_groups(
 
 
 def compile_cases() -> list[CompileCase]:
-    """int4 and int8 codes in every shipped setting; with few rows the branch is not part of the kernel"""
-    signature = dict.fromkeys(("x", "smooth_factor", "proj_down", "branch_act"), "*bf16") | {"qact": "*i8"}
+    """int4 and int8 codes in every shipped setting; with the branch, at a usual rank and at the widest"""
+    signature = dict.fromkeys(("x", "smooth_factor", "act_mean", "proj_down", "branch_act"), "*bf16") | {"qact": "*i8"}
     signature |= dict.fromkeys(("M", "K", "R", "stride_x", "unsigned_start", "unsigned_stop", "groups"), "i32")
     cases = []
     for name, options, reached in shipped("quantize_groups", INT8_TARGETS):
         chunks = options.pop("CHUNKS")
         constexprs, warps, stages = launch_options(options)
-        constexprs |= {"RANK": 0 if chunks else 32, "SMOOTH": True, "UNSIGNED": False, "SIGNED_EXTREME": False}
-        for eight in (False, True):
+        constexprs |= {"SMOOTH": True, "UNSIGNED": False, "SIGNED_EXTREME": False}
+        for eight, rank in product((False, True), (0,) if chunks else (32, 128)):
             for asm, targets in split_by_asm(reached):
                 cases.append(
                     CompileCase(
-                        f"{name}-{'int8' if eight else 'int4'}" + "-amd" * (not asm),
+                        f"{name}-{'int8' if eight else 'int4'}" + "-rank128" * (rank == 128) + "-amd" * (not asm),
                         quantize_groups,
                         signature | {"ascales": "*fp32" if eight else "*bf16"},
-                        constexprs | {"EIGHT": eight, "ASM": asm},
+                        constexprs | {"RANK": rank, "EIGHT": eight, "MEAN": not eight, "ASM": asm},
                         warps,
                         stages,
                         targets,

@@ -1,8 +1,10 @@
 """code = e2m1(y / scale), scale = min(absmax(y of 16 channels) / 6, 448), stored as E4M3
 
 FOUR_SIX: or min(absmax / 4, 448), group by group whichever has the smaller squared error.
-y = x / smooth_factor, and in the same pass branch_act = x @ proj_down.
+y = (x - act_mean) / smooth_factor, and in the same pass branch_act = x @ proj_down.
 """
+
+from itertools import product
 
 import triton
 import triton.language as tl
@@ -31,6 +33,7 @@ def squared_error(y, code, scale):
 def quantize_nvfp4(
     x,
     smooth_factor,
+    act_mean,
     proj_down,
     qact,
     ascales,
@@ -43,6 +46,7 @@ def quantize_nvfp4(
     BM: tl.constexpr,
     RANK: tl.constexpr,
     SMOOTH: tl.constexpr,
+    MEAN: tl.constexpr,
     FOUR_SIX: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -66,6 +70,8 @@ def quantize_nvfp4(
             down = tl.load(proj_down + k[:, None] * R + rr[None, :], mask=valid, other=0.0)
             acc = tl.dot(v, down.to(v.dtype), acc, input_precision="ieee")
         y = v.to(tl.float32)
+        if MEAN:
+            y -= tl.load(act_mean + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
         if SMOOTH:
             y = y * smoothing(smooth_factor, k, k < K, ASM)[None, :]
         y = tl.reshape(y.to(x.dtype.element_ty).to(tl.float32), (BM, 4, 16))
@@ -89,22 +95,22 @@ def quantize_nvfp4(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both rules in every shipped setting; with few rows the branch is not part of the kernel"""
-    signature = dict.fromkeys(("x", "smooth_factor", "proj_down", "branch_act"), "*bf16")
+    """Both rules in every shipped setting: for few rows without the branch, else with a usual and the widest"""
+    signature = dict.fromkeys(("x", "smooth_factor", "act_mean", "proj_down", "branch_act"), "*bf16")
     signature |= {"qact": "*i8", "ascales": "*fp8e4nv"}
     signature |= dict.fromkeys(("M", "K", "R", "stride_x", "steps"), "i32")
     cases = []
     for name, options, targets in shipped("quantize_nvfp4", ("sm_100", "sm_120")):
         chunks = options.pop("CHUNKS")
         constexprs, warps, stages = launch_options(options)
-        constexprs |= {"RANK": 0 if chunks else 32, "SMOOTH": True, "ASM": True}
-        for four_six in (False, True):
+        constexprs |= {"SMOOTH": True, "MEAN": True, "ASM": True}
+        for four_six, rank in product((False, True), (0,) if chunks else (32, 128)):
             cases.append(
                 CompileCase(
-                    name + "-four-six" * four_six,
+                    name + "-four-six" * four_six + "-rank128" * (rank == 128),
                     quantize_nvfp4,
                     signature,
-                    constexprs | {"FOUR_SIX": four_six},
+                    constexprs | {"RANK": rank, "FOUR_SIX": four_six},
                     warps,
                     stages,
                     targets,

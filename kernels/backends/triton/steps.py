@@ -15,8 +15,9 @@ def quantize_activation(
     codes: str,
     act_unsigned: Range,
     act_rule: str = "absmax",
+    act_mean: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    return launch.quantize(x, smooth_factor, proj_down, codes, act_unsigned, act_rule)
+    return launch.quantize(x, smooth_factor, proj_down, codes, act_unsigned, act_rule, act_mean)
 
 
 def linear_w4(

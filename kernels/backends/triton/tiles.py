@@ -1,17 +1,27 @@
 """Launch settings as data: tiles.json, by kernel, GPU and rows. Nothing is tuned while a model runs.
 
-A new resolution compiles nothing: rows are looked up by bucket, and no kernel is specialized on their number.
+A new resolution compiles nothing: rows are looked up by bucket, and no kernel is specialized on their number. Who asks
+for it has the entries of his own GPU replaced, see tune.py: as many as before, by settings that are known here.
 """
 
+import contextlib
 import json
+import logging
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from ..cases import TARGETS
+from . import tuned
 
+log = logging.getLogger("svdquant")
+Settings = Mapping[str, Any]
+Place = tuple[str, int]  # kernel, index of an entry in its list
+WHERE = ("arch", "rows")  # what an entry is for; the rest are its settings
 LARGEST = 1 << 20  # rows; every bucket above is treated like it
 INT8_TARGETS = tuple(target for target in TARGETS if target != "sm_75")  # Triton has no int8 product for Turing
 # what the tensor cores of a target are called in its machine code
@@ -77,13 +87,70 @@ def entry(kernel: str, arch: str, rows: int) -> int:
 
 
 @cache
-def _settings(kernel: str, index: int) -> dict[str, Any]:
-    return {key: value for key, value in table()[kernel][index].items() if key not in ("arch", "rows")}
+def as_shipped(kernel: str, index: int) -> dict[str, Any]:
+    """The settings in one entry of tiles.json; not to be changed"""
+    return {key: value for key, value in table()[kernel][index].items() if key not in WHERE}
 
 
 def settings(kernel: str, device: torch.device, rows: int) -> dict[str, Any]:
     """Tile sizes and launch options of one call; the caller's own copy."""
-    return dict(_settings(kernel, entry(kernel, arch_of(device), rows)))
+    place = kernel, entry(kernel, arch_of(device), rows)
+    if _trials:
+        chosen, asked = _trials[-1]
+        asked.add(place)
+    else:
+        chosen = tuned_here(machine(device))
+    return dict(chosen.get(place) or as_shipped(*place))
+
+
+_trials: list[tuple[Mapping[Place, Settings], set[Place]]] = []
+
+
+@contextlib.contextmanager
+def trying(chosen: Mapping[Place, Settings]) -> Iterator[set[Place]]:
+    """Inside the block `chosen` goes before tiles.json, and no tuned file counts. Yields what was launched there."""
+    asked: set[Place] = set()
+    _trials.append((chosen, asked))
+    try:
+        yield asked
+    finally:
+        _trials.pop()
+
+
+def choices(kernel: str) -> list[dict[str, Any]]:
+    """All settings that a kernel may be launched with: what is shipped for any GPU, and candidates.json"""
+    more = json.loads(Path(__file__).with_name("candidates.json").read_text())[kernel]
+    found = []
+    for settings in [*(as_shipped(kernel, index) for index in range(len(table()[kernel]))), *more]:
+        if settings not in found:
+            found.append(settings)
+    return found
+
+
+@cache
+def machine(device: torch.device) -> str:
+    """What tuned settings are good for: this GPU with this compiler"""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    return f"{name}, triton {triton.__version__}"
+
+
+@cache
+def tuned_here(machine: str) -> dict[Place, dict[str, Any]]:
+    """The tuned settings of a machine; none, and one line in the log, where the file is not usable"""
+    try:
+        return dict(_known(kernel, each) for kernel, found in tuned.read().get(machine, {}).items() for each in found)
+    except (OSError, ValueError) as error:
+        log.warning("tuned launch settings are not used: %s. `python -m quantize tune` writes them anew", error)
+        return {}
+
+
+def _known(kernel: str, found: Mapping[str, Any]) -> tuple[Place, dict[str, Any]]:
+    """An entry of the tuned file. Raises ValueError if it replaces no entry of tiles.json by settings of `choices`."""
+    options = {key: value for key, value in found.items() if key not in WHERE}
+    for index, shipped in enumerate(table().get(kernel, ())):
+        if all(key in found and found[key] == shipped[key] for key in WHERE) and options in choices(kernel):
+            return (kernel, index), options
+    raise ValueError(f"this version of the pack has no {kernel} with {dict(found)}")
 
 
 def shipped(kernel: str, targets: tuple[str, ...]) -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
@@ -93,7 +160,7 @@ def shipped(kernel: str, targets: tuple[str, ...]) -> list[tuple[str, dict[str, 
     for target in targets:
         for index in sorted({entry(kernel, target, rows) for rows in sizes}):
             users.setdefault(index, []).append(target)
-    return [(f"{kernel}-{index}", dict(_settings(kernel, index)), tuple(found)) for index, found in users.items()]
+    return [(f"{kernel}-{index}", dict(as_shipped(kernel, index)), tuple(found)) for index, found in users.items()]
 
 
 def split_by_asm(targets: tuple[str, ...]) -> list[tuple[bool, tuple[str, ...]]]:

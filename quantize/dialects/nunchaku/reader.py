@@ -197,8 +197,9 @@ def _share_input(opened: Opened, layers: list[StoredLayer]) -> bool:
     for layer, read in zip(layers[1:], reads[1:], strict=True):
         if layer.format == "awq_w4a16" or not torch.equal(read("smooth_factor"), smooth):
             raise LayerError(
-                f"{layer.name!r} has another smooth_factor; both are one layer of ComfyUI's model, which divides its "
-                "input once. Quantize the model again with smoothing shared by layers of one input"
+                f"{layer.name!r} has another smooth_factor. ComfyUI's model has both in one linear, and a 4-bit layer "
+                "divides its input once; two divisions behind one linear are not supported. Quantize the model again "
+                "with smoothing shared by layers of one input; `python -m quantize convert --as-is` unpacks this one"
             )
     ranks = {layer.rank for layer in layers}
     if len(ranks) > 1 or ranks == {0}:

@@ -10,7 +10,7 @@ from ....kernels.layer import Layer as HostLayer
 from ....kernels.layer import LayerError, LayerSpec, shifted_bias_term
 from ...checkpoint import Checkpoint, CheckpointError
 from ...tensor_file import TensorWriter
-from .. import native
+from .. import native, stock_layer
 from . import joins
 from .layers import V1, up_to, write_bias, write_layer
 from .names import NAME_MAPS
@@ -85,10 +85,10 @@ def save(checkpoint: Checkpoint, writer: TensorWriter, as_is: bool, step: Step, 
 def _save_as_is(checkpoint: Checkpoint, writer: TensorWriter, step: Step) -> list[str]:
     keys = [f"{name}.qweight" for name in checkpoint.specs]
     v2 = any(names.v2 and names.detect(keys) for names in NAME_MAPS.values())
-    shapes, biases = {}, {f"{name}.bias" for name in checkpoint.specs}
+    shapes, biases, notes = {}, {f"{name}.bias" for name in checkpoint.specs}, []
     for name, spec in checkpoint.specs.items():
         step(name)
-        layer = checkpoint.layer(name)
+        layer = stock_layer(name, checkpoint.layer(name), notes)
         bias = checkpoint.tensor(f"{name}.bias") if f"{name}.bias" in checkpoint.rest else None
         _add_layer(writer, name, layer.tensors, spec, bias, v2=v2)
         shapes |= _padded_shape(name, spec)
@@ -98,7 +98,7 @@ def _save_as_is(checkpoint: Checkpoint, writer: TensorWriter, step: Step) -> lis
     writer.metadata |= dict(checkpoint.metadata)
     if shapes:
         writer.metadata["svdquant"] = json.dumps({"version": native.VERSION, "shapes": shapes})
-    return []
+    return notes
 
 
 def _padded_shape(name: str, spec: LayerSpec) -> dict[str, list[int]]:
@@ -203,7 +203,7 @@ def _save_plain(saving: Saving, hosts: list[str], stored: list[str], parts: Sequ
 
 def _save_quantized(saving: Saving, hosts: list[str], stored: list[str], parts: Sequence[Part], linear: Linear) -> None:
     checkpoint = saving.checkpoint
-    layers = [checkpoint.layer(host) for host in hosts]
+    layers = [stock_layer(host, checkpoint.layer(host), saving.notes) for host in hosts]
     biases = [saving.take_bias(host) for host in hosts]
     saving.consumed.update(f"{host}.weight" for host in hosts)
     specs, tensors = [layer.spec for layer in layers], [dict(layer.tensors) for layer in layers]

@@ -1,0 +1,58 @@
+"""The file in which tuning keeps what it found on this machine, for all later processes.
+
+    {"<GPU>, triton <version>": {kernel: [an entry as in tiles.json, ...]}}
+
+What is in it counts only as far as tiles.py knows it.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+NAME = "tiles.json"
+Tables = dict[str, list[dict[str, Any]]]
+
+
+def path() -> Path:
+    """tiles.json in $XDG_CACHE_HOME/svdquant or ~/.cache/svdquant, on Windows in %LOCALAPPDATA%\\svdquant"""
+    base = Path(os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "svdquant" / NAME
+
+
+def read() -> dict[str, Tables]:
+    """The whole file, {} if there is none.
+
+    raises  OSError if it cannot be read, ValueError if it is not what `write` writes
+    """
+    try:
+        found = json.loads(path().read_text(encoding="utf-8"))
+    except (FileNotFoundError, RuntimeError):  # RuntimeError: a user without a home folder
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path()} is damaged: {error}") from error
+    if not _is_file(found):
+        raise ValueError(f"{path()} does not hold tables of launch settings")
+    return found
+
+
+def _is_file(found: Any) -> bool:
+    if not isinstance(found, dict) or not all(isinstance(tables, dict) for tables in found.values()):
+        return False
+    lists = [entries for tables in found.values() for entries in tables.values()]
+    return all(isinstance(entries, list) and all(isinstance(each, dict) for each in entries) for entries in lists)
+
+
+def write(machine: str, tables: Tables) -> Path:
+    """Replace what the file says of this machine. Readers see the old file or the new one, never a part."""
+    try:
+        found = read()
+    except ValueError:  # damaged: nothing in it is used
+        found = {}
+    target = path()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, suffix=".tmp", delete=False) as file:
+        json.dump(found | {machine: tables}, file, indent=1)
+    Path(file.name).replace(target)
+    return target

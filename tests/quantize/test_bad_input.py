@@ -1,0 +1,157 @@
+"""Disks that are full, channels that are dead, layers that are too large: said, survived, and nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from svdquant_pack.quantize.build import quantize_model
+from svdquant_pack.quantize.checkpoint import open_checkpoint
+from svdquant_pack.quantize.recipe import NAMED, Recipe
+from svdquant_pack.quantize.source import FileSource
+from svdquant_pack.quantize.statistics import Call, Statistics, StatisticsError
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE = 128
+
+
+def quantize(folder: Path, largest_file: int | None = None) -> subprocess.CompletedProcess:
+    """`quantize --resume` in a process that cannot write past `largest_file` bytes of any file."""
+    resource = pytest.importorskip("resource", reason="limits of a process are a thing of Unix")
+    limit = resource.RLIM_INFINITY if largest_file is None else largest_file
+    command = ["quantize", str(folder / "model.safetensors"), str(folder / "out.safetensors")]
+    return subprocess.run(
+        [sys.executable, "-m", "quantize", *command, "--rank", "16", "--resume", "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)),
+    )
+
+
+def model(layers: int = 4) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    made = {f"blocks.{i}.proj.weight": torch.randn(SIZE, SIZE, generator=generator).bfloat16() for i in range(layers)}
+    return made | {"head.bias": torch.randn(5, generator=generator)}  # small: it stays in the stream's buffer
+
+
+def test_a_full_disk_leaves_nothing_half_written_and_the_next_run_goes_on(tmp_path):
+    save_file(model(), tmp_path / "model.safetensors")
+    assert quantize(tmp_path).returncode == 0
+    whole = (tmp_path / "out.safetensors").read_bytes()
+    for limit in (1000, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "out.safetensors").write_bytes(b"an older file")
+        done = quantize(tmp_path, limit)
+        assert done.returncode == 1 and "File too large while out.safetensors was written to" in done.stderr
+        assert "make room there and run again; the finished layers are kept for it" in done.stderr
+        assert (tmp_path / "out.safetensors").read_bytes() == b"an older file"
+        work = tmp_path / ".out.safetensors.work"
+        assert {path.name for path in tmp_path.iterdir()} <= {"model.safetensors", "out.safetensors", work.name}
+        assert not list(work.glob(".*")), "no half-written layer"
+        kept = len(list(work.glob("*")))
+    assert kept == 4, "all layers were made when the last byte did not fit"
+    done = quantize(tmp_path)
+    assert json.loads(done.stdout)["resumed"] == 4 and (tmp_path / "out.safetensors").read_bytes() == whole
+
+
+def test_statistics_that_the_disk_cannot_hold_are_refused_before_they_are_begun(tmp_path):
+    with pytest.raises(StatisticsError, match=r"s\.safetensors may grow by 8,.* bytes and .* are free .*: keep fewer"):
+        Statistics.create(tmp_path / "s.safetensors", {"a": 4096}, 10**9, {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """(file, statistics): zeros in a weight's row and column, in a whole weight, and in an activation and all of one"""
+    folder, generator = tmp_path_factory.mktemp("damaged"), torch.Generator().manual_seed(1)
+    tensors = {f"blocks.{i}.proj.weight": torch.randn(SIZE, SIZE, generator=generator).bfloat16() for i in range(4)}
+    tensors["blocks.0.proj.weight"][5] = 0
+    tensors["blocks.0.proj.weight"][:, 9] = 0
+    tensors["blocks.1.proj.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors")
+    layers = [key.removesuffix(".weight") for key in tensors]
+    made = Statistics.create(folder / "s.safetensors", dict.fromkeys(layers, SIZE), 512, {"shared": {}})
+    for layer in layers:
+        for step in range(8):
+            x = torch.randn(1, 64, SIZE, generator=generator)
+            x[..., 70] = 0  # a dead channel
+            x[..., 64:128] *= layer != "blocks.2.proj"  # a dead group
+            x *= layer != "blocks.3.proj"  # a layer that gets nothing
+            made.entries[layer].observe(x, Call(step, 8), generator)
+    return folder / "model.safetensors", made
+
+
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+@pytest.mark.parametrize("name", NAMED)
+def test_zeros_do_no_harm(damaged, tmp_path, name, format):
+    recipe = Recipe.named(name, format=format, rank=16, fallback=0.5)
+    report = quantize_model(FileSource(damaged[0]), tmp_path / "x.safetensors", recipe, statistics=damaged[1])
+    checkpoint, exact = open_checkpoint(tmp_path / "x.safetensors"), load_file(damaged[0])
+    assert len(report.errors) == 4 and not report.kept
+    for layer in checkpoint.specs:
+        dense, wanted = checkpoint.layer(layer).dense_weight(), exact[f"{layer}.weight"].float()
+        assert dense.isfinite().all() and (dense - wanted).norm() <= 0.2 * wanted.norm() + 1e-6
+    dense = checkpoint.layer("blocks.0.proj").dense_weight()
+    # a row of zeros is made of zero codes and of what the branch leaves there
+    assert dense[5].abs().max() < 0.01 and not checkpoint.layer("blocks.1.proj").dense_weight().any()
+
+
+def test_a_width_that_does_not_fit_the_group_is_reported(tmp_path):
+    tensors = {"blocks.0.fits.weight": torch.randn(128, 128), "blocks.0.odd.weight": torch.randn(128, 144)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    report = quantize_model(FileSource(tmp_path / "in.safetensors"), tmp_path / "out.safetensors", Recipe(rank=16))
+    assert report.kept == {"blocks.0.odd": "144 input channels are no multiple of the int4 group of 64"}
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["blocks.0.odd.weight"], tensors["blocks.0.odd.weight"])
+    nvfp4 = Recipe(rank=16, format="nvfp4")  # groups of 16
+    assert not quantize_model(FileSource(tmp_path / "in.safetensors"), tmp_path / "out.safetensors", nvfp4).kept
+
+
+TOO_LARGE = """
+import importlib.util, json, resource, sys
+spec = importlib.util.spec_from_file_location("conftest", sys.argv[1])
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+from pathlib import Path
+import torch
+from svdquant_pack.quantize.build import quantize_model
+from svdquant_pack.quantize.recipe import Recipe
+from svdquant_pack.quantize.source import FileSource
+from svdquant_pack.quantize.statistics import Statistics
+folder, room = Path(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(1)
+taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + room, resource.RLIM_INFINITY))
+recipe = Recipe.named("balanced", rank=16, adam_steps=2, start_rounds=1, rounds=1)
+source, statistics = FileSource(folder / "model.safetensors"), Statistics.open(folder / "s.safetensors")
+report = quantize_model(source, folder / "out.safetensors", recipe, statistics=statistics)
+print(json.dumps(report.layers["blocks.0.mlp"]))
+"""
+
+
+def test_a_layer_too_large_for_memory_gets_a_block_diagonal_hessian(tmp_path):
+    """4096 channels: a Hessian of 64 MB, its factor and what comes with them, where 700 MB are left."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc to know how much memory a process has")
+    pytest.importorskip("resource", reason="limits of a process are a thing of Unix")
+    generator, k = torch.Generator().manual_seed(2), 4096
+    save_file(
+        {"blocks.0.mlp.weight": torch.randn(128, k, generator=generator).bfloat16()}, tmp_path / "model.safetensors"
+    )
+    made = Statistics.create(tmp_path / "s.safetensors", {"blocks.0.mlp": k}, 1200, {"shared": {}})
+    made.entries["blocks.0.mlp"].observe(torch.randn(1, 1200, k, generator=generator), Call(0, 1), generator)
+
+    def run(room: int) -> subprocess.CompletedProcess:
+        arguments = [str(ROOT / "tests" / "conftest.py"), str(tmp_path), str(room)]
+        return subprocess.run([sys.executable, "-c", TOO_LARGE, *arguments], capture_output=True, text=True)
+
+    done = run(700 << 20)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads(done.stdout)
+    assert (
+        any(note.startswith("block-diagonal Hessian of ") for note in record["notes"]) and record["output_error"] < 0.3
+    )
+    done = run(300 << 20)
+    assert done.returncode == 1 and "can't allocate memory" in done.stderr and not list(tmp_path.glob(".out*"))
