@@ -291,7 +291,7 @@ class RandomFlux:
 
 
 def memory(seed: int, checks: Checks) -> None:
-    """`fast` on all of FLUX.1 at full size: random bf16 weights, each made when its turn comes. Half an hour."""
+    """`fast` on all of FLUX.1 at full size: random bf16 weights, each made when its turn comes; 40 minutes."""
     source = RandomFlux(seed)
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
