@@ -54,7 +54,7 @@ def test_the_command_line_calibrates_on_a_headless_server(tmp_path):
     """The demo has no text encoder: the prompt's length becomes the seed, and a list of digits the prompt."""
     workflow, digits = tmp_path / "workflow.json", tmp_path / "digits.txt"
     statistics = tmp_path / "output" / "svdquant" / "demo.statistics.safetensors"
-    nodes = {name: node for name, node in graph(steps=2, batch_size=2).items() if name in "12345"} | {
+    nodes = {name: node for name, node in graph(steps=2, batch_size=2).items() if name in list("12345")} | {
         "6": {"class_type": "SaveLatent", "inputs": {"samples": ["5", 0], "filename_prefix": "x"}}
     }
     with start(tmp_path) as host:
@@ -71,7 +71,7 @@ def test_the_command_line_calibrates_on_a_headless_server(tmp_path):
         done = command("calibrate", str(workflow), "--server", host.url, "--prompts", str(digits), "--json")
         assert done.returncode == 0 and json.loads(done.stdout) == {"runs": 2}, done.stderr
         done = command("calibrate", str(workflow), "--server", host.url, "--count", "1")
-        assert done.returncode == 1 and "needed one or more of 0123456789" in done.stderr
+        assert done.returncode == 1 and "needed one or more of 0123456789" in done.stderr, done.stderr
     done = command("calibrate", str(workflow), "--server", host.url, "--prompts", str(digits))
     assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
     assert [run["steps"] for run in describe(statistics)["runs"]] == [2] * 5

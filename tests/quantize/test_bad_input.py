@@ -153,5 +153,5 @@ def test_a_layer_too_large_for_memory_gets_a_block_diagonal_hessian(tmp_path):
     assert (
         any(note.startswith("block-diagonal Hessian of ") for note in record["notes"]) and record["output_error"] < 0.3
     )
-    done = run(300 << 20)
+    done = run(100 << 20)
     assert done.returncode == 1 and "can't allocate memory" in done.stderr and not list(tmp_path.glob(".out*"))
