@@ -12,7 +12,7 @@ from .backends import Backend, Call, discover
 from .layer import Layer
 from .modes import COMPUTES, candidates
 from .self_test import self_test
-from .stages import activate
+from .stages import activate, weighted
 
 log = logging.getLogger("svdquant")
 USUAL_ROWS = 4096  # a 1024 x 1024 image of a transformer
@@ -162,10 +162,8 @@ def _with_epilogue(
 ) -> torch.Tensor:
     """The epilogue for a backend that has none: strength on lora_down, the activation function after the layer"""
     x, layer, bias, lora, compute = arguments
-    if lora is not None and lora_strength is not None:
-        down, up = lora
-        # strengths are float32: the product is rounded once
-        lora = (down * lora_strength.repeat_interleave(16)[: down.shape[1]]).to(down.dtype), up
+    if lora is not None:
+        lora = weighted(lora[0], lora_strength), lora[1]
     return activate(backend.linear(x, layer, bias, lora, compute), activation)
 
 

@@ -26,6 +26,7 @@ import torch
 
 from .formats import FORMATS, Format
 
+MEANS = ("act_mean", "out_mean")
 BLOB_ALIGNMENT = 256  # bytes; every view is aligned for any dtype and for vector loads
 
 

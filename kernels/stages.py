@@ -63,9 +63,14 @@ def quantize_activation(
 
 def branch(act: torch.Tensor, up: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
     """(act * strength of each 16 columns) @ up.T in the dtype of act. act (M, R), up (N, R), strength (ceil(R/16),)"""
-    if strength is not None:
-        act = act * strength.to(act.dtype).repeat_interleave(16)[: act.shape[1]]
-    return act @ up.to(act.dtype).T
+    return weighted(act, strength) @ up.to(act.dtype).T
+
+
+def weighted(columns: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
+    """columns (..., R) * strength of each 16 columns (ceil(R/16),) float32, rounded once to the dtype of `columns`"""
+    if strength is None:
+        return columns
+    return (columns * strength.repeat_interleave(16)[: columns.shape[-1]]).to(columns.dtype)
 
 
 def activate(y: torch.Tensor, activation: str) -> torch.Tensor:

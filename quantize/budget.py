@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.layer import LayerSpec
+from ..kernels.layer import MEANS, LayerSpec
 from .lowrank import OVERSAMPLING, randomized_svd
 from .recipe import LARGEST_AUTO_RANK, RANK_MULTIPLE
 
@@ -45,7 +45,7 @@ class Unit:
         parts = self.spec.fmt.parts(self.spec.n, self.spec.k, rank)
         size = 0
         for name, part in parts.items():
-            if not part.optional or name in ("act_mean", "out_mean"):
+            if not part.optional or name in MEANS:
                 dtype = torch.bfloat16 if torch.bfloat16 in part.dtypes else part.dtypes[0]
                 size += torch.Size(part.shape).numel() * dtype.itemsize
         return size

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..kernels.layer import LayerSpec
+from ..kernels.stages import branch as low_rank
 from .linear import LowRank, PackedLinear
 from .lora_terms import WIDTH, Columns, Kron, LoraError, scaled
 
@@ -121,10 +122,7 @@ class LoadedBranch:
 
     def _beside(self, x: torch.Tensor) -> torch.Tensor:
         """(x @ down * strength) @ up.T, for a layer whose kernel cannot hold the columns"""
-        act = x @ self.down
-        if self.strength is not None:
-            act = (act * self.strength.repeat_interleave(WIDTH)).to(act.dtype)
-        return act @ self.up.T
+        return low_rank(x @ self.down, self.up, self.strength)
 
     def forward(
         self, packed: PackedLinear, x: torch.Tensor, blob: torch.Tensor, bias: torch.Tensor | None

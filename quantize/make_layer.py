@@ -198,13 +198,14 @@ def _candidates(
 ) -> dict[str, list[Fit]]:
     """name -> one fit per layer; the best on held-out tokens will be kept, the first of equals"""
     weights, spec = [weight for weight, _, _ in parts], parts[0][2]
+    inputs = _inputs(tokens, entry, spec, weights[0].device)
     found = {}
     if recipe.smoothing == "grid":
         found[recipe.name] = [svdquant(*part, tokens, recipe, dtype) for part in parts]
     else:
         rank = max(spec.rank for _, _, spec in parts)
-        inputs = _inputs(tokens, entry, spec, weights[0].device, act_mean)
-        factor = to_16bit(smooth.search(weights, inputs, spec, rank, recipe.seed, recipe.adam_steps), dtype)
+        seen = inputs if act_mean is None else _inputs(tokens, entry, spec, weights[0].device, act_mean)
+        factor = to_16bit(smooth.search(weights, seen, spec, rank, recipe.seed, recipe.adam_steps), dtype)
         variants = {recipe.name: recipe}
         if recipe.input_noise and len(tokens) >= NOISE_TOKENS * spec.k:
             variants[f"{recipe.name}, noise taken as independent"] = replace(recipe, input_noise=False)
@@ -213,7 +214,6 @@ def _candidates(
                 refine(*part, factor, tokens, variant, dtype, largest=recipe.hessian_block, act_mean=act_mean)
                 for part in parts
             ]
-    inputs = _inputs(tokens, entry, spec, weights[0].device)
     found[PLAIN] = [_plain(*part, inputs, weights, recipe, dtype) for part in parts]
     return found
 

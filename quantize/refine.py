@@ -267,13 +267,13 @@ def output_errors(
 ) -> Errors:
     """The errors of `fit` against x @ W.T + bias on tokens (M, K) that it was not fitted to."""
     sums = torch.zeros(4, len(tokens), dtype=torch.float64)  # total, activation, weight, exact
-    shift, first = shift_of(spec, weight.device) / fit.smooth, 0
+    shift, centre, first = shift_of(spec, weight.device) / fit.smooth, fit.centre, 0
     offset = 0 if bias is None else fit.bias - bias
     for z in smoothed_chunks(tokens, fit.smooth, spec, at_once=512):
         raw = (z - shift) * fit.smooth
         exact = raw @ weight.T
         with_z = z @ fit.rounded.T
-        with_zq = round_activation(z, spec, fit.centre) @ fit.rounded.T
+        with_zq = round_activation(z, spec, centre) @ fit.rounded.T
         common = (raw @ fit.proj_down) @ fit.proj_up.T + offset - exact
         parts = (with_zq + common, with_zq - with_z, with_z + common, exact)
         for row, part in enumerate(parts):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ...kernels.discover import modules
-from ...kernels.layer import Layer
+from ...kernels.layer import MEANS, Layer
 from ..checkpoint import Checkpoint, CheckpointError
 from ..tensor_file import TensorFile, TensorWriter
 
@@ -37,7 +37,7 @@ class Dialect:
 def stock_layer(name: str, layer: Layer, notes: list[str]) -> Layer:
     """The layer as other engines know it, without means and at 4-bit activations; `notes` gets a line for each loss."""
     if "act_mean" in layer.tensors:
-        kept = {part: tensor for part, tensor in layer.tensors.items() if part not in ("act_mean", "out_mean")}
+        kept = {part: tensor for part, tensor in layer.tensors.items() if part not in MEANS}
         layer = replace(layer, tensors=kept)
         notes.append(f"{name}: its act_mean is not known there, it will run with a little more error")
     if layer.spec.act_bits != 4:

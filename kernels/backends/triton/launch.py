@@ -9,6 +9,7 @@ import torch
 import triton
 
 from ...eight_bit import UNITS
+from ...stages import weighted
 from .expand_weight import expand_weight
 from .gemm_nvfp4 import gemm_nvfp4
 from .gemm_w4 import gemm_w4
@@ -47,10 +48,7 @@ class Branches:
 
     def weighted_lora(self) -> torch.Tensor | None:
         """lora_act * strength of 16 columns, for products that have no place for the strength"""
-        if self.lora_act is None or self.lora_strength is None:
-            return self.lora_act
-        factors = self.lora_strength.repeat_interleave(16)[: self.lora_act.shape[1]]
-        return (self.lora_act * factors).to(self.lora_act.dtype)
+        return None if self.lora_act is None else weighted(self.lora_act, self.lora_strength)
 
     def widths(self) -> tuple[int, int]:
         return tuple(0 if act is None else act.shape[1] for act in (self.branch_act, self.lora_act))
