@@ -10,11 +10,12 @@ from .formats.nvfp4 import E2M1_MAX, E4M3_MAX
 from .layer import LayerSpec
 
 BLOCK = 1 << 17  # values at a time: what a core's cache holds with the copies in between
+GPU_BLOCK = 1 << 24  # a GPU would wait after each block
 
 
 def rounded(act: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
     """decode_activation(quantize_activation(act)), float32. act is (M, K), smoothed"""
-    rows = max(1, BLOCK // act.shape[1])
+    rows = max(1, (BLOCK if act.device.type == "cpu" else GPU_BLOCK) // act.shape[1])
     if act.shape[0] <= rows:
         return _block(act, spec)
     out = torch.empty(act.shape, dtype=torch.float32, device=act.device)

@@ -1,18 +1,15 @@
 """Node: SVDQuant Bake LoRA."""
 
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
 
-from ..quantize.statistics import Statistics
-from .calibrate import statistics_files, statistics_folder
+from .calibrate import NO_FILE, open_statistics, statistics_files
 from .comfy_bake import bake
 from .comfy_model import load_model
 from .comfy_patcher import SVDQuantPatcher
 from .model_files import refuse_name, target
-from .quantize_model import NO_FILE
 
 
 class SVDQuantBakeLora:
@@ -69,16 +66,13 @@ class SVDQuantBakeLora:
         if not isinstance(model, SVDQuantPatcher):
             raise ValueError("the model is not 4-bit; SVDQuant Quantize Model bakes the LoRAs of a 16-bit MODEL in")
         path = target(file_name, overwrite)
-        known = None
-        if statistics_file != NO_FILE:
-            known = Statistics.open(statistics_folder() / Path(statistics_file).name)
         bar = comfy.utils.ProgressBar(1)
 
         def progress(done: int, total: int, layer: str) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, total)
 
-        report = bake(model, path, refit, progress, known)
+        report = bake(model, path, refit, progress, open_statistics(statistics_file))
         text = (
             f"{path.name}: {report.layers} layers have the LoRAs inside, {report.lost:.3%} of their energy lost at most"
         )

@@ -5,11 +5,13 @@ from typing import Any
 
 import folder_paths
 
+from ..quantize.statistics import Statistics
 from .comfy_calibrate import Collector
 from .model_files import refuse_name
 
 STATISTICS = "SVDQUANT_STATISTICS"
 SUFFIX = ".statistics.safetensors"
+NO_FILE = "(none)"
 GB = 10**9
 
 
@@ -93,3 +95,8 @@ def statistics_folder() -> Path:
 def statistics_files() -> list[str]:
     """Names of the statistics that a user may choose."""
     return sorted(path.name for path in statistics_folder().glob(f"*{SUFFIX}"))
+
+
+def open_statistics(name: str) -> Statistics | None:
+    """The file of that name among `statistics_files`; None for NO_FILE."""
+    return None if name == NO_FILE else Statistics.open(statistics_folder() / Path(name).name)

@@ -12,12 +12,11 @@ from ..quantize.recipe import NAMED, RANK_MULTIPLE, Recipe
 from ..quantize.report import summarize, write_report
 from ..quantize.source import FileSource
 from ..quantize.statistics import Statistics
-from .calibrate import STATISTICS, statistics_files, statistics_folder
+from .calibrate import NO_FILE, STATISTICS, open_statistics, statistics_files
 from .comfy_model import ModelSource, load_model
 from .model_files import FOLDER, find_or_raise, refuse_name, target
 
 MODEL_INPUT = "(model input)"
-NO_FILE = "(none)"
 AUTO = "auto"
 
 
@@ -182,9 +181,7 @@ _OPTIONAL: dict[str, Any] = {
 
 
 def _statistics(connected: Any, file_name: str) -> Statistics | None:
-    if connected is not None:
-        return Statistics.open(connected.path)
-    return None if file_name == NO_FILE else Statistics.open(statistics_folder() / Path(file_name).name)
+    return open_statistics(file_name) if connected is None else Statistics.open(connected.path)
 
 
 def _text(report: QuantizeReport, folder: Path) -> str:

@@ -15,6 +15,7 @@ from ..kernels.formats.int4 import GROUP_SIZE as INT4_GROUP
 from ..kernels.formats.nvfp4 import E2M1, E2M1_MAX, E4M3_MAX
 from ..kernels.layer import LayerSpec
 from ..kernels.packing import pack
+from ..kernels.roundtrip import rounded
 
 SHRINKS = 12  # candidates per sign for an int4 scale, evenly from SMALLEST_SHRINK to 1 of absmax / 7
 SMALLEST_SHRINK = 0.62
@@ -160,24 +161,11 @@ def _e2m1_codes(values: torch.Tensor) -> torch.Tensor:
 def round_activation(z: torch.Tensor, spec: LayerSpec, centre: torch.Tensor | None = None) -> torch.Tensor:
     """What the kernels make of a smoothed, shifted activation (M, K) float32, by the layer's rule, decoded again.
 
-    The same numbers as `quantize_activation` and `decode_activation` of the format give, without codes in between.
     centre  (K,) act_mean / smooth_factor: taken off before the rounding and added after it
     """
     if spec.act_bits == 8:
         return _round_int8(z, spec)
-    if centre is not None:
-        return round_activation(z - centre, spec).add_(centre)
-    if spec.format == "nvfp4":
-        return _round_nvfp4(z, spec.act_rule)
-    start, stop = spec.act_unsigned
-    if start == stop:
-        return _round_int4(z, spec.act_rule)
-    parts = (
-        _round_int4(z[:, :start], spec.act_rule),
-        _round_unsigned(z[:, start:stop]),
-        _round_int4(z[:, stop:], spec.act_rule),
-    )
-    return torch.cat(parts, 1)
+    return rounded(z, spec) if centre is None else rounded(z - centre, spec).add_(centre)
 
 
 def _round_int8(z: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
@@ -185,39 +173,3 @@ def _round_int8(z: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
     groups = by_group(z, INT4_GROUP if spec.format == "int4" else spec.k)
     scale = groups.abs().amax(-1, keepdim=True) / 127
     return (groups / torch.where(scale == 0, 1, scale)).round_().mul_(scale).flatten(-2)
-
-
-def _round_int4(z: torch.Tensor, rule: str) -> torch.Tensor:
-    groups = by_group(z, INT4_GROUP)
-    absmax = groups.abs().amax(-1, keepdim=True)
-    scale = absmax / 7
-    if rule == "signed_extreme":
-        scale = torch.where(groups.amax(-1, keepdim=True) >= absmax, -absmax, absmax) / 8
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    return (groups * inverse).round_().clamp_(-8, 7).mul_(scale).flatten(-2)
-
-
-def _round_unsigned(z: torch.Tensor) -> torch.Tensor:
-    groups = by_group(z, INT4_GROUP)
-    scale = groups.amax(-1, keepdim=True).clamp_min(0) / 15
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    return (groups * inverse).round_().clamp_(0, 15).mul_(scale).flatten(-2)
-
-
-def _round_nvfp4(z: torch.Tensor, rule: str) -> torch.Tensor:
-    groups = by_group(z, 16)
-    absmax = groups.abs().amax(-1, keepdim=True)
-    near = _nvfp4_at(groups, absmax, E2M1_MAX)
-    if rule == "four_six":
-        other = _nvfp4_at(groups, absmax, 4.0)
-        better = (other - groups).square().sum(-1, keepdim=True) < (near - groups).square().sum(-1, keepdim=True)
-        near = torch.where(better, other, near)
-    return near.flatten(-2)
-
-
-def _nvfp4_at(groups: torch.Tensor, absmax: torch.Tensor, top: float) -> torch.Tensor:
-    """Codes from the unstored scale, values from the stored one."""
-    scale = (absmax / top).clamp_max(E4M3_MAX)
-    stored = scale.to(torch.float8_e4m3fn).float()
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    return _nearest_e2m1(groups * inverse, torch.ones((), device=groups.device)).mul_(stored)

@@ -21,6 +21,7 @@ from svdquant_pack.quantize.moments import smoothed_chunks
 from svdquant_pack.quantize.recipe import Recipe
 from svdquant_pack.quantize.refine import Fit, mean_of, output_errors, refine, to_16bit
 from svdquant_pack.quantize.tensor_file import TensorInfo
+from svdquant_pack.quantize.tuning import SHAPES
 from svdquant_pack.tests.bench.synthetic_layers import KINDS, make
 
 FORMATS = ("int4", "nvfp4")
@@ -203,14 +204,7 @@ def one_layer(n: int, k: int, tokens: int, rank: int, seed: int) -> tuple[float,
 
 LARGE = ((12288, 3072), (3072, 12288))  # (out, in): fc1 and fc2 of FLUX.1
 # (out, in, how often) of every low-rank linear of FLUX.1
-FLUX = (
-    (9216, 3072, 38),
-    (3072, 3072, 38),
-    (12288, 3072, 38),
-    (3072, 12288, 38),
-    (21504, 3072, 38),
-    (3072, 15360, 38),
-)
+FLUX = tuple((*shape, 38) for shape in SHAPES["flux"].values())  # 19 double blocks of two streams, 38 single ones
 
 
 def large(seed: int, checks: Checks, tokens: int = 4096) -> None:
