@@ -5,11 +5,10 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 
-from .calibrate import NO_FILE, open_statistics, statistics_files
-from .comfy_bake import bake
-from .comfy_model import load_model
-from .comfy_patcher import SVDQuantPatcher
-from .model_files import refuse_name, target
+from .host.bake import bake
+from .host.files import NO_FILE, open_statistics, refuse_name, statistics_files, target
+from .host.model import load_model
+from .host.patcher import SVDQuantPatcher
 
 
 class SVDQuantBakeLora:

@@ -1,17 +1,11 @@
 """Node: SVDQuant Calibrate."""
 
-from pathlib import Path
 from typing import Any
 
-import folder_paths
-
-from ..quantize.statistics import Statistics
-from .comfy_calibrate import Collector
-from .model_files import refuse_name
+from .host.files import SUFFIX, refuse_name, statistics_folder
+from .host.watch import Collector
 
 STATISTICS = "SVDQUANT_STATISTICS"
-SUFFIX = ".statistics.safetensors"
-NO_FILE = "(none)"
 GB = 10**9
 
 
@@ -85,18 +79,3 @@ class SVDQuantCalibrate:
         path = statistics_folder() / f"{file_name.removesuffix(SUFFIX)}{SUFFIX}"
         collector = Collector.of(model, path, tokens, int(disk_gb * GB), not start_over, sensitivity)
         return collector.watch(model), collector
-
-
-def statistics_folder() -> Path:
-    """Where statistics are written and looked for."""
-    return Path(folder_paths.get_output_directory()) / "svdquant"
-
-
-def statistics_files() -> list[str]:
-    """Names of the statistics that a user may choose."""
-    return sorted(path.name for path in statistics_folder().glob(f"*{SUFFIX}"))
-
-
-def open_statistics(name: str) -> Statistics | None:
-    """The file of that name among `statistics_files`; None for NO_FILE."""
-    return None if name == NO_FILE else Statistics.open(statistics_folder() / Path(name).name)

@@ -6,8 +6,8 @@ from typing import Any
 import comfy.samplers
 import torch
 
-from ..quantize import metrics
-from .comfy_compare import Sampling, Trajectory, sample, velocity_errors
+from ..quantize.measure import pictures as metrics
+from .host.side_by_side import Sampling, Trajectory, sample, velocity_errors
 
 
 class SVDQuantCompare:

@@ -5,8 +5,8 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 
-from ..quantize.convert import TARGETS, convert_file
-from .model_files import choices, find_or_raise, modified, refuse_name, target
+from ..quantize.files.convert import TARGETS, convert_file
+from .host.files import choices, find_or_raise, modified, refuse_name, target
 
 
 class SVDQuantConvertModel:

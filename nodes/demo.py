@@ -6,9 +6,9 @@ from typing import Any
 import folder_paths
 import torch
 
-from ..quantize.tensor_file import TensorFile
-from .comfy_model import load_pinned_model
-from .model_files import FOLDER, find_or_raise, modified
+from ..quantize.files.tensor_file import TensorFile
+from .host.files import FOLDER, find_or_raise, modified
+from .host.model import load_pinned_model
 
 CATEGORY = "SVDQuant/demo"
 PROMPTS = Path(__file__).parents[1] / "workflows" / "models" / "svdquant_demo_prompts.safetensors"

@@ -6,8 +6,8 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 
-from ..quantize.hub import PUBLISHED, download
-from .model_files import FOLDER, write_folder
+from ..quantize.files.hub import PUBLISHED, download
+from .host.files import FOLDER, write_folder
 
 OTHER = "(repo and file below)"
 

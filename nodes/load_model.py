@@ -3,9 +3,10 @@
 from typing import Any
 
 from ..kernels import COMPUTES
-from ..quantize.checkpoint import CheckpointError, open_checkpoint
-from .comfy_model import load_model
-from .model_files import choices, find_or_raise, modified
+from ..quantize.files.checkpoint import CheckpointError
+from ..quantize.files.open import open_checkpoint
+from .host.files import choices, find_or_raise, modified
+from .host.model import load_model
 
 COMPUTE_TOOLTIP = """How the 4-bit layers compute. SVDQuant Model Info says what runs and what the device has not.
 auto: the best mode of this device.

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .comfy_lora_report import describe_loras
+from .host.lora_report import describe_loras
 
 
 class SVDQuantLoraInfo:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..quantize.lora_fit import LoraLimits
+from ..quantize.lora.fit import LoraLimits
 
 
 class SVDQuantLoraLimits:

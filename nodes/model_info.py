@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from .comfy_model import FASTER, describe_model
+from .host.model import FASTER, describe_model
 
 
 class SVDQuantModelInfo:

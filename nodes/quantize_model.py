@@ -7,14 +7,14 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 
-from ..quantize.build import QuantizeReport, quantize_model
+from ..quantize.calibration.file import Statistics
+from ..quantize.files.source import FileSource
+from ..quantize.maker.model import QuantizeReport, quantize_model
+from ..quantize.maker.report import summarize, write_report
 from ..quantize.recipe import NAMED, RANK_MULTIPLE, Recipe
-from ..quantize.report import summarize, write_report
-from ..quantize.source import FileSource
-from ..quantize.statistics import Statistics
-from .calibrate import NO_FILE, STATISTICS, open_statistics, statistics_files
-from .comfy_model import ModelSource, load_model
-from .model_files import FOLDER, find_or_raise, refuse_name, target
+from .calibrate import STATISTICS
+from .host.files import FOLDER, NO_FILE, find_or_raise, open_statistics, refuse_name, statistics_files, target
+from .host.model import ModelSource, load_model
 
 MODEL_INPUT = "(model input)"
 AUTO = "auto"

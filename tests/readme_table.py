@@ -19,8 +19,8 @@ SPELLED = {"int4": "INT4", "nvfp4": "NVFP4"}
 
 def rows() -> list[list[str]]:
     """Header and one row per family: family, models, published files, one column per dialect, LoRA, workflow."""
-    from svdquant_pack.quantize.dialects import DIALECTS
     from svdquant_pack.quantize.families import FAMILIES
+    from svdquant_pack.quantize.files.dialects import DIALECTS
 
     families = sorted(FAMILIES.values(), key=lambda family: (not family.markers, family.title.lower()))
     table = [["family", "models", "published 4-bit files", *DIALECTS, "LoRA", "workflow"]]
@@ -43,7 +43,7 @@ def precisions(dialect: Any, family: str) -> list[str]:
 def workflows(family: str) -> str:
     """Links to the workflows in `workflows/` for a family: those whose model file is of it."""
     from svdquant_pack.quantize.families import detect
-    from svdquant_pack.quantize.source import FileSource
+    from svdquant_pack.quantize.files.source import FileSource
 
     found = []
     for path in sorted((ROOT / "workflows").glob("*.json")):

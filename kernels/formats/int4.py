@@ -7,7 +7,7 @@ they are never negative, and use the unsigned codes 0..15 with scale = max / 15.
 Rounding (activations): the scale is computed in fp32 and stored in the dtype of x; codes are rounded to nearest even
 from x * (1 / scale) with the *unstored* fp32 scale, then saturated. The rule `signed_extreme` uses all sixteen codes
 of signed groups: scale = -(element of largest magnitude) / 8, so that this element is code -8 whatever its sign.
-Source: SVDQuant, arXiv 2411.05007; the rule of the Nunchaku kernels, see quantize/dialects/native.py for the layout.
+Source: SVDQuant, arXiv 2411.05007; the rule of the Nunchaku kernels. Layout: quantize/files/dialects/native.py.
 """
 
 import torch

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 import conftest  # noqa: E402, F401 - loads the pack as svdquant_pack
 
-from svdquant_pack.quantize.checkpoint import open_checkpoint  # noqa: E402
-from svdquant_pack.quantize.tensor_file import TensorFile, TensorWriter  # noqa: E402
+from svdquant_pack.quantize.files.open import open_checkpoint  # noqa: E402
+from svdquant_pack.quantize.files.tensor_file import TensorFile, TensorWriter  # noqa: E402
 
 MOST_COPIES = 8.0  # reading a layer may cost this many plain copies of its bytes
 MOST_MEMORY = 1 << 30  # bytes over the size of the file

@@ -59,8 +59,8 @@ def build(shapes: dict[str, tuple[int, int]]):
     from comfy.model_patcher import ModelPatcher
 
     from svdquant_pack.kernels.layer import Layer, LayerSpec
-    from svdquant_pack.nodes.comfy_linear import SVDQuantLinear
-    from svdquant_pack.nodes.comfy_patcher import adopt
+    from svdquant_pack.nodes.host.linear import SVDQuantLinear
+    from svdquant_pack.nodes.host.patcher import adopt
     from svdquant_pack.quantize.linear import PackedLinear
 
     blobs, dense = {}, {}

@@ -10,7 +10,7 @@ from svdquant_pack.kernels import FORMATS, Layer, LayerSpec
 from svdquant_pack.kernels.backends import Backend, Call, discover, kitchen
 from svdquant_pack.kernels.backends.reference import linear as reference
 from svdquant_pack.kernels.dispatch import arch_of, refusal
-from svdquant_pack.quantize.tuning import MODULATION, SHAPES
+from svdquant_pack.quantize.cli.tune import MODULATION, SHAPES
 
 ROWS = (1, 16, 64, 256, 1024, 4608, 9216)
 RANK = 32

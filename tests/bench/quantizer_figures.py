@@ -14,14 +14,15 @@ from types import MappingProxyType
 import torch
 
 from svdquant_pack.kernels import LayerSpec
-from svdquant_pack.quantize import reference, smooth
-from svdquant_pack.quantize.build import quantize_model
-from svdquant_pack.quantize.memory import PeakMemory
-from svdquant_pack.quantize.moments import smoothed_chunks
+from svdquant_pack.quantize.cli.tune import SHAPES
+from svdquant_pack.quantize.files.tensor_file import TensorInfo
+from svdquant_pack.quantize.maker.memory import PeakMemory
+from svdquant_pack.quantize.maker.model import quantize_model
+from svdquant_pack.quantize.maths import smooth
+from svdquant_pack.quantize.maths import svdquant_reference as reference
+from svdquant_pack.quantize.maths.moments import smoothed_chunks
+from svdquant_pack.quantize.maths.refine import Fit, mean_of, output_errors, refine, to_16bit
 from svdquant_pack.quantize.recipe import Recipe
-from svdquant_pack.quantize.refine import Fit, mean_of, output_errors, refine, to_16bit
-from svdquant_pack.quantize.tensor_file import TensorInfo
-from svdquant_pack.quantize.tuning import SHAPES
 from svdquant_pack.tests.bench.synthetic_layers import KINDS, make
 
 FORMATS = ("int4", "nvfp4")

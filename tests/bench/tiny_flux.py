@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 
 from svdquant_pack.kernels import LayerSpec
-from svdquant_pack.quantize.moments import smoothed_chunks
-from svdquant_pack.quantize.refine import Fit
-from svdquant_pack.quantize.rounding import round_activation
+from svdquant_pack.quantize.maths.moments import smoothed_chunks
+from svdquant_pack.quantize.maths.refine import Fit
+from svdquant_pack.quantize.maths.rounding import round_activation
 
 MODELS = Path(__file__).resolve().parents[2] / "workflows" / "models"
 MODEL_FILE = MODELS / "diffusion_models" / "svdquant_demo_digits.safetensors"

@@ -7,7 +7,7 @@ from svdquant_pack.kernels import FORMATS, Layer, LayerError, LayerSpec, choose,
 from svdquant_pack.kernels.formats.int4 import GELU_SHIFT
 from svdquant_pack.kernels.layer import check_layer, check_values, from_blob, shifted_bias_term, to_blob
 from svdquant_pack.kernels.modes import candidates
-from svdquant_pack.quantize.dialects import stock_layer
+from svdquant_pack.quantize.files.dialects import stock_layer
 from svdquant_pack.tests.kernels.layers import random_layer
 
 FLOATS = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-6}  # one rounding of the output

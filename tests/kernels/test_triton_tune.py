@@ -11,7 +11,7 @@ from svdquant_pack.kernels.modes import candidates
 tune = pytest.importorskip("svdquant_pack.kernels.backends.triton.tune")
 from svdquant_pack.kernels.backends.triton import tiles, tuned  # noqa: E402 (only where Triton is)
 from svdquant_pack.kernels.backends.triton.tune import Job, LayerShape, make_job, save, search  # noqa: E402
-from svdquant_pack.quantize.tuning import report  # noqa: E402
+from svdquant_pack.quantize.cli.tune import report  # noqa: E402
 from svdquant_pack.tests.kernels.test_triton_layers import need  # noqa: E402
 
 MODES = [("int4", "w4a8"), ("int4", "w4a8-jit"), ("nvfp4", "w4a4"), ("awq_w4a16", "w4a16")]

@@ -48,7 +48,7 @@ def demo_file() -> Path:
 @pytest.fixture(scope="session")
 def demo_model(demo_file):
     """The 16-bit demo model as a MODEL."""
-    from svdquant_pack.nodes.comfy_model import load_pinned_model
+    from svdquant_pack.nodes.host.model import load_pinned_model
 
     return load_pinned_model(str(demo_file))
 
@@ -56,8 +56,8 @@ def demo_model(demo_file):
 @pytest.fixture(scope="session")
 def checkpoints(demo_model, tmp_path_factory) -> dict[str, Path]:
     """format -> 4-bit checkpoint of the demo model at rank 16."""
-    from svdquant_pack.nodes.comfy_model import ModelSource
-    from svdquant_pack.quantize.build import quantize_model
+    from svdquant_pack.nodes.host.model import ModelSource
+    from svdquant_pack.quantize.maker.model import quantize_model
     from svdquant_pack.quantize.recipe import Recipe
 
     folder = tmp_path_factory.mktemp("checkpoints")

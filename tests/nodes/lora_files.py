@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdquant_pack.nodes.comfy_patcher import layer_name
+from svdquant_pack.nodes.host.patcher import layer_name
 
 RANK = 4
 KINDS = ("lora", "lokr", "lokr_low", "loha", "dora_out", "dora_in", "diff", "glora", "oft", "locon_mid")
@@ -99,7 +99,7 @@ def dense_of(checkpoint, path: Path):
     """The 16-bit model at `path` with the decoded weights of a 4-bit checkpoint in place, float32."""
     import comfy.utils
 
-    from svdquant_pack.nodes.comfy_model import load_pinned_model
+    from svdquant_pack.nodes.host.model import load_pinned_model
 
     dense = load_pinned_model(str(path))
     for name in checkpoint.specs:

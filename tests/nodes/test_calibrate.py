@@ -10,15 +10,18 @@ pytest.importorskip("comfy.sd", reason="no ComfyUI: set COMFYUI_PATH")
 import folder_paths
 
 from svdquant_pack.nodes.bake_lora import SVDQuantBakeLora
-from svdquant_pack.nodes.calibrate import SUFFIX, SVDQuantCalibrate
-from svdquant_pack.nodes.comfy_bake import bake
-from svdquant_pack.nodes.comfy_calibrate import Collector
-from svdquant_pack.nodes.comfy_model import ModelSource, load_model, load_pinned_model
+from svdquant_pack.nodes.calibrate import SVDQuantCalibrate
+from svdquant_pack.nodes.host.bake import bake
+from svdquant_pack.nodes.host.files import SUFFIX
+from svdquant_pack.nodes.host.model import ModelSource, load_model, load_pinned_model
+from svdquant_pack.nodes.host.watch import Collector
 from svdquant_pack.nodes.quantize_model import MODEL_INPUT, NO_FILE, SVDQuantQuantizeModel
-from svdquant_pack.quantize.build import QuantizeError, quantize_model
-from svdquant_pack.quantize.checkpoint import open_checkpoint
+from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
+from svdquant_pack.quantize.calibration.several import describe
+from svdquant_pack.quantize.calibration.tokens import BUCKETS
+from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.maker.model import QuantizeError, quantize_model
 from svdquant_pack.quantize.recipe import Recipe
-from svdquant_pack.quantize.statistics import BUCKETS, Statistics, StatisticsError, describe
 from svdquant_pack.tests.nodes.sampling import LORAS, forward, pictures, relative
 
 

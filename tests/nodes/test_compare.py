@@ -8,11 +8,11 @@ import torch
 
 pytest.importorskip("comfy.sd", reason="no ComfyUI: set COMFYUI_PATH")
 
-from svdquant_pack.nodes.comfy_compare import Sampling, Trajectory, sample, velocity_errors
-from svdquant_pack.nodes.comfy_model import load_model
 from svdquant_pack.nodes.compare_models import SVDQuantCompare
 from svdquant_pack.nodes.demo import DemoVae, SVDQuantDemoPrompt
-from svdquant_pack.quantize import metrics
+from svdquant_pack.nodes.host.model import load_model
+from svdquant_pack.nodes.host.side_by_side import Sampling, Trajectory, sample, velocity_errors
+from svdquant_pack.quantize.measure import pictures as metrics
 from svdquant_pack.tests.nodes.sampling import pictures
 
 

@@ -8,12 +8,13 @@ pytest.importorskip("comfy.lora", reason="no ComfyUI: set COMFYUI_PATH")
 
 import folder_paths
 
-from svdquant_pack.nodes.comfy_model import ModelSource, load_pinned_model
+from svdquant_pack.nodes.host.model import ModelSource, load_pinned_model
 from svdquant_pack.nodes.load_model import SVDQuantLoadModel
-from svdquant_pack.quantize.build import quantize_model
-from svdquant_pack.quantize.checkpoint import CheckpointError, open_checkpoint
-from svdquant_pack.quantize.convert import TARGETS, convert_file
-from svdquant_pack.quantize.dialects.nunchaku.names import NAME_MAPS
+from svdquant_pack.quantize.files.checkpoint import CheckpointError
+from svdquant_pack.quantize.files.convert import TARGETS, convert_file
+from svdquant_pack.quantize.files.dialects.nunchaku.names import NAME_MAPS
+from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.maker.model import quantize_model
 from svdquant_pack.quantize.recipe import Recipe
 from svdquant_pack.tests.nodes import zoo
 from svdquant_pack.tests.nodes.sampling import relative

@@ -12,11 +12,11 @@ pytest.importorskip("comfy.lora", reason="no ComfyUI: set COMFYUI_PATH")
 import comfy.lora
 
 from svdquant_pack.kernels.formats.int4 import GELU_SHIFT
-from svdquant_pack.nodes.comfy_model import ModelSource, load_model, load_pinned_model
-from svdquant_pack.nodes.comfy_patcher import layer_name
-from svdquant_pack.quantize.build import quantize_model
-from svdquant_pack.quantize.checkpoint import open_checkpoint
+from svdquant_pack.nodes.host.model import ModelSource, load_model, load_pinned_model
+from svdquant_pack.nodes.host.patcher import layer_name
 from svdquant_pack.quantize.families import FAMILIES, detect
+from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.maker.model import quantize_model
 from svdquant_pack.quantize.recipe import Recipe
 from svdquant_pack.tests.nodes import zoo
 from svdquant_pack.tests.nodes.sampling import relative

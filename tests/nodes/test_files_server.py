@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from svdquant_pack.quantize.build import quantize_model
-from svdquant_pack.quantize.convert import convert_file
+from svdquant_pack.quantize.files.convert import convert_file
+from svdquant_pack.quantize.files.source import FileSource
+from svdquant_pack.quantize.maker.model import quantize_model
 from svdquant_pack.quantize.recipe import Recipe
-from svdquant_pack.quantize.source import FileSource
 from svdquant_pack.tests.host.server import ExecutionFailed, Host, PromptRefused
 from svdquant_pack.tests.quantize.loopback_hub import Hub, serving
 from svdquant_pack.tests.quantize.stored_models import legacy_folder

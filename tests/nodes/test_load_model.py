@@ -12,12 +12,14 @@ import comfy.sd
 import comfy.utils
 
 from svdquant_pack.kernels import COMPUTES
-from svdquant_pack.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, comfy_model
-from svdquant_pack.nodes.comfy_model import ModelSource, describe_model, load_model
+from svdquant_pack.nodes.host import model as comfy_model
+from svdquant_pack.nodes.host.model import ModelSource, describe_model, load_model
 from svdquant_pack.nodes.model_info import SVDQuantModelInfo
+from svdquant_pack.nodes.registry import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from svdquant_pack.quantize import linear
-from svdquant_pack.quantize.build import quantize_model
-from svdquant_pack.quantize.checkpoint import CheckpointError, open_checkpoint
+from svdquant_pack.quantize.files.checkpoint import CheckpointError
+from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.maker.model import quantize_model
 from svdquant_pack.quantize.recipe import Recipe
 from svdquant_pack.tests.nodes.sampling import LORAS, forward, pictures, relative
 
@@ -142,7 +144,7 @@ def test_the_info_node_says_when_a_model_is_not_four_bit(demo_model):
 
 def test_a_layer_of_another_size_than_the_model_is_named(checkpoints, tmp_path):
     """A file whose layer fits itself but not the model that ComfyUI builds."""
-    from svdquant_pack.quantize.tensor_file import TensorFile, TensorInfo, TensorWriter
+    from svdquant_pack.quantize.files.tensor_file import TensorFile, TensorInfo, TensorWriter
 
     stored = TensorFile(checkpoints["int4"])
     tensors = dict(stored)

@@ -11,11 +11,11 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 
-from svdquant_pack.nodes.comfy_model import load_model, load_pinned_model
-from svdquant_pack.nodes.comfy_patcher import layer_name
-from svdquant_pack.quantize.checkpoint import open_checkpoint
-from svdquant_pack.quantize.lora import LoraError
-from svdquant_pack.quantize.lora_fit import LoraLimits
+from svdquant_pack.nodes.host.model import load_model, load_pinned_model
+from svdquant_pack.nodes.host.patcher import layer_name
+from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.lora.branch import LoraError
+from svdquant_pack.quantize.lora.fit import LoraLimits
 from svdquant_pack.tests.nodes.sampling import LORAS, forward, relative
 
 EXACT = 1e-5  # float32 sums in another order

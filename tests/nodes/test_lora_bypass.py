@@ -11,9 +11,9 @@ import folder_paths
 from comfy_extras import nodes_lora_debug
 from safetensors.torch import save_file
 
-from svdquant_pack.nodes.comfy_model import load_model
+from svdquant_pack.nodes.host.model import load_model
 from svdquant_pack.nodes.lora_info import SVDQuantLoraInfo
-from svdquant_pack.quantize.checkpoint import open_checkpoint
+from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.tests.nodes.lora_files import dense_of, dense_weights, lora_of, with_file
 from svdquant_pack.tests.nodes.sampling import forward, relative
 

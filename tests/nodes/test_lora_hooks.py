@@ -8,11 +8,11 @@ pytest.importorskip("comfy.lora", reason="no ComfyUI: set COMFYUI_PATH")
 import comfy.hooks
 import comfy.model_management
 
-from svdquant_pack.nodes.comfy_lora_report import describe_loras
-from svdquant_pack.nodes.comfy_model import load_model
 from svdquant_pack.nodes.demo import SVDQuantDemoDecode, SVDQuantDemoPrompt
-from svdquant_pack.quantize.checkpoint import open_checkpoint
-from svdquant_pack.quantize.lora_terms import LoraError
+from svdquant_pack.nodes.host.lora_report import describe_loras
+from svdquant_pack.nodes.host.model import load_model
+from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.lora.terms import LoraError
 from svdquant_pack.tests.nodes.lora_files import dense_of, dense_weights, lora_of, with_file
 from svdquant_pack.tests.nodes.sampling import LORAS, relative
 
@@ -127,7 +127,7 @@ def test_a_lora_masked_to_a_part_of_the_picture(pair):
 
 
 def test_a_change_of_a_scheduled_strength_makes_no_factor_anew(pair, monkeypatch):
-    from svdquant_pack.nodes import comfy_lora
+    from svdquant_pack.nodes.host import lora as comfy_lora
 
     file = lora_of(("lora",), dense_weights(*pair))
     hooks = hook_of(file, 1.0, ((0.0, 0.1), (0.2, 0.4), (0.5, 0.9)))
@@ -163,7 +163,7 @@ def test_a_hook_that_cannot_be_applied_is_refused_by_name(pair):
 
 
 def test_another_model_as_a_lora_is_refused_by_name(pair, demo_model):
-    from svdquant_pack.quantize.lora_fit import LoraLimits
+    from svdquant_pack.quantize.lora.fit import LoraLimits
 
     weights = comfy.hooks.get_patch_weights_from_model(demo_model)
     hooks = comfy.hooks.create_hook_model_as_lora(weights, None, 1.0, 0.0)

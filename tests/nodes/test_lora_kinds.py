@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("comfy.lora", reason="no ComfyUI: set COMFYUI_PATH")
 
-from svdquant_pack.nodes.comfy_model import ModelSource, load_model, load_pinned_model
-from svdquant_pack.quantize.build import quantize_model
-from svdquant_pack.quantize.checkpoint import open_checkpoint
-from svdquant_pack.quantize.lora_fit import LoraLimits
-from svdquant_pack.quantize.lora_terms import LoraError
+from svdquant_pack.nodes.host.model import ModelSource, load_model, load_pinned_model
+from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.lora.fit import LoraLimits
+from svdquant_pack.quantize.lora.terms import LoraError
+from svdquant_pack.quantize.maker.model import quantize_model
 from svdquant_pack.quantize.recipe import Recipe
 from svdquant_pack.tests.nodes import zoo
 from svdquant_pack.tests.nodes.lora_files import (

@@ -9,14 +9,14 @@ import torch
 pytest.importorskip("comfy.lora", reason="no ComfyUI: set COMFYUI_PATH")
 
 from svdquant_pack.nodes.bake_lora import SVDQuantBakeLora
-from svdquant_pack.nodes.comfy_bake import bake
-from svdquant_pack.nodes.comfy_lora_report import describe_loras
-from svdquant_pack.nodes.comfy_model import load_model
+from svdquant_pack.nodes.host.bake import bake
+from svdquant_pack.nodes.host.lora_report import describe_loras
+from svdquant_pack.nodes.host.model import load_model
 from svdquant_pack.nodes.lora_info import SVDQuantLoraInfo
 from svdquant_pack.nodes.lora_limits import SVDQuantLoraLimits
-from svdquant_pack.quantize.checkpoint import open_checkpoint
-from svdquant_pack.quantize.lora_fit import LoraLimits
-from svdquant_pack.quantize.lora_terms import LoraError
+from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.lora.fit import LoraLimits
+from svdquant_pack.quantize.lora.terms import LoraError
 from svdquant_pack.tests.nodes.lora_files import as_file, lora_of, slices_of, tensors_of, with_file
 from svdquant_pack.tests.nodes.sampling import forward, relative
 

@@ -10,8 +10,8 @@ pytest.importorskip("comfy.lora", reason="no ComfyUI: set COMFYUI_PATH")
 
 import comfy.model_management
 
-from svdquant_pack.nodes.comfy_model import load_model
-from svdquant_pack.quantize.lora_terms import LoraError
+from svdquant_pack.nodes.host.model import load_model
+from svdquant_pack.quantize.lora.terms import LoraError
 from svdquant_pack.tests.nodes.lora_files import KINDS, lora_of, with_file
 from svdquant_pack.tests.nodes.sampling import forward, relative
 
@@ -174,7 +174,7 @@ def test_interrupted_loading_leaves_the_model_as_before(plain, weights, monkeypa
         return original(*args, **kwargs)
 
     if where == "branches":
-        from svdquant_pack.nodes import comfy_lora as place
+        from svdquant_pack.nodes.host import lora as place
 
         original = place.columns_of
         monkeypatch.setattr(place, "columns_of", stop)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from svdquant_pack.quantize.calibrate import PROMPTS
-from svdquant_pack.quantize.statistics import describe
+from svdquant_pack.nodes.remote import PROMPTS
+from svdquant_pack.quantize.calibration.several import describe
 from svdquant_pack.tests.host.server import ExecutionFailed, Host, HostError, PromptRefused, model_tree
 
 ROOT = Path(__file__).resolve().parents[2]

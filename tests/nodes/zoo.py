@@ -80,7 +80,7 @@ def dense(name: str, source: Path, checkpoint: Any) -> Any:
     """The 16-bit model in `source` as a MODEL that holds the decoded weights of its 4-bit `checkpoint`."""
     import comfy.utils
 
-    from svdquant_pack.nodes.comfy_model import load_pinned_model
+    from svdquant_pack.nodes.host.model import load_pinned_model
 
     patcher = load_pinned_model(str(source))
     for key in checkpoint.specs:

@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from svdquant_pack.quantize.dialects.nunchaku.layers import V1, up_to
-from svdquant_pack.quantize.dialects.nunchaku.names import NAME_MAPS
-from svdquant_pack.quantize.dialects.nunchaku.tables import Block, Linear, Part, Sizes
+from svdquant_pack.quantize.files.dialects.nunchaku.layers import V1, up_to
+from svdquant_pack.quantize.files.dialects.nunchaku.names import NAME_MAPS
+from svdquant_pack.quantize.files.dialects.nunchaku.tables import Block, Linear, Part, Sizes
 
 SYMBOLS = {"h": 128, "mlp": 256}
 ANY = 128  # a size that the table leaves open

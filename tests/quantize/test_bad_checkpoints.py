@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from svdquant_pack.quantize.checkpoint import CheckpointError, open_checkpoint
-from svdquant_pack.quantize.dialects import native
+from svdquant_pack.quantize.files.checkpoint import CheckpointError
+from svdquant_pack.quantize.files.dialects import native
+from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.tests.kernels.layers import random_layer
 from svdquant_pack.tests.quantize.stored_models import awq, quantization_config, save_model, stored_model, w4a4
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdquant_pack.quantize.build import quantize_model
-from svdquant_pack.quantize.checkpoint import open_checkpoint
+from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
+from svdquant_pack.quantize.calibration.tokens import Call
+from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.files.source import FileSource
+from svdquant_pack.quantize.maker.model import quantize_model
 from svdquant_pack.quantize.recipe import NAMED, Recipe
-from svdquant_pack.quantize.source import FileSource
-from svdquant_pack.quantize.statistics import Call, Statistics, StatisticsError
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 128
@@ -116,10 +117,10 @@ spec = importlib.util.spec_from_file_location("conftest", sys.argv[1])
 spec.loader.exec_module(importlib.util.module_from_spec(spec))
 from pathlib import Path
 import torch
-from svdquant_pack.quantize.build import quantize_model
+from svdquant_pack.quantize.maker.model import quantize_model
 from svdquant_pack.quantize.recipe import Recipe
-from svdquant_pack.quantize.source import FileSource
-from svdquant_pack.quantize.statistics import Statistics
+from svdquant_pack.quantize.files.source import FileSource
+from svdquant_pack.quantize.calibration.file import Statistics
 folder, room = Path(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from svdquant_pack.kernels import LayerSpec
-from svdquant_pack.quantize.budget import BudgetError, Unit, allocate, tails
+from svdquant_pack.quantize.maker.budget import BudgetError, Unit, allocate, tails
 
 RANKS = range(0, 129, 16)
 

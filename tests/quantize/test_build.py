@@ -6,17 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdquant_pack.quantize import build
-from svdquant_pack.quantize.build import quantize_model
-from svdquant_pack.quantize.checkpoint import open_checkpoint
-from svdquant_pack.quantize.command_line import main
+from svdquant_pack.quantize.calibration.file import Statistics
+from svdquant_pack.quantize.calibration.tokens import Call
+from svdquant_pack.quantize.cli.main import main
 from svdquant_pack.quantize.families import FAMILIES
-from svdquant_pack.quantize.plan import group_layers
+from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.files.source import FileSource
+from svdquant_pack.quantize.files.tensor_file import TensorFileError
+from svdquant_pack.quantize.maker import model as build
+from svdquant_pack.quantize.maker.model import quantize_model
+from svdquant_pack.quantize.maker.plan import group_layers
+from svdquant_pack.quantize.maker.report import write_report
 from svdquant_pack.quantize.recipe import Recipe
-from svdquant_pack.quantize.report import write_report
-from svdquant_pack.quantize.source import FileSource
-from svdquant_pack.quantize.statistics import Call, Statistics
-from svdquant_pack.quantize.tensor_file import TensorFileError
 
 SIZE = 128
 LAYERS = [f"blocks.{block}.{name}" for block in range(3) for name in ("attn.q", "attn.k", "mlp")]
@@ -142,7 +143,7 @@ def test_auto_rank_takes_the_bytes_of_the_uniform_rank(source, statistics, tmp_p
 
 
 def test_the_target_size_is_met_and_an_impossible_one_is_refused(source, statistics, tmp_path):
-    from svdquant_pack.quantize.budget import BudgetError
+    from svdquant_pack.quantize.maker.budget import BudgetError
 
     size = 1_048_576 + 160_000  # a megabyte is kept for the header
     run(source, tmp_path / "x.safetensors", statistics, target_size=size)

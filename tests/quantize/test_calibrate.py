@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from svdquant_pack.quantize.calibrate import CalibrateError, calibrate, read_prompts, with_prompt
+from svdquant_pack.nodes.remote import CalibrateError, calibrate, read_prompts, with_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = json.loads((ROOT / "workflows" / "api" / "quantize_your_model.json").read_text())

@@ -109,7 +109,7 @@ def test_tune_says_what_it_needs(quantized, tmp_path):
 
 
 def test_tune_knows_the_layers_of_a_file_and_of_known_models(quantized):
-    from svdquant_pack.quantize.tuning import layers_of
+    from svdquant_pack.quantize.cli.tune import layers_of
 
     of_file = layers_of(Namespace(model=quantized, shapes=None))
     assert of_file.total() == 26 and {format for format, *_ in of_file} == {"int4", "awq_w4a16"}

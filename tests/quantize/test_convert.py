@@ -11,9 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from svdquant_pack.kernels import FORMATS, svdquant_linear
-from svdquant_pack.quantize.checkpoint import Checkpoint, CheckpointError, Provenance, open_checkpoint
-from svdquant_pack.quantize.convert import TARGETS, convert_file
-from svdquant_pack.quantize.dialects import native
+from svdquant_pack.quantize.files.checkpoint import Checkpoint, CheckpointError, Provenance
+from svdquant_pack.quantize.files.convert import TARGETS, convert_file
+from svdquant_pack.quantize.files.dialects import native
+from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.tests.kernels.layers import random_layer
 from svdquant_pack.tests.quantize.stored_models import QUANTIZED, save_model, stored_model
 from svdquant_pack.tests.quantize.test_layout import same_bytes

@@ -9,10 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from svdquant_pack.kernels.layer import Layer
-from svdquant_pack.quantize.checkpoint import Checkpoint, CheckpointError, Provenance, open_checkpoint
-from svdquant_pack.quantize.dialects import DIALECTS, kitchen, native, nunchaku
-from svdquant_pack.quantize.dialects.nunchaku.layers import inspect_layer, read_layer, write_layer
-from svdquant_pack.quantize.tensor_file import TensorInfo, TensorWriter
+from svdquant_pack.quantize.files.checkpoint import Checkpoint, CheckpointError, Provenance
+from svdquant_pack.quantize.files.dialects import DIALECTS, kitchen, native, nunchaku
+from svdquant_pack.quantize.files.dialects.nunchaku.layers import inspect_layer, read_layer, write_layer
+from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.files.tensor_file import TensorInfo, TensorWriter
 from svdquant_pack.tests.kernels.layers import random_layer
 from svdquant_pack.tests.quantize.stored_models import (
     QUANTIZED,

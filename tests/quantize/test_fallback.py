@@ -5,14 +5,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svdquant_pack.kernels import LayerSpec
-from svdquant_pack.quantize.budget import Unit, eight_bits
-from svdquant_pack.quantize.build import quantize_model
-from svdquant_pack.quantize.checkpoint import open_checkpoint
-from svdquant_pack.quantize.ranks import HEADER
+from svdquant_pack.quantize.calibration.file import Statistics
+from svdquant_pack.quantize.calibration.tokens import Call
+from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.files.source import FileSource
+from svdquant_pack.quantize.maker.budget import Unit, eight_bits
+from svdquant_pack.quantize.maker.model import quantize_model
+from svdquant_pack.quantize.maker.ranks import HEADER
+from svdquant_pack.quantize.maker.report import as_markdown, summarize
 from svdquant_pack.quantize.recipe import Recipe
-from svdquant_pack.quantize.report import as_markdown, summarize
-from svdquant_pack.quantize.source import FileSource
-from svdquant_pack.quantize.statistics import Call, Statistics
 
 SIZE, BLOCKS = 128, 10
 LAYERS = [f"blocks.{block}.mlp" for block in range(BLOCKS)]

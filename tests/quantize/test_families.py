@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from svdquant_pack.kernels.formats.int4 import GELU_SHIFT
-from svdquant_pack.quantize.build import plan_layers
 from svdquant_pack.quantize.families import FAMILIES, REFUSED, Family, FamilyError, detect, pattern
+from svdquant_pack.quantize.files.tensor_file import TensorInfo
+from svdquant_pack.quantize.maker.model import plan_layers
 from svdquant_pack.quantize.recipe import Recipe
-from svdquant_pack.quantize.tensor_file import TensorInfo
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "quantize" / "families"

@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svdquant_pack.kernels.layer import Layer
-from svdquant_pack.quantize.checkpoint import Checkpoint, CheckpointError, Provenance, open_checkpoint
-from svdquant_pack.quantize.dialects import kitchen, native
-from svdquant_pack.quantize.dialects.nunchaku.layers import PARTS
-from svdquant_pack.quantize.tensor_file import DTYPES, TensorFileError
+from svdquant_pack.quantize.files.checkpoint import Checkpoint, CheckpointError, Provenance
+from svdquant_pack.quantize.files.dialects import kitchen, native
+from svdquant_pack.quantize.files.dialects.nunchaku.layers import PARTS
+from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.files.tensor_file import DTYPES, TensorFileError
 from svdquant_pack.tests.kernels.layers import random_layer
 from svdquant_pack.tests.quantize.stored_models import quantization_config, save_model, stored_model
 from svdquant_pack.tests.quantize.test_layout import same_bytes

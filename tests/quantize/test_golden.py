@@ -7,9 +7,10 @@ from safetensors.torch import load_file
 from svdquant_pack.kernels import svdquant_linear
 from svdquant_pack.kernels.formats.int4 import GELU_SHIFT
 from svdquant_pack.kernels.packing import sign_extend, unpack
-from svdquant_pack.quantize import layout
-from svdquant_pack.quantize.checkpoint import Checkpoint, open_checkpoint
-from svdquant_pack.quantize.convert import convert_file
+from svdquant_pack.quantize.files import tiles as layout
+from svdquant_pack.quantize.files.checkpoint import Checkpoint
+from svdquant_pack.quantize.files.convert import convert_file
+from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.tests.quantize.golden import SIDECARS, needs_golden, of_kind, path_of, sha256, tensors_of
 from svdquant_pack.tests.quantize.test_layout import same_bytes
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from svdquant_pack.kernels import LayerSpec
-from svdquant_pack.quantize import lowrank
-from svdquant_pack.quantize.gptq import factorize, gptq
-from svdquant_pack.quantize.moments import Gram, gather
-from svdquant_pack.quantize.rounding import absmax_scales, round_activation, searched_scales
+from svdquant_pack.quantize.maths import lowrank
+from svdquant_pack.quantize.maths.gptq import factorize, gptq
+from svdquant_pack.quantize.maths.moments import Gram, gather
+from svdquant_pack.quantize.maths.rounding import absmax_scales, round_activation, searched_scales
 
 
 def tokens(m: int, k: int, seed: int = 0) -> torch.Tensor:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from svdquant_pack.quantize import hub
+from svdquant_pack.quantize.files import hub
 from svdquant_pack.tests.quantize.loopback_hub import CONTENT, Hub, serving
 
 

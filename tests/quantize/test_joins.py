@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from svdquant_pack.kernels import Layer
-from svdquant_pack.quantize.dialects.nunchaku import joins
+from svdquant_pack.quantize.files.dialects.nunchaku import joins
 from svdquant_pack.tests.kernels.layers import random_layer
 from svdquant_pack.tests.quantize.test_layout import same_bytes
 

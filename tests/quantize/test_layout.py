@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svdquant_pack.quantize import layout
+from svdquant_pack.quantize.files import tiles as layout
 
 tiles = st.integers(1, 3)
 seeds = st.integers(0, 2**31)

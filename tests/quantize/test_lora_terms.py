@@ -7,14 +7,15 @@ import torch
 
 from svdquant_pack.kernels.layer import Layer, LayerSpec
 from svdquant_pack.quantize import linear
-from svdquant_pack.quantize.build import quantize_layer
+from svdquant_pack.quantize.calibration.file import Statistics
+from svdquant_pack.quantize.calibration.tokens import Call
 from svdquant_pack.quantize.linear import PackedLinear
-from svdquant_pack.quantize.lora import Branch
-from svdquant_pack.quantize.lora_bake import bake_layer
-from svdquant_pack.quantize.lora_fit import LOHA_COLUMNS, LoraLimits, dora, fit, hadamard, kronecker
-from svdquant_pack.quantize.lora_terms import Columns, Kron, LoraError, columns_of
+from svdquant_pack.quantize.lora.bake import bake_layer
+from svdquant_pack.quantize.lora.branch import Branch
+from svdquant_pack.quantize.lora.fit import LOHA_COLUMNS, LoraLimits, dora, fit, hadamard, kronecker
+from svdquant_pack.quantize.lora.terms import Columns, Kron, LoraError, columns_of
+from svdquant_pack.quantize.maker.model import quantize_layer
 from svdquant_pack.quantize.recipe import Recipe
-from svdquant_pack.quantize.statistics import Call, Statistics
 
 N, K = 128, 192
 EXACT = 1e-5  # float32 sums in another order

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from svdquant_pack.kernels import FORMATS, LayerSpec
-from svdquant_pack.quantize.checkpoint import CheckpointError, Provenance, open_checkpoint
-from svdquant_pack.quantize.dialects import native
-from svdquant_pack.quantize.tensor_file import TensorInfo
+from svdquant_pack.quantize.files.checkpoint import CheckpointError, Provenance
+from svdquant_pack.quantize.files.dialects import native
+from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.files.tensor_file import TensorInfo
 from svdquant_pack.tests.kernels.layers import random_layer
 
 CASES = {

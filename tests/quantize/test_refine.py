@@ -7,12 +7,13 @@ import torch
 
 from svdquant_pack.kernels import LayerSpec, svdquant_linear
 from svdquant_pack.kernels.layer import check_layer, check_values
-from svdquant_pack.quantize import reference, smooth
-from svdquant_pack.quantize.dialects import stock_layer
-from svdquant_pack.quantize.moments import smoothed_chunks
+from svdquant_pack.quantize.files.dialects import stock_layer
+from svdquant_pack.quantize.maths import smooth
+from svdquant_pack.quantize.maths import svdquant_reference as reference
+from svdquant_pack.quantize.maths.moments import smoothed_chunks
+from svdquant_pack.quantize.maths.refine import Fit, mean_of, output_errors, refine, to_16bit
+from svdquant_pack.quantize.maths.rounding import round_activation
 from svdquant_pack.quantize.recipe import Recipe
-from svdquant_pack.quantize.refine import Fit, mean_of, output_errors, refine, to_16bit
-from svdquant_pack.quantize.rounding import round_activation
 from svdquant_pack.tests.bench.synthetic_layers import KINDS, make
 
 BF16 = torch.bfloat16

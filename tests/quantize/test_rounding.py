@@ -4,12 +4,7 @@ import pytest
 import torch
 
 from svdquant_pack.kernels import FORMATS, Layer, LayerSpec
-from svdquant_pack.quantize.rounding import (
-    E4M3_FACTORS,
-    absmax_scales,
-    round_activation,
-    searched_scales,
-)
+from svdquant_pack.quantize.maths.rounding import E4M3_FACTORS, absmax_scales, round_activation, searched_scales
 
 BF16 = torch.bfloat16
 

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import save_file
 
-from svdquant_pack.quantize.source import FileSource
+from svdquant_pack.quantize.files.source import FileSource
 from svdquant_pack.tests.quantize.test_families import keys
 
 

@@ -3,17 +3,9 @@
 import pytest
 import torch
 
-from svdquant_pack.quantize.statistics import (
-    BUCKETS,
-    Call,
-    Statistics,
-    StatisticsError,
-    bucket_of,
-    describe,
-    merge,
-    survivors,
-    tokens_for,
-)
+from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
+from svdquant_pack.quantize.calibration.several import describe, merge, tokens_for
+from svdquant_pack.quantize.calibration.tokens import BUCKETS, Call, bucket_of, survivors
 
 K = 32
 

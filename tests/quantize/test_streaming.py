@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from svdquant_pack.quantize.build import QuantizeError, quantize_model
+from svdquant_pack.quantize.files.source import FileSource
+from svdquant_pack.quantize.maker.model import QuantizeError, quantize_model
 from svdquant_pack.quantize.recipe import Recipe
-from svdquant_pack.quantize.source import FileSource
 
 LAYERS, SIZE = 16, 1024
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from svdquant_pack.quantize.tensor_file import DTYPES, TensorFile, TensorFileError, TensorInfo, TensorWriter
+from svdquant_pack.quantize.files.tensor_file import DTYPES, TensorFile, TensorFileError, TensorInfo, TensorWriter
 
 FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 

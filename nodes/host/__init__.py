@@ -1,0 +1,1 @@
+"""Bridge to ComfyUI: everything that depends on the host's own classes."""

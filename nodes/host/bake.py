@@ -1,0 +1,142 @@
+"""Bridge: a 4-bit MODEL with its active LoRAs -> a native checkpoint that has them inside."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import torch
+
+from ...quantize.calibration.file import Statistics, StatisticsError
+from ...quantize.files.checkpoint import Provenance
+from ...quantize.files.dialects import native
+from ...quantize.files.tensor_file import TensorInfo, TensorWriter
+from ...quantize.lora.bake import Baked, bake_layer
+from ...quantize.lora.terms import LoraError
+from .model import ATTACHMENT
+from .patcher import PREFIX, SVDQuantPatcher, layer_name
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class BakeReport:
+    """What was written: layers with LoRAs inside, the largest lost share, layers that had to become 16-bit."""
+
+    path: Path
+    layers: int
+    lost: float
+    dense: tuple[str, ...]
+
+
+def bake(
+    patcher: SVDQuantPatcher,
+    path: str | Path,
+    refit: bool = False,
+    progress: Progress | None = None,
+    statistics: Statistics | None = None,
+) -> BakeReport:
+    """Write `patcher` with everything that is patched into it, layer by layer.
+
+    refit   keep the rank of every layer: the best branch of that rank is stored, and what it misses reported
+    statistics  of the model, to refit by; layers that it lacks are refitted without
+    raises  LoraError for a patch that no low-rank branch can hold, and what `progress` raises; `path` is then as before
+    """
+    baked = _bake_layers(patcher, refit, progress, statistics)
+    packed = {layer_name(key): module for key, module in patcher.packed_layers().items()}
+    specs, dense = {}, []
+    for name, module in packed.items():
+        if name in baked and baked[name].layer is None:
+            dense.append(name)
+        else:
+            specs[name] = baked[name].layer.spec if name in baked else module.packed.spec
+    dtype = _stored_dtype(patcher)
+    rest = _rest(patcher, packed, dtype)
+    plan = {name: TensorInfo.of(tensor) for name, tensor in rest.items()}
+    plan |= {
+        f"{name}.weight": TensorInfo((packed[name].out_features, packed[name].in_features), dtype) for name in dense
+    }
+
+    def tensors(name: str) -> dict[str, torch.Tensor]:
+        module = packed[name]
+        layer = baked[name].layer if name in baked else module.packed.layer(module.weight.detach())
+        return native.encode_layer(name, layer)
+
+    for name in specs:
+        plan |= {key: TensorInfo.of(tensor) for key, tensor in tensors(name).items()}
+    with TensorWriter(path, plan) as writer:
+        for name in specs:
+            for key, tensor in tensors(name).items():
+                writer.write(key, tensor)
+        for name in dense:
+            writer.write(f"{name}.weight", baked[name].weight.to(dtype))
+        for key, tensor in rest.items():
+            writer.write(key, tensor)
+        writer.metadata |= native.metadata_of(_provenance(patcher, refit), specs)
+    lost = max((entry.lost for entry in baked.values()), default=0.0)
+    return BakeReport(Path(path), len(baked), lost, tuple(dense))
+
+
+def _bake_layers(
+    patcher: SVDQuantPatcher, refit: bool, progress: Progress | None, statistics: Statistics | None
+) -> dict[str, Baked]:
+    branches, baked = patcher.branches(), {}
+    for done, (key, branch) in enumerate(branches.items()):
+        name, module = layer_name(key), patcher.packed_layers()[key]
+        if progress is not None:
+            progress(done, len(branches), name)
+        layer = module.packed.layer(module.weight.detach().cpu())
+        rank = layer.spec.rank if refit and layer.spec.rank else None
+        entry = None if statistics is None or rank is None else statistics.entry(name)
+        if entry is not None and entry.tokens.shape[1] != layer.spec.k:
+            raise StatisticsError(
+                f"{statistics.path.name}: layer {name!r} has {entry.tokens.shape[1]} channels, this model's has "
+                f"{layer.spec.k}: they are statistics of another model"
+            )
+        try:
+            baked[name] = bake_layer(layer, branch, rank, patcher.lora_limits(), patcher.load_device, entry)
+        except LoraError as error:
+            raise LoraError(f"{name}: {error}") from error
+    return baked
+
+
+def _rest(patcher: SVDQuantPatcher, packed: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every tensor that is no part of a 4-bit layer, as sampling sees it; 16-bit wherever that loses nothing."""
+    found = {}
+    for name, tensor in patcher.model.diffusion_model.state_dict().items():
+        layer, _, suffix = name.rpartition(".")
+        if layer in packed and suffix != "bias":
+            continue
+        full = f"{PREFIX}{name}"
+        if full in patcher.backup:  # patched in place at the moment: start from the original
+            tensor = patcher.backup[full].weight
+        patches = patcher.patches.get(full)
+        if patches:
+            tensor = comfy.lora.calculate_weight(patches, tensor.float().clone(), full)
+        narrow = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        found[name] = narrow if patches or torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+    return found
+
+
+def _stored_dtype(patcher: SVDQuantPatcher) -> torch.dtype:
+    """The 16-bit dtype of the 4-bit layers."""
+    views = (view for module in patcher.packed_layers().values() for view in module.packed.views)
+    return next((view.dtype for view in views if view.name == "smooth_factor"), torch.bfloat16)
+
+
+def _provenance(patcher: SVDQuantPatcher, refit: bool) -> Provenance:
+    described = patcher.get_attachment(ATTACHMENT) or {}
+    config = {key: value for key, value in patcher.model.model_config.unet_config.items() if _is_json(value)}
+    recipe = {**described.get("recipe", {}), "baked_loras": len(patcher.svdquant_groups), "refit": refit}
+    pinned = tuple(key for key in described.get("pinned", ()) if key in config)
+    return Provenance(described.get("family", "generic"), config, pinned, recipe, described.get("source_hash", ""))
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True

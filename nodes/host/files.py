@@ -1,0 +1,90 @@
+"""Which files a user may choose: models in models/diffusion_models, folders of the older layout, statistics."""
+
+from pathlib import Path
+
+import folder_paths
+
+from ...quantize.calibration.file import Statistics
+from ...quantize.files.tensor_file import LEGACY_FOLDER, folder_files
+
+FOLDER = "diffusion_models"
+SUFFIX = ".statistics.safetensors"
+NO_FILE = "(none)"
+
+
+def choices() -> list[str]:
+    """Every file, and a folder of two tensor files as one entry in place of its parts."""
+    names = folder_paths.get_filename_list(FOLDER)
+    parents = {str(Path(name).parent) for name in names if Path(name).name == LEGACY_FOLDER[0]}
+    parts = {str(Path(parent) / file) for parent in parents for file in LEGACY_FOLDER}
+    return sorted({str(Path(name)) for name in names} - parts | parents - {"."})
+
+
+def find(model_name: str) -> Path | None:
+    """The path of a choice, or None if it is gone."""
+    path = folder_paths.get_full_path(FOLDER, model_name)
+    if path is not None:
+        return Path(path)
+    first = folder_paths.get_full_path(FOLDER, str(Path(model_name) / LEGACY_FOLDER[0]))
+    return None if first is None else Path(first).parent
+
+
+def find_or_raise(model_name: str) -> Path:
+    """The path of a choice. Raises FileNotFoundError that says where it should be."""
+    path = find(model_name)
+    if path is None:
+        raise FileNotFoundError(f"{model_name} is not in models/{FOLDER}; put it there and refresh the node list (R)")
+    return path
+
+
+def modified(model_name: str) -> float:
+    """When a model was last written; 0 if it is gone, so that the node runs and says so."""
+    path = find(model_name)
+    files = [] if path is None else folder_files(path) if path.is_dir() else [path]
+    return max((file.stat().st_mtime for file in files), default=0.0)
+
+
+def write_folder() -> Path:
+    """Where new models go: of ComfyUI's folders for diffusion models the one of that name."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
+    return next((folder for folder in folders if folder.name == FOLDER), folders[0])
+
+
+def target(file_name: str, overwrite: bool) -> Path:
+    """models/diffusion_models/<file_name>.safetensors. Raises ValueError if it exists and may not be replaced, or for a
+    name that leaves the folder.
+    """
+    if reason := refuse_name(file_name):
+        raise ValueError(reason)
+    path = write_folder() / (file_name if file_name.endswith(".safetensors") else f"{file_name}.safetensors")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path.name} exists already in {path.parent}: choose another name or turn overwrite on")
+    return path
+
+
+def refuse_name(file_name: str | None) -> str | None:
+    """Why `file_name` is no name for a new file inside the folder, or None if it is.
+
+    None, which the host passes for a text that comes from another node, is checked when that text is there.
+    """
+    if file_name is None:
+        return None
+    name = Path(file_name)
+    if not file_name.strip() or name.is_absolute() or ".." in name.parts:
+        return f"file_name is {file_name!r}, needed a name inside models/{FOLDER}"
+    return None
+
+
+def statistics_folder() -> Path:
+    """Where statistics are written and looked for."""
+    return Path(folder_paths.get_output_directory()) / "svdquant"
+
+
+def statistics_files() -> list[str]:
+    """Names of the statistics that a user may choose."""
+    return sorted(path.name for path in statistics_folder().glob(f"*{SUFFIX}"))
+
+
+def open_statistics(name: str) -> Statistics | None:
+    """The file of that name among `statistics_files`; None for NO_FILE."""
+    return None if name == NO_FILE else Statistics.open(statistics_folder() / Path(name).name)

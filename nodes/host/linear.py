@@ -1,0 +1,177 @@
+"""Bridge: ComfyUI's operations, with a Linear that may be a 4-bit layer.
+
+A 4-bit layer is ONE uint8 parameter `weight` that holds every tensor it needs, beside an ordinary `bias`. Hosts move,
+count, pin and stream `weight` and `bias` of any layer; anything else a layer owns would stay on the GPU uncounted.
+"""
+
+from typing import Any
+
+import comfy.ops
+import torch
+
+from ...quantize.files.checkpoint import Checkpoint, CheckpointError
+from ...quantize.files.dialects.native import MARKER, SUFFIXES, encode_layer
+from ...quantize.linear import LowRank, PackedLinear
+from ...quantize.lora.branch import Branch, LoadedBranch
+
+Base = comfy.ops.manual_cast.Linear
+SAVED = {MARKER, *SUFFIXES.values()} - {"weight"}  # state_dict names that are no attributes
+
+
+class SVDQuantLinear(Base):
+    """A linear layer of ComfyUI's own model: 4-bit when `packed` is set, else exactly ComfyUI's.
+
+    packed       description of the bytes in `weight`, or None
+    branch       the user's LoRAs, as loaded
+    branch_stays whether they stay on the device of the activation when the weight does not
+    """
+
+    packed: PackedLinear | None = None
+    branch: Branch | None = None
+    branch_stays = False
+    _loaded: LoadedBranch | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        # not Linear's __init__: the dense weight of a layer that will be 4-bit is never allocated
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        empty = torch.empty(0, in_features, device=device, dtype=dtype)
+        self.weight = torch.nn.Parameter(empty, requires_grad=False)
+        self.bias = None
+        if bias:
+            zeros = torch.zeros(out_features, device=device, dtype=dtype)
+            self.bias = torch.nn.Parameter(zeros, requires_grad=False)
+
+    def take(self, packed: PackedLinear, blob: torch.Tensor) -> None:
+        """Become the 4-bit layer in `blob`."""
+        self.packed = packed
+        self.weight = torch.nn.Parameter(blob, requires_grad=False)
+        self.weight_comfy_model_dtype = torch.uint8  # else newer hosts stage the bytes as if they were floats
+
+    @property
+    def lora(self) -> LowRank | None:
+        """(lora_down, lora_up) as loaded, strengths folded in."""
+        return None if self.branch is None else self.branch.columns(self.packed.spec)
+
+    def set_lora(self, branch: Branch | None) -> None:
+        """Replace the user's LoRAs. Factors that are on the device already stay there: only their strength changes.
+
+        Plain attributes, not buffers: hosts back buffers up and put old ones back.
+        """
+        self.__dict__["branch"], loaded = branch, self._loaded  # past Module's setter, whose checks cost more than this
+        if loaded is None:
+            return
+        if branch is not None and loaded.fits(branch):
+            loaded.follow(branch)
+        else:
+            self._loaded = None
+
+    def leave_device(self) -> None:
+        """Drop the branch's copy on a device that the weight has left."""
+        if not self.branch_stays and self._loaded is not None and self._loaded.device != self.weight.device:
+            self._loaded = None
+
+    def forward_comfy_cast_weights(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.packed is None:
+            return super().forward_comfy_cast_weights(x, *args, **kwargs)
+        blob, bias, stream = comfy.ops.cast_bias_weight(
+            self, dtype=torch.uint8, device=x.device, bias_dtype=x.dtype, offloadable=True
+        )
+        try:
+            # hosts stream offloaded weights through one buffer: its next bytes are another layer's
+            own = blob.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
+            packed, loaded = self.packed if own else self.packed.passing(), self._branch_on(x)
+            if loaded is None:
+                return packed.forward(x, blob, bias, None)
+            return loaded.forward(packed, x, blob, bias)
+        finally:
+            comfy.ops.uncast_bias_weight(self, blob, bias, stream)
+
+    def _branch_on(self, x: torch.Tensor) -> LoadedBranch | None:
+        branch, loaded = self.branch, self._loaded
+        if branch is None:
+            return None
+        if loaded is None or loaded.device != x.device or loaded.dtype != x.dtype:
+            loaded = branch.on(x.device, x.dtype)
+            if self.branch_stays or self.weight.device == x.device:
+                self._loaded = loaded
+        return loaded
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, torch.Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        shapes = {"weight": (self.out_features, self.in_features), "bias": (self.out_features,)}
+        for name, shape in shapes.items():
+            old, new = getattr(self, name), state_dict.get(prefix + name)
+            if old is None or (name == "weight" and self.packed is not None):
+                continue
+            if new is None:
+                missing_keys.append(prefix + name)
+                new = torch.zeros(shape, dtype=old.dtype)
+            elif tuple(new.shape) != shape:
+                error_msgs.append(f"{prefix}{name} has shape {tuple(new.shape)}, this model needs {shape}")
+                continue
+            if not local_metadata.get("assign_to_params_buffers", False):
+                new = new.to(device=old.device, dtype=old.dtype, copy=True)
+            setattr(self, name, torch.nn.Parameter(new, requires_grad=False))
+
+    def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:
+        """4-bit layers appear under their native checkpoint names, so that the host's save nodes write them so."""
+        if self.packed is None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        destination |= encode_layer(prefix.removesuffix("."), self.packed.layer(self.weight.detach()))
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def __getattr__(self, name: str) -> Any:
+        # hosts look every state_dict key up as an attribute
+        packed = self.__dict__.get("packed")
+        if packed is not None and name in SAVED:
+            saved = encode_layer("", packed.layer(self.weight.detach()))
+            if f".{name}" in saved:
+                return saved[f".{name}"]
+        return super().__getattr__(name)
+
+
+def operations(checkpoint: Checkpoint, compute: str) -> type:
+    """ComfyUI operations for one checkpoint: its 4-bit layers are read, one by one, while ComfyUI loads the weights.
+
+    A layer's name is what ComfyUI passes as the prefix of its state_dict keys.
+    """
+
+    class Linear(SVDQuantLinear):
+        def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
+            name = prefix.removesuffix(".")
+            if name in checkpoint.specs:
+                layer = checkpoint.layer(name)
+                wanted = (self.out_features, self.in_features)
+                if (layer.spec.n, layer.spec.k) != wanted:
+                    raise CheckpointError(
+                        f"{checkpoint.path.name}: layer {name!r} is {(layer.spec.n, layer.spec.k)}, "
+                        f"the model that ComfyUI built needs {wanted}"
+                    )
+                blob, packed = PackedLinear.pack(layer, compute)
+                self.take(packed, blob.to(self.weight.device))
+                if layer.spec.act_unsigned != (0, 0) and self.bias is None:
+                    raise CheckpointError(
+                        f"{checkpoint.path.name}: layer {name!r} keeps the shift of its unsigned activations in its "
+                        "bias, and the model that ComfyUI built has none there. Make the file again, signed."
+                    )
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    return type("SVDQuantOperations", (comfy.ops.manual_cast,), {"Linear": Linear})

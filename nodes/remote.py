@@ -1,0 +1,142 @@
+"""Calibrate from the command line: queue a workflow on a running ComfyUI, once per prompt.
+
+The workflow (API form) holds SVDQuant Calibrate, whose statistics file grows with every run, so this needs nothing
+from the server but its ordinary queue.
+"""
+
+import argparse
+import copy
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..quantize.cli import show
+
+PLACEHOLDER = "{prompt}"
+SEEDS = ("seed", "noise_seed")
+PROMPTS = Path(__file__).resolve().parents[1] / "workflows" / "prompts" / "calibration.txt"
+
+Workflow = Mapping[str, Mapping[str, Any]]
+
+
+class CalibrateError(ValueError):
+    """A workflow cannot be used or its run failed. The message says what the server said."""
+
+
+def read_prompts(path: str | Path = PROMPTS) -> list[str]:
+    """One prompt per line; empty lines and lines that start with # are left out."""
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise CalibrateError(f"{Path(path).name}: holds no prompt")
+    return prompts
+
+
+def with_prompt(workflow: Workflow, prompt: str, seed: int) -> dict[str, Any]:
+    """The workflow with this prompt in it: wherever it says {prompt}, else in the text that samplers call positive.
+
+    raises  CalibrateError if there is neither
+    """
+    made = {name: {**node, "inputs": dict(node["inputs"])} for name, node in copy.deepcopy(dict(workflow)).items()}
+    places = [
+        (node["inputs"], key, value)
+        for node in made.values()
+        for key, value in node["inputs"].items()
+        if isinstance(value, str) and PLACEHOLDER in value
+    ]
+    if not places:
+        places = [(inputs, "text", PLACEHOLDER) for inputs in _positive_texts(made)]
+    if not places:
+        raise CalibrateError(f"the workflow has no place for a prompt: write {PLACEHOLDER} where it belongs")
+    for inputs, key, text in places:
+        inputs[key] = text.replace(PLACEHOLDER, prompt)
+    for node in made.values():
+        for key in SEEDS:
+            if isinstance(node["inputs"].get(key), int):
+                node["inputs"][key] = seed
+    return made
+
+
+def _positive_texts(workflow: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Inputs of the nodes with a `text` from which some node's `positive` comes, through any number of nodes."""
+    found: list[dict[str, Any]] = []
+    links = [node["inputs"]["positive"] for node in workflow.values() if "positive" in node["inputs"]]
+    seen: set[str] = set()
+    while links:
+        link = links.pop()
+        if not isinstance(link, list) or str(link[0]) in seen:
+            continue
+        seen.add(str(link[0]))
+        inputs = workflow[str(link[0])]["inputs"]
+        if isinstance(inputs.get("text"), str):
+            found.append(inputs)
+        links += [value for value in inputs.values() if isinstance(value, list)]
+    return found
+
+
+def calibrate(
+    server: str,
+    workflow: Workflow,
+    prompts: Sequence[str],
+    progress: Callable[[int, int, str], None] | None = None,
+    poll: float = 0.5,
+) -> int:
+    """Run the workflow for every prompt, one after another; returns how many.
+
+    raises  CalibrateError if the server refuses a run or a run fails, OSError if it cannot be reached
+    """
+    if not any(node.get("class_type") == "SVDQuantCalibrate" for node in workflow.values()):
+        raise CalibrateError("the workflow holds no SVDQuant Calibrate node: put it between the model and the sampler")
+    for index, prompt in enumerate(prompts):
+        if progress is not None:
+            progress(index, len(prompts), prompt)
+        answer = _request(f"{server}/prompt", {"prompt": with_prompt(workflow, prompt, index)})
+        _wait(server, answer["prompt_id"], poll)
+    if progress is not None:
+        progress(len(prompts), len(prompts), "")
+    return len(prompts)
+
+
+def _wait(server: str, prompt_id: str, poll: float) -> None:
+    while True:
+        entry = _request(f"{server}/history/{prompt_id}").get(prompt_id)
+        status = {} if entry is None else entry.get("status", {})
+        if status.get("completed"):
+            return
+        if status.get("status_str") == "error":
+            said = [what.get("exception_message", "") for kind, what in status["messages"] if kind == "execution_error"]
+            raise CalibrateError(f"the run failed: {'; '.join(said).strip() or 'the server gave no reason'}")
+        time.sleep(poll)
+
+
+def _request(url: str, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    body = None if data is None else json.dumps(data).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        raise CalibrateError(
+            f"the server refuses the workflow: {error.read().decode(errors='replace')[:500]}"
+        ) from error
+
+
+def add_commands(commands: Any) -> None:
+    """Add the parser of `calibrate` to those of `python -m quantize`."""
+    command = commands.add_parser("calibrate", help="run a workflow with SVDQuant Calibrate once per prompt")
+    command.add_argument("workflow", help="API form, as ComfyUI's Export (API) writes it")
+    command.add_argument("--server", default="http://127.0.0.1:8188", help="a running ComfyUI")
+    command.add_argument("--prompts", default=str(PROMPTS), metavar="FILE", help="one prompt per line")
+    command.add_argument("--count", type=int, help="use only the first so many")
+    command.set_defaults(run=_calibrate)
+
+
+def _calibrate(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    workflow = json.loads(Path(arguments.workflow).read_text(encoding="utf-8"))
+    prompts = read_prompts(arguments.prompts)[: arguments.count]
+    runs = calibrate(arguments.server.rstrip("/"), workflow, prompts, None if arguments.json else show)
+    return {"runs": runs}, f"{runs} runs; the statistics are in the server's output/svdquant folder"

@@ -1,0 +1,1 @@
+"""Calibration statistics: what the quantizer knows of a layer's input."""

@@ -1,0 +1,178 @@
+"""What the quantizer has to know of a layer's input: collected while a model runs, kept in one file.
+
+A statistics file is a `.safetensors` file that is laid out in full when it is made and filled in place: token rows go
+to their slots by memory map, so that a run needs little memory however many tokens it keeps, and nothing is copied at
+the end. X is a layer's name; layers that read the same activation share one entry, under the first one's name.
+
+    X.tokens  bf16  (T, K)    kept activations, before shift and smoothing; rows from `kept` on are unused
+    X.key     fp32  (T,)      the random number that let a token in; 0 in unused rows
+    X.stratum int16 (T,)      which stratum it stands for, see `Call.strata`
+    X.hold    uint8 (T,)      1: never fitted to, only measured on
+    X.absmax  fp32  (BUCKETS, K)   per channel and step bucket, over all tokens seen
+    X.square  fp32  (BUCKETS, K)   sum of squares
+    X.count   int64 (BUCKETS,)     tokens seen
+    X.sensitivity fp32 (2,)   sum of ||dv||^2 / ||v||^2 per ||dy||^2 / ||y||^2 where it was measured, and how often
+
+Which tokens stay: see `tokens.py`.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from ..files.tensor_file import DTYPE_NAMES, TensorFile, TensorInfo
+from .tokens import BUCKETS, Entry
+
+METADATA_ROOM = 1 << 18
+ALIGNMENT = 64
+
+
+class StatisticsError(ValueError):
+    """Statistics cannot be collected, read or used. The message names the layer or file."""
+
+
+PARTS = {
+    "tokens": torch.bfloat16,
+    "key": torch.float32,
+    "stratum": torch.int16,
+    "hold": torch.uint8,
+    "absmax": torch.float32,
+    "square": torch.float32,
+    "count": torch.int64,
+    "sensitivity": torch.float32,
+}
+
+
+def _infos(layer: str, k: int, room: int) -> dict[str, TensorInfo]:
+    shapes = {
+        "tokens": (room, k),
+        "absmax": (BUCKETS, k),
+        "square": (BUCKETS, k),
+        "count": (BUCKETS,),
+        "sensitivity": (2,),
+    }
+    return {f"{layer}.{part}": TensorInfo(shapes.get(part, (room,)), dtype) for part, dtype in PARTS.items()}
+
+
+class Statistics:
+    """layer -> Entry of one statistics file.
+
+    metadata  family, shared (layer -> the entry it reads), runs (one record per finished run), seed
+    """
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry], metadata: dict[str, object], writable: bool) -> None:
+        self.path, self.entries, self.metadata, self._writable = path, dict(entries), metadata, writable
+
+    @classmethod
+    def create(
+        cls, path: str | Path, widths: Mapping[str, int], room: int, metadata: Mapping[str, object]
+    ) -> "Statistics":
+        """A new file for layers of these input widths, `room` tokens each; sparse until it is filled."""
+        path = Path(path)
+        infos = {name: info for layer, k in widths.items() for name, info in _infos(layer, k, room).items()}
+        # widest numbers first: then each tensor is aligned for its own, without gaps, which safetensors forbids
+        infos = dict(sorted(infos.items(), key=lambda item: -item[1].dtype.itemsize))
+        header, offset = {}, 0
+        for name, info in infos.items():
+            header[name] = {
+                "dtype": DTYPE_NAMES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [offset, offset + info.nbytes],
+            }
+            offset += info.nbytes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _check_disk(path, offset - _taken(path))
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            _write_header(file, header, dict(metadata), None)
+            file.truncate(file.tell() + offset)
+        temporary.replace(path)
+        return cls.open(path, writable=True)
+
+    @classmethod
+    def open(cls, path: str | Path, writable: bool = False) -> "Statistics":
+        """Map a file. Raises StatisticsError if it is not a statistics file of this version."""
+        path = Path(path)
+        file = TensorFile(path)
+        if "statistics" not in file.metadata:
+            raise StatisticsError(f"{path.name}: is no statistics file, SVDQuant Calibrate writes those")
+        metadata = json.loads(file.metadata["statistics"])
+        if metadata.get("version") != 1:
+            raise StatisticsError(f"{path.name}: statistics of version {metadata.get('version')}, this pack reads 1")
+        names = dict.fromkeys(name.rpartition(".")[0] for name in file)
+        if writable:
+            _check_disk(path, path.stat().st_size - _taken(path))
+            tensors = _map_writable(path, file.infos)
+            return cls(path, _entries(names, tensors.__getitem__), metadata, True)
+        return cls(path, _entries(names, file.__getitem__), metadata, False)
+
+    def entry(self, layer: str) -> Entry | None:
+        """The statistics of the activation that `layer` reads, None where the file has none."""
+        shared = self.metadata.get("shared", {})
+        return self.entries.get(shared.get(layer, layer))
+
+    def save(self) -> None:
+        """Write the metadata; the tensors are in the file already."""
+        assert self._writable
+        with self.path.open("r+b") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header.pop("__metadata__", None)
+            file.seek(0)
+            _write_header(file, header, self.metadata, size)
+
+    def add_run(self, **record: object) -> None:
+        """Note a finished run and save."""
+        self.metadata.setdefault("runs", []).append(record)
+        self.save()
+
+
+def _taken(path: Path) -> int:
+    """Bytes that a file takes on disk; all of them where the system does not know of sparse files."""
+    if not path.exists():
+        return 0
+    stat = path.stat()
+    return stat.st_blocks * 512 if hasattr(stat, "st_blocks") else stat.st_size
+
+
+def _check_disk(path: Path, more: int) -> None:
+    """A full disk under a mapped file kills the process, so there has to be room for all of it from the start."""
+    free = shutil.disk_usage(path.parent).free
+    if more > free:
+        raise StatisticsError(
+            f"{path.name} may grow by {more:,} bytes and {free:,} are free in {path.parent}: keep fewer tokens, allow "
+            "less disk, or make room"
+        )
+
+
+def _entries(names: Iterable[str], read: object) -> dict[str, Entry]:
+    return {name: Entry(**{part: read(f"{name}.{part}") for part in PARTS}) for name in names}
+
+
+def _write_header(file: object, header: Mapping[str, object], metadata: Mapping[str, object], size: int | None) -> None:
+    text = {"statistics": json.dumps({**metadata, "version": 1})}
+    data = json.dumps({"__metadata__": text, **header}, separators=(",", ":")).encode()
+    if size is None:
+        size = len(data) + METADATA_ROOM
+        size += -(8 + size) % ALIGNMENT
+    if len(data) > size:
+        raise StatisticsError("the statistics file has no room for more runs: start a new one and merge them")
+    file.write(size.to_bytes(8, "little") + data.ljust(size))
+
+
+def _map_writable(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
+    """Views of the file that write through to it."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=path.stat().st_size)
+    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+    tensors = {}
+    for name, info in infos.items():
+        start, stop = (8 + size + offset for offset in header[name]["data_offsets"])
+        tensors[name] = whole[start:stop].view(info.dtype).view(info.shape)
+    return tensors

@@ -1,0 +1,90 @@
+"""A 4-bit model on disk, whatever its dialect: names and shapes at once, tensors layer by layer.
+
+Dialects (how a file spells its layers) live in `dialects/`; each turns a TensorFile into a Checkpoint.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...kernels import COMPUTES, computes_of
+from ...kernels.layer import Layer, LayerError, LayerSpec, check_layer, check_values
+from .tensor_file import TensorInfo
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used. The message names file, layer, what was found and what was needed."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a checkpoint comes from and what it pins of the model that is built for it.
+
+    family       name of the model family
+    unet_config  ComfyUI's model configuration, as the host had it that wrote the file; a record
+    pinned       keys of unet_config that a host cannot find from the tensors and must take from here
+    recipe       settings of the run that made the file
+    source_hash  sha256 over names and bytes of the 16-bit source tensors
+    """
+
+    family: str = "generic"
+    unet_config: Mapping[str, Any] = field(default_factory=dict)
+    pinned: tuple[str, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    source_hash: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened 4-bit model.
+
+    dialect     how the file is spelled
+    dtype       of its 16-bit tensors
+    specs       layer name -> LayerSpec of every 4-bit layer, under ComfyUI's layer names
+    rest        tensor name -> TensorInfo of everything else, biases of 4-bit layers included
+    metadata    header strings that mean nothing to us; they are kept when the model is written again
+    """
+
+    path: Path
+    dialect: str
+    dtype: torch.dtype
+    provenance: Provenance
+    specs: Mapping[str, LayerSpec]
+    rest: Mapping[str, TensorInfo]
+    _read_layer: Callable[[str], Mapping[str, torch.Tensor]]
+    _read_rest: Callable[[str], torch.Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def layer(self, name: str) -> Layer:
+        """Read one layer. Raises CheckpointError if its tensors do not fit its spec or hold NaN or Inf."""
+        spec, tensors = self.specs[name], self._read_layer(name)
+        try:
+            check_layer(spec, tensors)
+            check_values(tensors)
+        except LayerError as error:
+            raise CheckpointError(f"{self.path.name}: layer {name!r}: {error}") from error
+        return Layer(spec, tensors)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor of `rest`."""
+        return self._read_rest(name)
+
+    def check_compute(self, compute: str) -> None:
+        """Raise CheckpointError if some layers cannot compute in this mode (see kernels/modes.py), naming what can."""
+        if compute not in COMPUTES:
+            raise CheckpointError(f"{self.path.name}: compute is {compute!r}, known are {', '.join(COMPUTES)}")
+        for format in sorted({spec.format for spec in self.specs.values()}):
+            known = computes_of(format)
+            if compute not in known:
+                raise CheckpointError(
+                    f"{self.path.name}: compute is {compute!r}, but its {format} layers have {', '.join(known)}. "
+                    "Choose one of these; auto takes the best one of the device"
+                )
+
+    def weight_infos(self) -> dict[str, TensorInfo]:
+        """Every tensor as the 16-bit model has it: 4-bit layers appear as `name.weight` of shape (N, K)."""
+        dense = {f"{name}.weight": TensorInfo((spec.n, spec.k), self.dtype) for name, spec in self.specs.items()}
+        return {**self.rest, **dense}

@@ -1,0 +1,59 @@
+"""One dialect into another: the same numbers, spelled differently. A layer at a time, and whole or not at all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import CheckpointError
+from .dialects import DIALECTS
+from .open import open_checkpoint
+from .tensor_file import TensorWriter
+
+TARGETS = ("native", "nunchaku", "kitchen")
+Progress = Callable[[int, int, str], None]
+"""progress(done, total, layer): called before each layer; raise from it to stop, nothing is then left on disk"""
+
+TENSORS_PER_LAYER = 12  # at most, bias and marker included; joined layers are written as up to five
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a run did; `notes` are the places where the new dialect holds something differently."""
+
+    path: Path
+    source_dialect: str
+    dialect: str
+    family: str
+    layers: int
+    notes: tuple[str, ...]
+
+
+def convert_file(
+    source: str | Path, target: str | Path, to: str, as_is: bool = False, progress: Progress | None = None
+) -> ConvertReport:
+    """Write the 4-bit model `source` (a file or a folder) as `target` in the dialect `to`.
+
+    as_is   keep layer names, each layer on its own: no family is needed, nothing is joined, split or reordered
+    raises  CheckpointError naming file, layer and reason, whatever `progress` raises, and OSError;
+            in every such case `target` is as it was before
+    """
+    if to not in TARGETS:
+        raise CheckpointError(f"{to!r} is no dialect to write, known are {', '.join(TARGETS)}")
+    source, target = Path(source), Path(target)
+    if target.is_dir() or (target.exists() and target.samefile(source)):
+        raise CheckpointError(f"{target}: is the source or a folder; needed the name of a new file")
+    checkpoint = open_checkpoint(source, as_is)
+    done, total = 0, len(checkpoint.specs)
+
+    def step(layer: str) -> None:
+        nonlocal done
+        if progress is not None:
+            progress(min(done, total), total, layer)
+        done += 1
+
+    room = TENSORS_PER_LAYER * 5 * total + 4 * len(checkpoint.rest)
+    with TensorWriter(target, {}, extra=room) as writer:
+        notes = DIALECTS[to].save(checkpoint, writer, as_is, step)
+    if progress is not None:
+        progress(total, total, "")
+    return ConvertReport(target, checkpoint.dialect, to, checkpoint.provenance.family, total, tuple(notes))

@@ -1,0 +1,305 @@
+"""The checkpoints of comfy-kitchen: specification, reader and writer. INT4 and AWQ, under ComfyUI's layer names.
+
+Two spellings are read; the writer uses the first. The second, in natural order, is that of the native checkpoint.
+
+    X.comfy_quant           X.comfy_quant      uint8 JSON, or the same objects in the header's `_quantization_metadata`
+    X.weight                X.weight           int8  (N, K/2) or, tile-packed, (N/128, K/64, 32, 128)
+    X.weight_scale          X.weight_scale     16-bit (K/64, N) or (N/128, K/64, 128)
+    X.weight_proj_down      X.proj_down        16-bit (K, R)
+    X.weight_proj_up        X.proj_up          16-bit (N, R) or (N/128, R, 128)
+    X.weight_smooth_factor  X.smooth_factor    16-bit (K,)
+    X.weight_zeros          X.weight_zero      16-bit (K/64, N), awq_w4a16 only
+    X.bias                  X.bias             16-bit (N,)
+
+    comfy_quant  {"format": "svdquant_w4a4" | "awq_w4a16", "group_size": 64, "act_unsigned", "layout", "rank",
+                  "orig_shape", "lowrank_branch_input_basis": "raw" | "post_smoothing", "proj_down_smooth_folded"}
+
+`post_smoothing` (the same as proj_down not folded): proj_down sees the activation after the division, so it is divided
+by smooth_factor when it is read. A missing act_unsigned means true for the layers of Qwen-Image behind a GELU
+(ComfyUI pull request 13580), false for all others. There is no NVFP4 with a low-rank branch in this dialect, and
+act_unsigned holds for a whole layer or not at all.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ....kernels.layer import Layer, LayerError, LayerSpec, check_layer
+from .. import tiles as layout
+from ..checkpoint import Checkpoint, CheckpointError
+from ..tensor_file import TensorFile, TensorInfo, TensorWriter
+from . import Dialect, native, stock_layer
+
+FORMATS = {"svdquant_w4a4": "int4", "awq_w4a16": "awq_w4a16"}
+GROUP_SIZE = 64
+TILE_PACKED = "kitchen_tile_packed_w4a4"
+OWN = {  # suffixes that only this dialect has
+    "weight_proj_down": "proj_down",
+    "weight_proj_up": "proj_up",
+    "weight_smooth_factor": "smooth_factor",
+    "weight_zeros": "wzeros",
+}
+PARTS = {**OWN, **{suffix: part for suffix, part in native.PARTS.items() if part not in ("wtscale", "wcscales")}}
+SUFFIXES = {"qweight": "weight", "wscales": "weight_scale", **{part: suffix for suffix, part in OWN.items()}}
+LOWEST_RANK = 16  # the kernels want a branch
+
+
+def speaks(file: TensorFile) -> bool:
+    """Whether some layer is spelled as only this dialect does."""
+    marked = [name.removesuffix(f".{native.MARKER}") for name in file if name.endswith(f".{native.MARKER}")]
+    if any(name.rpartition(".")[2] in OWN for name in file):
+        return bool(marked) or bool(_stated(file))
+    if not marked:
+        return bool(_stated(file))
+    for layer in marked:
+        weight = file.infos.get(f"{layer}.weight")
+        if weight is not None and len(weight.shape) == 4:
+            return True
+        try:
+            marker = native.read_marker(file, layer)
+        except LayerError:
+            return False  # the native reader will say so
+        if marker.get("lowrank_branch_input_basis", "raw") != "raw" or marker.get("proj_down_smooth_folded") is False:
+            return True
+    return False
+
+
+def _stated(file: TensorFile) -> dict[str, dict[str, Any]]:
+    """Our formats' layers in the header's `_quantization_metadata`."""
+    try:
+        layers = json.loads(file.metadata.get("_quantization_metadata", "{}"))["layers"]
+        return {name: marker for name, marker in layers.items() if marker["format"] in tuple(FORMATS)}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def markers(file: TensorFile) -> dict[str, dict[str, Any]]:
+    """layer -> its `comfy_quant` object, from tensors and header, which must not contradict each other."""
+    found = _stated(file)
+    for name in file:
+        layer = name.removesuffix(f".{native.MARKER}")
+        if layer == name:
+            continue
+        marker = native.read_marker(file, layer)
+        for key in marker.keys() & found.get(layer, {}).keys():
+            if marker[key] != found[layer][key]:
+                raise LayerError(f"{layer}: the header says {key} {found[layer][key]}, comfy_quant says {marker[key]}")
+        found[layer] = marker
+    return found
+
+
+def open_file(file: TensorFile) -> Checkpoint:
+    """Check every header entry and return the Checkpoint; no weight is read."""
+    try:
+        marked = markers(file)
+    except LayerError as error:
+        raise CheckpointError(f"{file.path.name}: {error}") from error
+    layers: dict[str, dict[str, str]] = {layer: {} for layer in marked}
+    rest: dict[str, TensorInfo] = {}
+    for name, info in file.infos.items():
+        layer, _, suffix = name.rpartition(".")
+        part = PARTS.get(suffix)
+        if layer in layers and part is not None:
+            if part in layers[layer]:
+                raise CheckpointError(f"{file.path.name}: layer {layer!r}: {part} is there in two spellings")
+            layers[layer][part] = name
+        elif layer in layers and suffix not in ("bias", native.MARKER):
+            raise CheckpointError(f"{file.path.name}: layer {layer!r}: {suffix} is not part of a 4-bit layer")
+        elif part is not None and suffix != "weight":
+            raise CheckpointError(
+                f"{file.path.name}: {name} belongs to a 4-bit layer, but {layer}.{native.MARKER} is missing. "
+                "The file is damaged or its header was edited."
+            )
+        elif suffix != native.MARKER:
+            rest[name] = info
+    specs = {}
+    for layer, parts in layers.items():
+        try:
+            infos = {part: file.infos[name] for part, name in parts.items()}
+            specs[layer] = spec_of(layer, marked[layer], infos)
+            native.check_bias(layer, specs[layer], rest)
+        except LayerError as error:
+            raise CheckpointError(f"{file.path.name}: layer {layer!r}: {error}") from error
+    weights = [*rest, *(f"{layer}.weight" for layer in specs)]
+
+    def read_layer(layer: str) -> dict[str, torch.Tensor]:
+        return _natural({part: file.read(name) for part, name in layers[layer].items()}, marked[layer])
+
+    return Checkpoint(
+        path=file.path,
+        dialect=DIALECT.name,
+        dtype=native.dtype_of(file.infos[name] for parts in layers.values() for name in parts.values()),
+        provenance=native.provenance_of(file, weights),
+        specs=specs,
+        rest=rest,
+        _read_layer=read_layer,
+        _read_rest=file.read,
+        metadata=native.kept_metadata(file),
+    )
+
+
+def spec_of(layer: str, marker: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> LayerSpec:
+    """LayerSpec of one layer from its marker and the shapes of its parts, which must agree. Raises LayerError."""
+    name = marker.get("format")
+    if not isinstance(name, str) or name not in FORMATS:
+        raise LayerError(f"format {name!r} is unknown, known are {', '.join(FORMATS)}")
+    if "qweight" not in infos:
+        raise LayerError("weight is missing")
+    natural = _natural_infos(infos)
+    shape = natural["qweight"].shape
+    if len(shape) != 2:
+        raise LayerError(f"weight has shape {shape}, needed (N, K/2) or (N/128, K/64, 32, 128)")
+    stated_layout = marker.get("layout")
+    if stated_layout == TILE_PACKED and len(infos["qweight"].shape) != 4:
+        raise LayerError(f"layout is {TILE_PACKED}, weight has shape {shape}, needed (N/128, K/64, 32, 128)")
+    n, k = shape[0], shape[1] * 2
+    down = natural.get("proj_down")
+    rank = down.shape[1] if down is not None and len(down.shape) == 2 else 0
+    if rank == 0:
+        natural = {part: info for part, info in natural.items() if part not in ("proj_down", "proj_up")}
+    unsigned = marker.get("act_unsigned", name == "svdquant_w4a4" and layer.endswith(native.AFTER_GELU))
+    if not isinstance(unsigned, bool):
+        raise LayerError(f"act_unsigned is {unsigned!r}, needed true or false")
+    spec = LayerSpec(FORMATS[name], n, k, rank, (0, k) if unsigned else (0, 0), marker.get("act_rule", "absmax"))
+    for key, value in {"group_size": GROUP_SIZE, "rank": rank, "orig_shape": [n, k]}.items():
+        if key in marker and marker[key] != value:
+            raise LayerError(f"{native.MARKER} says {key} {marker[key]}, the tensors say {value}")
+    _is_after_smoothing(marker)
+    check_layer(spec, natural)
+    native.check_one_dtype(infos)
+    return spec
+
+
+def _is_after_smoothing(marker: Mapping[str, Any]) -> bool:
+    """Whether proj_down sees the activation after the division. Raises LayerError for a contradiction."""
+    basis, folded = marker.get("lowrank_branch_input_basis"), marker.get("proj_down_smooth_folded")
+    if basis not in (None, "raw", "post_smoothing") or folded not in (None, True, False):
+        raise LayerError(f"low-rank branch in basis {basis!r}, folded {folded!r}; needed 'raw' or 'post_smoothing'")
+    if basis is not None and folded is not None and (basis == "raw") != folded:
+        raise LayerError(f"low-rank branch in basis {basis!r} with proj_down_smooth_folded {folded}: contradiction")
+    return basis == "post_smoothing" or folded is False
+
+
+def _natural_infos(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Shapes as they will be in natural order. Raises LayerError for tiles of another size."""
+    found = dict(infos)
+    packed = {"qweight": 4, "wscales": 3, "proj_up": 3}
+    tiled = [part for part, dims in packed.items() if part in infos and len(infos[part].shape) == dims]
+    if not tiled:
+        return found
+    if len(infos["qweight"].shape) != 4 or any(part not in tiled for part in packed if part in infos):
+        raise LayerError(f"is tile-packed in {', '.join(tiled)} only, needed in all parts or none")
+    tiles, groups, quads, width = infos["qweight"].shape
+    if (quads, width) != (32, layout.TILE):
+        raise LayerError(f"weight has shape {infos['qweight'].shape}, needed (N/128, K/64, 32, 128)")
+    found["qweight"] = TensorInfo((tiles * layout.TILE, groups * GROUP_SIZE // 2), infos["qweight"].dtype)
+    for part in ("wscales", "proj_up"):
+        if part in infos:
+            tiles, rows, width = infos[part].shape
+            if width != layout.TILE:
+                raise LayerError(f"{part} has shape {infos[part].shape}, needed {layout.TILE} in the last dimension")
+            n = tiles * layout.TILE
+            found[part] = TensorInfo((rows, n) if part == "wscales" else (n, rows), infos[part].dtype)
+    return found
+
+
+def _natural(tensors: dict[str, torch.Tensor], marker: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Natural order, low-rank branch on the raw activation. Inverse of what `encode_layer` does to tiles."""
+    if tensors["qweight"].dim() == 4:
+        tensors["qweight"] = layout.unpack_kitchen_weight(tensors["qweight"])
+        tensors["wscales"] = layout.unpack_kitchen_rows(tensors["wscales"])
+        if "proj_up" in tensors:
+            tensors["proj_up"] = layout.unpack_kitchen_rows(tensors["proj_up"]).T.contiguous()
+    if "proj_down" in tensors and not tensors["proj_down"].numel():
+        del tensors["proj_down"], tensors["proj_up"]
+    if _is_after_smoothing(marker) and "proj_down" in tensors:
+        tensors["proj_down"] = tensors["proj_down"].float() / tensors["smooth_factor"].float()[:, None]
+    return tensors
+
+
+def marker_of(spec: LayerSpec, tile_packed: bool = False) -> dict[str, Any]:
+    """The `comfy_quant` object of a layer. Inverse: `spec_of`."""
+    names = {format: name for name, format in FORMATS.items()}
+    marker: dict[str, Any] = {"format": names[spec.format], "group_size": GROUP_SIZE, "orig_shape": [spec.n, spec.k]}
+    if spec.fmt.low_rank:
+        marker |= {"act_unsigned": spec.act_unsigned == (0, spec.k), "rank": spec.rank}
+        marker |= {"lowrank_branch_input_basis": "raw", "proj_down_smooth_folded": True}
+        if tile_packed:
+            marker["layout"] = TILE_PACKED
+    if spec.act_rule != "absmax":
+        marker["act_rule"] = spec.act_rule
+    return marker
+
+
+def encode_layer(name: str, layer: Layer, tile_packed: bool = False) -> dict[str, torch.Tensor]:
+    """A layer as tensors of the file. Inverse of reading it, where `refusal` and `notes` have nothing to say.
+
+    raises  LayerError for a layer that this dialect cannot hold
+    """
+    spec, tensors = layer.spec, dict(layer.tensors)
+    if spec.format == "awq_w4a16":
+        tensors["wzeros"] = tensors["wzeros"].to(tensors["wscales"].dtype)  # the kernels want one dtype
+    elif spec.rank == 0:
+        rank, dtype = LOWEST_RANK, tensors["smooth_factor"].dtype
+        spec = replace(spec, rank=rank)
+        tensors |= {
+            "proj_down": torch.zeros(spec.k, rank, dtype=dtype),
+            "proj_up": torch.zeros(spec.n, rank, dtype=dtype),
+        }
+    if tile_packed and spec.format == "int4":
+        if spec.n % layout.TILE:
+            raise LayerError(f"N={spec.n} is not a multiple of {layout.TILE}, which tile-packing needs")
+        tensors["qweight"] = layout.pack_kitchen_weight(tensors["qweight"])
+        tensors["wscales"] = layout.pack_kitchen_rows(tensors["wscales"])
+        tensors["proj_up"] = layout.pack_kitchen_rows(tensors["proj_up"].T)
+    marker = torch.frombuffer(bytearray(json.dumps(marker_of(spec, tile_packed)).encode()), dtype=torch.uint8)
+    return {f"{name}.{SUFFIXES[part]}": tensor for part, tensor in tensors.items()} | {
+        f"{name}.{native.MARKER}": marker
+    }
+
+
+def refusal(spec: LayerSpec) -> str | None:
+    """Why this dialect cannot hold a layer, None if it can."""
+    if spec.format not in FORMATS.values():
+        return f"is {spec.format}, and comfy-kitchen has no {spec.format} layer with smoothing and a low-rank branch"
+    return None
+
+
+def save(
+    checkpoint: Checkpoint,
+    writer: TensorWriter,
+    as_is: bool,
+    step: Callable[[str], None],
+    tile_packed: bool = False,
+) -> list[str]:
+    """Write a checkpoint in natural order. Inverse: `open_file`. Raises CheckpointError for what cannot be held."""
+    for name, spec in checkpoint.specs.items():
+        reason = refusal(spec)
+        if reason:
+            raise CheckpointError(
+                f"{checkpoint.path.name}: layer {name!r} {reason}. Quantize the 16-bit model to int4 for this dialect."
+            )
+    notes, written = [], {}
+    for name, spec in checkpoint.specs.items():
+        step(name)
+        layer = stock_layer(name, checkpoint.layer(name), notes)
+        if spec.act_unsigned not in ((0, 0), (0, spec.k)):
+            bias = f"{name}.bias"
+            written[bias] = layer.unshifted_bias(checkpoint.tensor(bias)).float()
+            layer = replace(layer, spec=replace(layer.spec, act_unsigned=(0, 0)))
+            notes.append(f"{name}: unsigned activations in a part of the inputs became signed, the shift left the bias")
+        if "wzeros" in layer.tensors and (layer["wzeros"].to(layer["wscales"].dtype) != layer["wzeros"]).any():
+            notes.append(f"{name}: zeros were rounded to 16 bit")
+        for key, tensor in encode_layer(name, layer, tile_packed).items():
+            writer.add(key, tensor)
+    for name in checkpoint.rest:
+        writer.add(name, written[name] if name in written else checkpoint.tensor(name))
+    ours = native.metadata_of(checkpoint.provenance, {})
+    writer.metadata |= {**checkpoint.metadata, **ours}
+    return notes
+
+
+DIALECT = Dialect("kitchen", speaks, open_file, save=save)

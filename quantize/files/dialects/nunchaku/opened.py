@@ -1,0 +1,116 @@
+"""A Nunchaku file while it is opened: its tensors sorted into layers, and what becomes of each of them."""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .....kernels.layer import LayerSpec
+from ...checkpoint import CheckpointError
+from ...tensor_file import PREFIXES, TensorFile, TensorInfo
+from .header import foreign_format
+from .layers import PARTS, StoredLayer, read_layer
+from .tables import Sizes
+
+Reader = Callable[[], Any]
+
+
+@dataclass
+class Stored:
+    """A file by stored name without prefix, its tensors grouped into 4-bit layers and the rest.
+
+    keys     name without prefix -> key in the file
+    layers   layer name -> {our part name: TensorInfo}
+    parts    layer name -> {our part name: name without prefix}
+    plain    module name -> {suffix: TensorInfo} of everything else
+    """
+
+    file: TensorFile
+    keys: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)
+    parts: dict[str, dict[str, str]] = field(default_factory=dict)
+    plain: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)
+    _cache: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    _buffers: threading.local = field(default_factory=threading.local)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.file.read(self.keys[name])
+
+    def part_reader(self, layer: str) -> Callable[[str], torch.Tensor]:
+        """our part name -> the tensor as stored; codes are valid until the next codes are read"""
+        return lambda part: self._read_codes(layer) if part == "qweight" else self.read(self.parts[layer][part])
+
+    def _read_codes(self, layer: str) -> torch.Tensor:
+        """Into one buffer for all layers: to get fresh memory from the system takes longer than to unpack."""
+        info = self.layers[layer]["qweight"]
+        buffer = getattr(self._buffers, "codes", None)
+        if buffer is None or buffer.nbytes < info.nbytes:
+            buffer = self._buffers.codes = torch.empty(info.nbytes, dtype=torch.uint8)
+        return self.file.read(self.keys[self.parts[layer]["qweight"]], buffer)
+
+    def read_cached(self, layer: StoredLayer, chunks: int) -> dict[str, torch.Tensor]:
+        """A stored layer; the last one is kept, because ComfyUI asks for q, k and v one after the other."""
+        if layer.name not in self._cache:
+            self._cache.clear()
+            self._cache[layer.name] = read_layer(layer, self.part_reader(layer.name), chunks)
+        return self._cache[layer.name]
+
+
+def group(file: TensorFile, as_is: bool = False) -> Stored:
+    """Sort the tensors of a file into layers. Raises CheckpointError for a part that belongs to no layer.
+
+    as_is  such parts are ordinary tensors
+    """
+    stored, name = Stored(file), file.path.name
+    prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in file)), "")
+    for key in file:
+        if not key.startswith(prefix):
+            raise CheckpointError(
+                f"{name}: {key} stands beside keys that start with {prefix!r}: a checkpoint of several models. "
+                "Extract the diffusion model first."
+            )
+        stored.keys[key.removeprefix(prefix)] = key
+    layers = [key.removesuffix(".qweight") for key in stored.keys if key.endswith(".qweight")]
+    stored.layers, stored.parts = {layer: {} for layer in layers}, {layer: {} for layer in layers}
+    for key, original in stored.keys.items():
+        layer, _, suffix = key.rpartition(".")
+        part = PARTS.get(suffix)
+        if layer in stored.layers:
+            if part is None or part in stored.parts[layer]:
+                problem = "is not part of a 4-bit layer of Nunchaku" if part is None else "is there in two spellings"
+                raise CheckpointError(f"{name}: layer {layer!r}: {suffix} {problem}. {foreign_format(suffix)}".rstrip())
+            stored.parts[layer][part], stored.layers[layer][part] = key, file.infos[original]
+        elif part is not None and part != "bias" and not as_is:
+            raise CheckpointError(
+                f"{name}: {key} belongs to a 4-bit layer, but {layer}.qweight is missing. "
+                "The file is not whole: download it again."
+            )
+        else:
+            stored.plain.setdefault(layer, {})[suffix] = file.infos[original]
+    return stored
+
+
+@dataclass
+class Opened:
+    """What a Checkpoint is made of, collected linear by linear.
+
+    lite   signed activations and modulation rows in natural order: Nunchaku Lite
+    hints  stored layer -> logical (N, K) as the header has it, of padded layers
+    """
+
+    stored: Stored
+    lite: bool
+    sizes: Sizes
+    hints: Mapping[str, tuple[int, int]]
+    specs: dict[str, LayerSpec] = field(default_factory=dict)
+    rest: dict[str, TensorInfo] = field(default_factory=dict)
+    layer_readers: dict[str, Reader] = field(default_factory=dict)
+    rest_readers: dict[str, Reader] = field(default_factory=dict)
+
+    def add_layer(self, name: str, spec: LayerSpec, read: Reader) -> None:
+        self.specs[name], self.layer_readers[name] = spec, read
+
+    def add_rest(self, name: str, info: TensorInfo, read: Reader) -> None:
+        self.rest[name], self.rest_readers[name] = info, read

@@ -1,0 +1,270 @@
+"""Nunchaku file -> Checkpoint: every stored layer checked from the header, joined or split as ComfyUI has it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .....kernels.layer import LayerError, LayerSpec
+from ....families import FamilyError
+from ....families import detect as detect_family
+from ...checkpoint import Checkpoint, CheckpointError
+from ...tensor_file import TensorFile, TensorInfo
+from .. import native
+from . import header, joins, plain
+from .assign import Assigned, assign, is_lite_only
+from .layers import StoredLayer, inspect_layer, read_bias, read_layer, stored_size
+from .opened import Opened, Stored, group
+from .tables import Linear, Part, Sizes
+
+
+def open_file(file: TensorFile) -> Checkpoint:
+    """A Nunchaku or Nunchaku Lite file under ComfyUI's names. Raises CheckpointError naming layer and reason."""
+    stored = group(file)
+    names = header.detect_names(stored.keys, file.path.name)
+    assignment = assign(names, stored.keys, file.path.name)
+    lite = _is_lite(stored, assignment.linears)
+    opened = Opened(stored, lite, Sizes(names.mlp_ratio), header.shape_hints(file))
+    plain.bind_sizes(opened, assignment.linears)
+    _check_alike(stored)
+    for assigned in assignment.linears:
+        quantized = [name in stored.layers for name in assigned.stored]
+        with _named(file, assigned.stored[0]):
+            if all(quantized):
+                _add_layers(opened, assigned)
+            elif any(quantized):
+                raise LayerError("is 4-bit in one part and 16-bit in another; one layer has to be one of them")
+            else:
+                plain.add_linear(opened, assigned)
+    for host, key in assignment.tensors.items():
+        with _named(file, key):
+            plain.add_tensor(opened, host, key)
+    return _checkpoint(opened, as_is=False)
+
+
+def open_as_is(file: TensorFile) -> Checkpoint:
+    """The same file under its own names, each layer on its own: rows, bias and padding as stored."""
+    stored = group(file, as_is=True)
+    opened = Opened(stored, header.says_lite(file), Sizes(), header.shape_hints(file))
+    unsigned = _unsigned_layers(stored)
+    for name, infos in stored.layers.items():
+        with _named(file, name):
+            layer = _inspect(opened, name, None)
+            spec, read = layer.spec, stored.part_reader(name)
+            if name in unsigned and spec.format == "int4" and "bias" in infos:
+                spec = replace(spec, act_unsigned=(0, spec.k))
+            opened.add_layer(name, spec, lambda layer=layer, read=read: read_layer(layer, read))
+            if "bias" in infos:
+                info = TensorInfo((layer.n,), infos["bias"].dtype)
+                opened.add_rest(f"{name}.bias", info, lambda layer=layer, read=read: read_bias(layer, read))
+    for module, suffixes in stored.plain.items():
+        for suffix, info in suffixes.items():
+            key = f"{module}.{suffix}" if module else suffix
+            opened.add_rest(key, info, lambda key=key: stored.read(key))
+    return _checkpoint(opened, as_is=True)
+
+
+def _unsigned_layers(stored: Stored) -> set[str]:
+    """Layers whose bias holds a shift, where the file is a whole model of a known family; else none can be known."""
+    try:
+        names = header.detect_names(stored.keys, "")
+        lite = _is_lite(stored, assign(names, stored.keys, "").linears)
+    except CheckpointError:
+        return set()
+    return set() if lite else set(header.unsigned_layers(names, stored.layers))
+
+
+class _named:  # noqa: N801 - reads as a statement: with _named(file, layer)
+    """Turn a LayerError from the body into a CheckpointError that names file and layer."""
+
+    def __init__(self, file: TensorFile, layer: str) -> None:
+        self.place = f"{file.path.name}: layer {layer!r}"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, LayerError):
+            raise CheckpointError(f"{self.place}: {error}") from error
+
+
+def _is_lite(stored: Stored, linears: list[Assigned]) -> bool:
+    """Nunchaku or Nunchaku Lite, from names; only where both would have the same names the header decides."""
+    quantized = [assigned for assigned in linears if assigned.stored[0] in stored.layers]
+    votes = {is_lite_only(assigned): assigned.stored[0] for assigned in quantized}
+    if True in votes and False in votes:
+        raise CheckpointError(
+            f"{stored.file.path.name}: mixes dialects: layer {votes[True]!r} is named as in Nunchaku Lite and "
+            f"{votes[False]!r} as in Nunchaku, which differ in the meaning of biases. Write it again from its source."
+        )
+    return True in votes or (False not in votes and header.says_lite(stored.file))
+
+
+def _check_alike(stored: Stored) -> None:
+    """Raise CheckpointError for a layer that lacks what all others have and what would silently count as nothing."""
+    for parts, word in ((("proj_down",), "low-rank branch"), (("wtscale", "wcscales"), "scale per tensor or channel")):
+        nvfp4 = "wtscale" in parts
+        layers = {
+            name: any(part in infos for part in parts)
+            for name, infos in stored.layers.items()
+            if "wzeros" not in infos
+            and (not nvfp4 or ("wscales" in infos and infos["wscales"].dtype == torch.float8_e4m3fn))
+        }
+        without = [name for name, has in layers.items() if not has]
+        if without and len(without) < len(layers):
+            raise CheckpointError(
+                f"{stored.file.path.name}: layer {without[0]!r} has no {word} ({' or '.join(parts)}), other layers "
+                "of the file have one. The file is not whole: download it again."
+            )
+
+
+def _inspect(opened: Opened, name: str, part: Part | None) -> StoredLayer:
+    """Check a stored layer; its logical size comes from the model's own, from a hint in the header, or as stored."""
+    infos = opened.stored.layers[name]
+    padded = stored_size(infos)
+    n, k = opened.hints.get(name, padded)
+    if part is not None:
+        tile = 1 if "wzeros" in infos else 128
+        hinted = name in opened.hints
+        n = opened.sizes.value(part.n) or (n if hinted else opened.sizes.guess(part.n, padded[0], tile))
+        k = opened.sizes.value(part.k) or (k if hinted else opened.sizes.guess(part.k, padded[1], tile))
+        opened.sizes.bind(part.n, n)
+        opened.sizes.bind(part.k, k)
+    return inspect_layer(name, infos, n, k)
+
+
+def _add_layers(opened: Opened, assigned: Assigned) -> None:
+    """The host layers that 4-bit stored layers are: as they are, apart, joined or split."""
+    linear, parts = assigned.linear, assigned.linear.spellings[assigned.spelling]
+    layers = []
+    for name, part in zip(assigned.stored, parts, strict=True):
+        with _named(opened.stored.file, name):
+            layers.append(_inspect(opened, name, part))
+    chunks = linear.chunks if not opened.lite and layers[0].format == "awq_w4a16" else 0
+    if chunks and layers[0].n % chunks:
+        raise LayerError(f"has {layers[0].n} outputs, needed {chunks} equal chunks")
+    specs = [layer.spec for layer in layers]
+    for i, (spec, part) in enumerate(zip(specs, parts, strict=True)):
+        if part.unsigned and not opened.lite and spec.format == "int4":
+            specs[i] = replace(spec, act_unsigned=(0, spec.k))
+    if assigned.apart:
+        for host, layer, spec in zip(assigned.hosts, layers, specs, strict=True):
+            _add_one(opened, host, layer, spec, linear, chunks)
+            plain.add_biases(opened, (host,), [layer], linear, chunks)
+        return
+    if len(layers) > 1:
+        _add_joined(opened, assigned.hosts[0], layers, specs, linear)
+    elif len(assigned.hosts) > 1:
+        _add_split(opened, assigned.hosts, layers[0], specs[0])
+    else:
+        _add_one(opened, assigned.hosts[0], layers[0], specs[0], linear, chunks)
+    plain.add_biases(opened, assigned.hosts, layers, linear, chunks)
+
+
+def _add_one(opened: Opened, host: str, layer: StoredLayer, spec: LayerSpec, linear: Linear, chunks: int) -> None:
+    def read() -> dict[str, torch.Tensor]:
+        tensors = opened.stored.read_cached(layer, chunks)
+        return joins.swap_halves(tensors, layer.n) if linear.swap else tensors
+
+    opened.add_layer(host, spec, read)
+
+
+def _add_joined(opened: Opened, host: str, layers: list[StoredLayer], specs: list[LayerSpec], linear: Linear) -> None:
+    def parts() -> list[dict[str, torch.Tensor]]:
+        return [read_layer(layer, opened.stored.part_reader(layer.name)) for layer in layers]
+
+    if linear.join == "columns":
+        spec = joins.join_columns_spec(specs)
+        joins.check_columns([_upper_scales(opened, layer) for layer in layers])
+        opened.add_layer(host, spec, lambda: joins.join_columns(parts()))
+    else:
+        shared = _share_input(opened, layers)
+        opened.add_layer(host, joins.join_rows_spec(specs, shared), lambda: joins.join_rows(parts(), shared))
+
+
+def _upper_scales(opened: Opened, layer: StoredLayer) -> dict[str, torch.Tensor]:
+    read = opened.stored.part_reader(layer.name)
+    return {name: read(name).reshape(-1) for name in ("wtscale", "wcscales") if name in layer.parts}
+
+
+def _share_input(opened: Opened, layers: list[StoredLayer]) -> bool:
+    """Whether the parts have the same proj_down. Raises LayerError if they divide by different smooth_factors."""
+    reads = [opened.stored.part_reader(layer.name) for layer in layers]
+    if layers[0].format == "awq_w4a16":
+        return True
+    smooth = reads[0]("smooth_factor")
+    for layer, read in zip(layers[1:], reads[1:], strict=True):
+        if layer.format == "awq_w4a16" or not torch.equal(read("smooth_factor"), smooth):
+            raise LayerError(
+                f"{layer.name!r} has another smooth_factor. ComfyUI's model has both in one linear, and a 4-bit layer "
+                "divides its input once; two divisions behind one linear are not supported. Quantize the model again "
+                "with smoothing shared by layers of one input; `python -m quantize convert --as-is` unpacks this one"
+            )
+    ranks = {layer.rank for layer in layers}
+    if len(ranks) > 1 or ranks == {0}:
+        return False
+    down = reads[0]("proj_down")
+    return all(torch.equal(read("proj_down"), down) for read in reads[1:])
+
+
+def _add_split(opened: Opened, hosts: tuple[str, ...], layer: StoredLayer, spec: LayerSpec) -> None:
+    if layer.n % len(hosts):
+        raise LayerError(f"has {layer.n} outputs, needed {len(hosts)} equal shares")
+    sizes = [layer.n // len(hosts)] * len(hosts)
+    blocks = None
+    if layer.rank and layer.rank % (joins.RANK_TILE * len(hosts)) == 0:  # else it cannot be block-diagonal
+        blocks = joins.rank_blocks(opened.stored.read_cached(layer, 0)["proj_up"], sizes)
+    for i, host in enumerate(hosts):
+        rank = layer.rank if blocks is None else blocks[i].stop - blocks[i].start
+
+        def read(i: int = i) -> dict[str, torch.Tensor]:
+            return joins.split_rows(opened.stored.read_cached(layer, 0), sizes, blocks)[i]
+
+        opened.add_layer(host, replace(spec, n=sizes[i], rank=rank), read)
+
+
+def _checkpoint(opened: Opened, as_is: bool) -> Checkpoint:
+    file = opened.stored.file
+    header.check_stated(file, opened.stored.keys, opened.specs)
+    weights = [*opened.rest, *(f"{name}.weight" for name in opened.specs)]
+    try:
+        family = "generic" if as_is else detect_family(weights).name
+    except FamilyError as error:
+        raise CheckpointError(f"{file.path.name}: {error}") from error
+    provenance = replace(native.provenance_of(file, weights, family), unet_config=header.unet_config(file))
+
+    def named(readers: Mapping[str, Callable[[], Any]]) -> Callable[[str], Any]:
+        def read(name: str) -> Any:
+            with _named(file, name):
+                return readers[name]()
+
+        return read
+
+    return Checkpoint(
+        path=file.path,
+        dialect="nunchaku lite" if opened.lite else "nunchaku",
+        dtype=_dtype(opened.stored),
+        provenance=provenance,
+        specs=opened.specs,
+        rest=opened.rest,
+        _read_layer=named(opened.layer_readers),
+        _read_rest=named(opened.rest_readers),
+        metadata=native.kept_metadata(file),
+    )
+
+
+def _dtype(stored: Stored) -> torch.dtype:
+    """The 16-bit dtype of the 4-bit layers, one for the whole file."""
+    found = {
+        info.dtype: layer
+        for layer, infos in stored.layers.items()
+        for info in infos.values()
+        if info.dtype in (torch.bfloat16, torch.float16)
+    }
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{stored.file.path.name}: layer {found[torch.float16]!r} is float16 and {found[torch.bfloat16]!r} "
+            "bfloat16, needed one of them throughout; tensors were mislabelled. Write the file again from its source."
+        )
+    return next(iter(found), torch.bfloat16)

@@ -1,0 +1,40 @@
+"""Open a 4-bit model of any dialect."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..families import FAMILIES
+from .checkpoint import Checkpoint, CheckpointError
+from .dialects import detect
+from .tensor_file import TensorFileError, open_tensors
+
+
+def open_checkpoint(path: str | Path, as_is: bool = False) -> Checkpoint:
+    """Open a 4-bit model of any dialect, a file or a folder of files; only the header and a few vectors are read.
+
+    as_is   keep the file's own layer names, each layer on its own: what no model family is needed for
+    raises  CheckpointError for a file that is damaged, not a 4-bit model, or of an unknown family or format
+    """
+    try:
+        file = open_tensors(path)
+    except TensorFileError as error:
+        raise CheckpointError(str(error)) from error
+    dialect = detect(file)
+    checkpoint = (dialect.open_as_is or dialect.open)(file) if as_is else dialect.open(file)
+    family = checkpoint.provenance.family
+    if family not in FAMILIES:
+        raise CheckpointError(
+            f"{checkpoint.path.name}: family {family!r} is unknown, known are {', '.join(sorted(FAMILIES))}. "
+            "A newer version of this pack may know it."
+        )
+    return _canonical(checkpoint)
+
+
+def _canonical(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with tensors of `rest` under the names that every ComfyUI reads: its host wrote those it has."""
+    family = FAMILIES[checkpoint.provenance.family]
+    stored = {family.canonical(name): name for name in checkpoint.rest}
+    if stored.keys() == checkpoint.rest.keys():
+        return checkpoint
+    rest = {name: checkpoint.rest[old] for name, old in stored.items()}
+    return replace(checkpoint, rest=rest, _read_rest=lambda name: checkpoint.tensor(stored[name]))

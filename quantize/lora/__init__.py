@@ -1,0 +1,1 @@
+"""A user's LoRAs as columns of the low-rank branch."""

@@ -1,0 +1,1 @@
+"""A 16-bit model becomes a 4-bit file: plan, decide, make, write."""

@@ -1,0 +1,1 @@
+"""The mathematics of one layer: smoothing, low-rank branch, rounding to a grid."""

@@ -1,0 +1,184 @@
+"""smooth_factor: how much of each input channel's range moves between activation and weight."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...kernels.layer import LayerSpec
+from . import lowrank
+from .rounding import by_group
+
+LIMITS = (1e-2, 1e2)  # beyond these, activations under- or overflow the 16-bit and E4M3 ranges
+EXPONENTS = (
+    (0.0, 0.0),
+    *((a, 0.0) for a in (0.3, 0.5, 0.7)),
+    *((a, 1 - a) for a in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)),
+)
+ROWS = 2048  # rows of the weight that the search looks at
+TOKENS = 384  # and rows of the activation
+LEARNING_RATE = 0.04
+GPTQ_GAIN = 0.5  # GPTQ halves the noise of weight rounding
+
+
+def from_weight_spans(weight: torch.Tensor, power: float) -> torch.Tensor:
+    """smooth[k] = (absmax_n |weight[n, k]|) ** -power, scaled to geometric mean 1
+
+    The data-free rule: it levels the spans of the weight's input channels, so that one large channel does not set the
+    scale of its whole group. weight (N, K); returns (K,) float32. Dead channels (all zero) get 1.
+    """
+    span = weight.abs().amax(0)
+    alive = span > 0
+    log = torch.where(alive, span, 1).log()
+    if alive.any():
+        log = torch.where(alive, log - log[alive].mean(), 0)
+    return (-power * log).exp().clamp(*LIMITS)
+
+
+def from_spans(act: torch.Tensor, weight: torch.Tensor, a: float, b: float) -> torch.Tensor:
+    """smooth[k] = act[k] ** a / weight[k] ** b for spans (K,) of both; 1 where either is zero"""
+    alive = (act > 0) & (weight > 0)
+    factor = torch.where(alive, act, 1).pow(a) / torch.where(alive, weight, 1).pow(b)
+    return factor.nan_to_num(1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the search knows of the input: a few rows after the unsigned shift, and per channel over all tokens.
+
+    rows    (T, K)
+    absmax  (K,)
+    square  (K,) mean square
+    """
+
+    rows: torch.Tensor
+    absmax: torch.Tensor
+    square: torch.Tensor
+
+    @classmethod
+    def of(cls, x: torch.Tensor, absmax: torch.Tensor | None = None, square: torch.Tensor | None = None) -> "Inputs":
+        """From shifted activations x (M, K); `absmax` and `square` where they are known from more tokens."""
+        stride = max(1, len(x) // TOKENS)
+        return cls(
+            x[::stride][:TOKENS],
+            x.abs().amax(0) if absmax is None else absmax,
+            x.square().mean(0) if square is None else square,
+        )
+
+
+@dataclass(frozen=True)
+class NoiseModel:
+    """J(s) = sum_tj noise(x_t / s)_j ||R_j s_j||^2 + gain sum_ij noise(R_i s)_j E[x_j^2] / s_j^2
+
+    The output noise of rounding both factors of x / s and R s. j runs over channels, t over tokens, i over rows of
+    R = W - L / s, the part that is rounded. A step of size d adds d^2 / 12. On an int4 grid d is the same for the whole
+    group; E2M1 has steps of 1/12 of the group's extreme m below m / 3, of 1/6 below 2 m / 3, and of 1/3 above.
+
+    codes        (K/group,) int4: codes from zero to the extreme of an activation group
+    weight_gain  what GPTQ leaves of the weight's noise
+    floating     E2M1 in place of int4
+    """
+
+    codes: torch.Tensor
+    weight_gain: float
+    floating: bool
+
+    @classmethod
+    def of(cls, spec: LayerSpec, device: torch.device, gptq: bool) -> "NoiseModel":
+        group = spec.fmt.group_size
+        codes = torch.full((spec.k // group,), {"absmax": 7.0}.get(spec.act_rule, 8.0), device=device)
+        start, stop = spec.act_unsigned
+        codes[start // group : stop // group] = 15
+        return cls(codes, GPTQ_GAIN if gptq else 1.0, spec.format == "nvfp4")
+
+    def cost(self, log_s: torch.Tensor, inputs: Inputs, residual: torch.Tensor) -> torch.Tensor:
+        """J, differentiable in log_s (K,). residual (N, K)."""
+        s = log_s.exp()
+        of_act = self._noise(inputs.rows / s, self.codes) / len(inputs.rows)
+        of_weight = self._noise(residual * s, torch.full_like(self.codes, 7))
+        act = of_act * by_group(residual.square().sum(0) * s.square(), self._group(s))
+        weight = of_weight * by_group(inputs.square / s.square(), self._group(s))
+        return act.sum() + self.weight_gain * weight.sum()
+
+    def _group(self, s: torch.Tensor) -> int:
+        return len(s) // len(self.codes)
+
+    def _noise(self, rows: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """(K/group, group or 1) sum over rows of the expected squared rounding error of each channel"""
+        groups = by_group(rows.abs(), rows.shape[1] // len(codes))
+        extreme = groups.amax(-1, keepdim=True)
+        if not self.floating:
+            return extreme.square().sum(0) / (12 * codes.square()[:, None])
+        with torch.no_grad():  # which step an element falls into jumps; only the extreme has a slope
+            steps = 1 + 3 * (groups > extreme / 3).to(rows.dtype) + 12 * (groups > extreme * (2 / 3)).to(rows.dtype)
+        return (extreme.square() * steps).sum(0) / (12 * 144)
+
+
+def search(
+    weights: Sequence[torch.Tensor],
+    inputs: Inputs,
+    spec: LayerSpec,
+    rank: int,
+    seed: int,
+    steps: int,
+    gptq: bool = True,
+) -> torch.Tensor:
+    """argmin of the noise model over s: the best of 33 span rules, then `steps` Adam steps on log s
+
+    weights  (N_i, K) of every layer that reads this input; they share the result
+    returns  (K,) float32 within LIMITS of its centre
+    """
+    rows = torch.cat([weight.float() for weight in weights])
+    rows = rows[:: -(-len(rows) // ROWS)]
+    model = NoiseModel.of(spec, rows.device, gptq)
+    root_x, root_w = inputs.square.sqrt(), rows.square().mean(0).sqrt()
+    spans = ((inputs.absmax, rows.abs().amax(0)), (root_x, root_w), (inputs.absmax, root_w))
+    least, best, residual = None, None, rows
+    for act, weight in spans:
+        for a, b in EXPONENTS:
+            s = _centred(from_spans(act, weight, a, b))
+            rest = _rest(rows, s, rank, seed)
+            cost = model.cost(s.log(), inputs, rest).item()
+            if least is None or cost < least:
+                least, best, residual = cost, s, rest
+    for _ in range(2 if steps else 0):  # the branch is refreshed once, half way
+        best = _descend(best, model, inputs, residual, steps // 2)
+        residual = _rest(rows, best, rank, seed)
+    return _placed(best, inputs, spec)
+
+
+def _rest(rows: torch.Tensor, s: torch.Tensor, rank: int, seed: int) -> torch.Tensor:
+    """W - L / s"""
+    if not rank:
+        return rows
+    down, up = lowrank.split(rows * s, rank, seed, power_steps=1)
+    return rows - up @ (down / s[:, None]).T
+
+
+def _descend(s: torch.Tensor, model: NoiseModel, inputs: Inputs, residual: torch.Tensor, steps: int) -> torch.Tensor:
+    """Adam on log s with the branch held still. A host may run us in inference mode, which forbids gradients."""
+    with torch.inference_mode(False), torch.enable_grad():
+        own = Inputs(inputs.rows.clone(), inputs.absmax.clone(), inputs.square.clone())
+        gains = replace(model, codes=model.codes.clone())
+        rest = residual.clone()
+        log_s = s.clone().log().requires_grad_(True)
+        adam = torch.optim.Adam([log_s], lr=LEARNING_RATE)
+        for _ in range(steps):
+            adam.zero_grad()
+            gains.cost(log_s, own, rest).clamp_min(1e-30).log().backward()
+            adam.step()
+        return _centred(log_s.detach().exp())
+
+
+def _centred(s: torch.Tensor) -> torch.Tensor:
+    """s within LIMITS of geometric mean 1; the noise model does not see a common factor."""
+    log = s.log()
+    return (log - log.mean()).exp().clamp(*LIMITS)
+
+
+def _placed(s: torch.Tensor, inputs: Inputs, spec: LayerSpec) -> torch.Tensor:
+    """nvfp4 activations have no tensor scale: a common factor puts the median channel near 1, far from E4M3's floor."""
+    if spec.format != "nvfp4":
+        return s
+    typical = (inputs.square.sqrt() / s).median()
+    return s * torch.where(typical > 0, typical, 1).clamp(*LIMITS)

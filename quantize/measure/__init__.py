@@ -1,0 +1,1 @@
+"""How far a 4-bit model is from its source."""
