@@ -1,22 +1,22 @@
 """Which backend runs a call in which mode, and why the others do not."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 
-from .backends import Backend, Call, discover
-from .layer import Layer
-from .modes import COMPUTES, candidates
+from .backends import Backend, KernelCall, discover
+from .formats import FORMATS, format_named
+from .layer import Layer, LayerSpec, Lora
+from .modes import COMPUTES, FEW, SOME
 from .self_test import self_test
 from .stages import activate, weighted
 
 log = logging.getLogger("svdquant")
 USUAL_ROWS = 4096  # a 1024 x 1024 image of a transformer
-_tested: dict[tuple[str, Call], str | None] = {}
+_tested: dict[tuple[str, KernelCall], str | None] = {}
 _chosen: dict[tuple[Any, ...], "Choice"] = {}
 
 
@@ -42,68 +42,77 @@ def arch_of(device: torch.device) -> tuple[str, tuple[int, int] | None]:
 
 def bucket(rows: int) -> int:
     """Rows rounded up to 128, 768 or the rest: the choice is made once for each, whatever the resolution"""
-    return next((limit for limit in (128, 768) if rows <= limit), USUAL_ROWS)
+    return next((limit for limit in (FEW, SOME) if rows <= limit), USUAL_ROWS)
+
+
+def candidates(format: str, arch: str, compute: str, rows: int, act_bits: int = 4) -> tuple[str, ...]:
+    """The modes to try, best first; `arch` is "cpu" on a CPU.
+
+    Layers that keep 16-bit activations have no other mode than their own, whatever is asked for.
+    """
+    fmt = FORMATS[format]
+    if compute != "auto" and fmt.low_rank:
+        return (compute,)
+    tried = [mode for mode in fmt.modes if arch.startswith(mode.arch) and (mode.rows is None or rows <= mode.rows)]
+    return tuple(mode.compute for mode in tried if act_bits == 4 or mode.compute != "w4a4")
+
+
+def faster_format(format: str, arch: str) -> str | None:
+    """The format whose files such a GPU computes in w4a4, where it has only another mode for those of `format`
+
+    None where `format` is as good as it gets there, and for layers that have no w4a4.
+    """
+    four_bit = [name for name in FORMATS if candidates(name, arch, "auto", SOME + 1)[0] == "w4a4"]
+    has_w4a4 = any(mode.compute == "w4a4" for mode in FORMATS[format].modes)
+    return next(iter(four_bit), None) if has_w4a4 and format not in four_bit else None
 
 
 def choose(
-    format: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    compute: str = "auto",
-    rows: int = USUAL_ROWS,
-    partly_unsigned: bool = False,
-    act_bits: int = 4,
+    spec: LayerSpec, device: torch.device, dtype: torch.dtype, compute: str = "auto", rows: int = USUAL_ROWS
 ) -> Choice:
-    """The best mode of the table that a backend runs there. Raises ValueError with every reason if there is none."""
-    key = format, device, dtype, compute, bucket(rows), partly_unsigned, act_bits
+    """The first mode to try there that a backend claims, and the backend that claims it most.
+
+    raises  ValueError with every reason if there is none
+    """
+    key = spec.format, spec.partly_unsigned, spec.act_bits, device, dtype, compute, bucket(rows)
     if key not in _chosen:
-        _chosen[key] = _choose(*key)
+        _chosen[key] = _choose(spec, device, dtype, compute, bucket(rows))
     return _chosen[key]
 
 
-def _choose(
-    format: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    compute: str,
-    rows: int,
-    partly_unsigned: bool,
-    act_bits: int,
-) -> Choice:
+def _choose(spec: LayerSpec, device: torch.device, dtype: torch.dtype, compute: str, rows: int) -> Choice:
     if compute not in COMPUTES:
         raise ValueError(f"compute is {compute!r}, known are {', '.join(COMPUTES)}")
     arch, capability = arch_of(device)
     backends, absent = discover()
-    reasons = dict(absent)
-    for rule in candidates(format, arch, compute, rows, act_bits):
-        call = Call(format, device, dtype, rule.compute, capability, arch, rows, partly_unsigned)
-        for backend in sorted(backends.values(), key=lambda backend: -backend.priority):
-            if rule.backends and backend.name not in rule.backends:
-                continue
-            reason = refusal(backend, call)
-            if reason is None:
-                return Choice(
-                    backend, rule.compute, {name: why for name, why in reasons.items() if name != backend.name}
-                )
-            reasons[backend.name] = reason
+    reasons, asked = dict(absent), compute != "auto"
+    for mode in candidates(spec.format, arch, compute, rows, spec.act_bits):
+        call = KernelCall(spec.format, device, dtype, mode, capability, arch, rows, spec.partly_unsigned, asked)
+        claims = {backend.name: backend.claims(call) for backend in backends.values()}
+        reasons |= {name: claim for name, claim in claims.items() if isinstance(claim, str)}
+        able = {name: claim for name, claim in claims.items() if not isinstance(claim, str)}
+        for name in sorted(able, key=able.__getitem__, reverse=True):
+            fault = fault_of(backends[name], call)
+            if fault is None:
+                return Choice(backends[name], mode, {other: why for other, why in reasons.items() if other != name})
+            reasons[name] = fault
     lines = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise ValueError(f"no kernel backend runs {format} on {device} in {dtype} with compute={compute}: {lines}")
+    raise ValueError(f"no kernel backend runs {spec.format} on {device} in {dtype} with compute={compute}: {lines}")
 
 
 def computes_of(format: str) -> tuple[str, ...]:
-    """What may be asked of layers of this format on any device: what the reference has, which is the definition"""
-    if format == "awq_w4a16":
-        return COMPUTES  # it has one way to compute, whatever is asked for
-    refuses = discover()[0]["reference"].refuses
-    device, dtype = torch.device("cpu"), torch.float32
-    return tuple(each for each in COMPUTES if each == "auto" or refuses(Call(format, device, dtype, each)) is None)
+    """What may be asked of layers of this format on any device: what the format defines
+
+    Layers with 16-bit activations have one way to compute, whatever is asked for.
+    """
+    fmt = format_named(format)
+    return tuple(each for each in COMPUTES if each == "auto" or each in fmt.computes or not fmt.low_rank)
 
 
-def refusal(backend: Backend, call: Call) -> str | None:
-    """Why `backend` does not run `call`: what it says itself, or what its self-test found on this device."""
-    reason = backend.refuses(call)
-    if reason is not None or backend.name == "reference":
-        return reason
+def fault_of(backend: Backend, call: KernelCall) -> str | None:
+    """What a self-test or an earlier call found wrong with `backend` for such calls on this device, or None."""
+    if backend.name == "reference":
+        return None
     key = backend.name, _without_rows(call)
     if key not in _tested:
         _tested[key] = None  # the test itself must not ask again
@@ -114,7 +123,7 @@ def refusal(backend: Backend, call: Call) -> str | None:
     return _tested[key]
 
 
-def turn_off(backend: Backend, call: Call, reason: str) -> None:
+def turn_off(backend: Backend, call: KernelCall, reason: str) -> None:
     """Never choose this backend for such calls again in this process; says so once, in the log."""
     key = backend.name, _without_rows(call)
     if _tested.get(key) is None:
@@ -125,58 +134,33 @@ def turn_off(backend: Backend, call: Call, reason: str) -> None:
     _chosen.clear()
 
 
-def _without_rows(call: Call) -> Call:
-    return replace(call, rows=0, capability=None, arch="")
+def _without_rows(call: KernelCall) -> KernelCall:
+    return replace(call, rows=0, capability=None, arch="", asked=False)
 
 
 def run(
     x: torch.Tensor,
     layer: Layer,
     bias: torch.Tensor | None,
-    lora: tuple[torch.Tensor, torch.Tensor] | None,
+    lora: Lora | None,
     compute: str,
-    lora_strength: torch.Tensor | None = None,
     activation: str = "",
 ) -> torch.Tensor:
     """One layer on x (M, K) by the chosen backend; one that fails is turned off and the next takes over."""
-    format, unsigned = layer.spec.format, layer.spec.act_unsigned
-    partly = unsigned not in ((0, 0), (0, layer.spec.k))
+    spec = layer.spec
     while True:
-        choice = choose(format, x.device, x.dtype, compute, x.shape[0], partly, layer.spec.act_bits)
-        backend, arguments = choice.backend, (x, layer, bias, lora, choice.compute)
+        choice = choose(spec, x.device, x.dtype, compute, x.shape[0])
+        backend = choice.backend
         try:
             if backend.epilogue:
-                return backend.linear(*arguments, lora_strength=lora_strength, activation=activation)
-            return _with_epilogue(backend, arguments, lora_strength, activation)
+                return backend.linear(x, layer, bias, lora, choice.compute, activation)
+            # strength goes onto the factor, the activation function behind the layer
+            plain = None if lora is None else Lora(weighted(lora.down, lora.strength), lora.up)
+            return activate(backend.linear(x, layer, bias, plain, choice.compute), activation)
         except torch.cuda.OutOfMemoryError:
             raise  # the host makes room and tries again
         except Exception as error:
             if backend.name == "reference":
                 raise
-            call = Call(format, x.device, x.dtype, choice.compute, partly_unsigned=partly)
+            call = KernelCall(spec.format, x.device, x.dtype, choice.compute, partly_unsigned=spec.partly_unsigned)
             turn_off(backend, call, f"{type(error).__name__}: {error}")
-
-
-def _with_epilogue(
-    backend: Backend, arguments: tuple[Any, ...], lora_strength: torch.Tensor | None, activation: str
-) -> torch.Tensor:
-    """The epilogue for a backend that has none: strength on lora_down, the activation function after the layer"""
-    x, layer, bias, lora, compute = arguments
-    if lora is not None:
-        lora = weighted(lora[0], lora_strength), lora[1]
-    return activate(backend.linear(x, layer, bias, lora, compute), activation)
-
-
-def stage(name: str, format: str, device: torch.device, dtype: torch.dtype, compute: str) -> Callable[..., Any]:
-    """The single step `name` (see kernels/stages.py) of the best backend that would run `compute` on this device."""
-    arch, capability = arch_of(device)
-    call = Call(format, device, dtype, compute, capability, arch)
-    backends, _ = discover()
-    reasons = []
-    for backend in sorted(backends.values(), key=lambda backend: -backend.priority):
-        if name in backend.stages:
-            reason = refusal(backend, call)
-            if reason is None:
-                return backend.stages[name]
-            reasons.append(f"{backend.name}: {reason}")
-    raise ValueError(f"no kernel backend has {name} for {format} on {device} in {dtype}: {'; '.join(reasons)}")

@@ -1,30 +1,16 @@
-"""8-bit codes that 4-bit layers compute with: activations per group or per row, weights per row. Definitions, in torch.
+"""8-bit codes of activations, per group or per row. Definitions, in torch. Those of a weight: Format.expand_rows.
 
     int8_group  code = round(y / scale) over 64 channels, scale = absmax / 127 rounded up to a 12-bit significand
     int8_row    code = round(y / scale) over a row,       scale = absmax / 127
     fp8_row     code = e4m3(y / scale)  over a row,       scale = absmax / 448
 
 Codes are rounded to nearest even from y times the reciprocal of the scale. NaN and Inf make the scale NaN.
-A weight's row scale comes from its group scales alone: the largest of them, divided by one of UNITS.
 """
-
-from collections.abc import Mapping
 
 import torch
 
-from .formats.int4 import sign_extend
-from .formats.nvfp4 import from_e2m1
-from .packing import unpack
-
 GROUP_SIZE = 64
 TOPS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-# code of a 1 in the row's largest group: with these, every code of that group is an integer (int8) or exact (fp8)
-UNITS = {
-    ("int4", torch.int8): 15,
-    ("nvfp4", torch.int8): 20,
-    ("int4", torch.float8_e4m3fn): 32,
-    ("nvfp4", torch.float8_e4m3fn): 64,
-}
 
 
 def split_order(codes: torch.Tensor) -> torch.Tensor:
@@ -74,25 +60,3 @@ def quantize_rows(y: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[tor
     codes = torch.nan_to_num(y * _reciprocal(scales)[:, None])
     codes = codes.round() if dtype == torch.int8 else codes.clamp(-TOPS[dtype], TOPS[dtype])
     return codes.to(dtype), scales
-
-
-def expand_rows(
-    format: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.int8
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """W[n, k] = weight[n, k] * row_scales[n]: (weight (N, K) int8 or float8_e4m3fn, row_scales (N,) float32)
-
-    raises  ValueError for a format without a row scale
-    """
-    if (format, dtype) not in UNITS:
-        raise ValueError(f"a {format} weight cannot be expanded to one scale per row in {dtype}")
-    nibbles, scales = unpack(tensors["qweight"]), tensors["wscales"].float().T
-    values = sign_extend(nibbles).float() if format == "int4" else from_e2m1(nibbles)
-    largest = scales.abs().amax(-1, keepdim=True)
-    unit = torch.full_like(largest, float(UNITS[format, dtype]))
-    factor = torch.where(largest == 0, 0.0, unit / largest)
-    weight = (values.unflatten(-1, (scales.shape[1], -1)) * (scales * factor)[..., None]).flatten(-2)
-    row_scales = (largest / unit)[:, 0]
-    for name in ("wtscale", "wcscales"):
-        if name in tensors:
-            row_scales = row_scales * tensors[name].float()
-    return (weight.round() if dtype == torch.int8 else weight).to(dtype), row_scales

@@ -4,9 +4,9 @@ Every reader ends here and every kernel starts here. Names are the pack's vocabu
 
     qweight        (N, K/2) int8         packed 4-bit weight of the residual, low nibble = even input channel
     wscales        (K/group, N)          scale per weight group
-    wtscale        ()                    nvfp4 only, optional
-    wcscales       (N,)                  nvfp4 only, optional
-    wzeros         (K/group, N)          awq_w4a16 only
+    wtscale        ()                    optional, where the format has one: a scale for the whole tensor
+    wcscales       (N,)                  optional, where the format has one: a scale per output channel
+    wzeros         (K/group, N)          where the format has zero points
     smooth_factor  (K,)                  the activation is divided by it
     proj_down      (K, R)                low-rank branch, sees the unsmoothed activation
     proj_up        (N, R)
@@ -19,43 +19,17 @@ A mode that rounds to more than 4 bit ignores both: without them the layer is ri
 The bias is not among them: a host wants to see it as an ordinary parameter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 
-from .formats import FORMATS, Format
+from .formats import FORMATS, GELU_SHIFT, STOCK_RULE, Format
 
+RANK_TILE = 16  # columns of a low-rank branch that one tensor-core instruction multiplies; ranks are multiples of it
 MEANS = ("act_mean", "out_mean")
 BLOB_ALIGNMENT = 256  # bytes; every view is aligned for any dtype and for vector loads
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """What is known of a layer without its tensors.
-
-    act_unsigned  half-open range of input channels whose activations are shifted by GELU_SHIFT and use unsigned codes;
-                  (0, 0) for none. The stored bias then already contains -GELU_SHIFT * sum(dequantized weight / smooth)
-    act_rule      how the layer's maker expects activation scales to be chosen, one of `fmt.act_rules`. A backend that
-                  has only the stock rule, absmax, may use that: the layer stays right, with a little more error
-    act_bits      4, or 8 for a layer whose activation loses too much in 4 bit: compute=auto then keeps 8
-    """
-
-    format: str
-    n: int
-    k: int
-    rank: int = 0
-    act_unsigned: tuple[int, int] = (0, 0)
-    act_rule: str = "absmax"
-    act_bits: int = 4
-
-    @property
-    def fmt(self) -> Format:
-        return FORMATS[self.format]
-
-    def bytes_16bit(self) -> int:
-        """Size of the same weight in 16 bit."""
-        return 2 * self.n * self.k
 
 
 class LayerError(ValueError):
@@ -63,11 +37,140 @@ class LayerError(ValueError):
 
 
 @dataclass(frozen=True)
+class LayerSpec:
+    """What is known of a layer without its tensors. One that contradicts itself cannot be made.
+
+    act_unsigned  half-open range of input channels whose activations are shifted by GELU_SHIFT and use unsigned codes;
+                  (0, 0) for none. The stored bias then already contains -GELU_SHIFT * sum(dequantized weight / smooth)
+    act_rule      how the layer's maker expects activation scales to be chosen, one of `fmt.act_rules`. A backend that
+                  has only the stock rule, absmax, may use that: the layer stays right, with a little more error
+    act_bits      4, or 8 for a layer whose activation loses too much in 4 bit: compute=auto then keeps 8
+    raises        LayerError for an unknown format, and for a number that the format does not allow
+    """
+
+    format: str
+    n: int
+    k: int
+    rank: int = 0
+    act_unsigned: tuple[int, int] = (0, 0)
+    act_rule: str = STOCK_RULE
+    act_bits: int = 4
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise LayerError(f"format is {self.format!r}, known are {', '.join(FORMATS)}")
+        fmt = self.fmt
+        if self.n < 0 or self.k < 0 or self.rank < 0:
+            raise LayerError(f"N={self.n}, K={self.k}, rank {self.rank}: needed numbers that are not negative")
+        if self.k % fmt.group_size or self.k % 2:
+            raise LayerError(
+                f"K={self.k} is not a multiple of the {self.format} group of {fmt.group_size} input channels"
+            )
+        if self.rank and not fmt.low_rank:
+            raise LayerError(f"rank is {self.rank}: {self.format} has no low-rank branch, needed 0")
+        start, stop = self.act_unsigned
+        if not 0 <= start <= stop <= self.k or start % fmt.group_size or stop % fmt.group_size:
+            raise LayerError(
+                f"unsigned channels {start}:{stop} must be whole groups of {fmt.group_size} within K={self.k}"
+            )
+        if start != stop and not fmt.unsigned_act:
+            raise LayerError(f"unsigned channels {start}:{stop} are not defined for {self.format}")
+        if self.act_rule not in fmt.act_rules:
+            raise LayerError(
+                f"activation rule {self.act_rule!r} is unknown to {self.format}, known are {fmt.act_rules}"
+            )
+        if self.act_bits not in (4, 8) or (self.act_bits == 8 and not fmt.low_rank):
+            has = "4 or 8" if fmt.low_rank else "16"
+            raise LayerError(f"activations in {self.act_bits} bit: {self.format} has {has}")
+
+    @property
+    def fmt(self) -> Format:
+        return FORMATS[self.format]
+
+    @property
+    def partly_unsigned(self) -> bool:
+        """Whether some, but not all, input channels have unsigned codes."""
+        return self.act_unsigned not in ((0, 0), (0, self.k))
+
+    @property
+    def where(self) -> str:
+        return f"{self.format} at N={self.n}, K={self.k}, rank {self.rank}"
+
+    def bytes_16bit(self) -> int:
+        """Size of the same weight in 16 bit."""
+        return 2 * self.n * self.k
+
+    def check(self, tensors: Mapping[str, "ShapeAndDtype"]) -> None:
+        """Raise LayerError unless `tensors` are exactly what the format asks of such a layer.
+
+        They may be anything with a shape and a dtype: of a file's header, for one. Values are not looked at.
+        """
+        parts = self.fmt.parts(self.n, self.k, self.rank)
+        for name, part in parts.items():
+            if name not in tensors:
+                if part.optional:
+                    continue
+                raise LayerError(f"{name} is missing; {self.where} needs it")
+            found = tensors[name]
+            if tuple(found.shape) != part.shape:
+                raise LayerError(f"{name} has shape {tuple(found.shape)}, {self.where} needs {part.shape}")
+            if found.dtype not in part.dtypes:
+                known = " or ".join(str(dtype).removeprefix("torch.") for dtype in part.dtypes)
+                raise LayerError(f"{name} has dtype {str(found.dtype).removeprefix('torch.')}, needed {known}")
+        for name in tensors:
+            if name not in parts:
+                raise LayerError(f"{name} is not a tensor of a {self.format} layer of rank {self.rank}")
+        if len([name for name in MEANS if name in tensors]) == 1:
+            raise LayerError("act_mean and out_mean belong together, this layer has one of them")
+
+
+class ShapeAndDtype(Protocol):
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+class Lora(NamedTuple):
+    """The user's LoRA, more columns of the low-rank branch: (x @ down * strength) @ up.T
+
+    down      (K, R'), up (N, R')
+    strength  (ceil(R' / 16),) float32, a factor for each 16 columns, or None
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    strength: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Layer:
-    """A LayerSpec with its tensors."""
+    """A LayerSpec with its tensors: names, shapes and dtypes as the format declares them, on one device.
+
+    raises  LayerError for anything else, when it is made: kernels look at no shape again
+    """
 
     spec: LayerSpec
     tensors: Mapping[str, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        self.spec.check(self.tensors)
+        devices = {tensor.device: name for name, tensor in self.tensors.items()}
+        if len(devices) > 1:
+            places = " and ".join(f"{name} on {device}" for device, name in devices.items())
+            raise LayerError(f"{places}: a layer lies on one device, move one of them")
+
+    @classmethod
+    def known(cls, spec: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> "Layer":
+        """The same without looking: for tensors that a checked layer was taken apart into, once per forward call."""
+        layer = object.__new__(cls)
+        layer.__dict__.update(spec=spec, tensors=tensors)
+        return layer
+
+    def to(self, device: torch.device | str) -> "Layer":
+        """The layer on another device."""
+        return Layer.known(self.spec, {name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
@@ -107,8 +210,6 @@ def shifted_bias_term(weight: torch.Tensor, smooth_factor: torch.Tensor, act_uns
 
     What the shift of the activation adds to the output, hence what the stored bias has to take off.
     """
-    from .formats.int4 import GELU_SHIFT
-
     start, stop = act_unsigned
     channels = weight[:, start:stop].double() / smooth_factor[start:stop].double()
     return (GELU_SHIFT * channels.sum(1)).float()
@@ -117,45 +218,6 @@ def shifted_bias_term(weight: torch.Tensor, smooth_factor: torch.Tensor, act_uns
 def mean_term(weight: torch.Tensor, smooth_factor: torch.Tensor, act_mean: torch.Tensor) -> torch.Tensor:
     """out_mean = weight @ (act_mean / smooth_factor), (N,) float32, of a decoded weight (N, K)"""
     return (weight.double() @ (act_mean.double() / smooth_factor.double())).float()
-
-
-def check_layer(spec: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise LayerError unless `tensors` are exactly what the format asks of an (N, K) layer of this rank.
-
-    `tensors` may be anything with `.shape` and `.dtype`; values are not looked at.
-    """
-    fmt = spec.fmt
-    if spec.k % fmt.group_size or spec.k % 2:
-        raise LayerError(f"K={spec.k} is not a multiple of the {spec.format} group of {fmt.group_size} input channels")
-    start, stop = spec.act_unsigned
-    if not 0 <= start <= stop <= spec.k or start % fmt.group_size or stop % fmt.group_size:
-        raise LayerError(f"unsigned channels {start}:{stop} must be whole groups of {fmt.group_size} within K={spec.k}")
-    if start != stop and spec.format != "int4":
-        raise LayerError(f"unsigned channels {start}:{stop} are only defined for int4, this layer is {spec.format}")
-    if spec.act_rule not in fmt.act_rules:
-        raise LayerError(f"activation rule {spec.act_rule!r} is unknown to {spec.format}, known are {fmt.act_rules}")
-    if spec.act_bits not in (4, 8) or (spec.act_bits == 8 and not fmt.low_rank):
-        raise LayerError(f"activations in {spec.act_bits} bit: {spec.format} has {'4 or 8' if fmt.low_rank else '16'}")
-    if ("act_mean" in tensors) != ("out_mean" in tensors):
-        raise LayerError("act_mean and out_mean belong together, this layer has one of them")
-    parts = fmt.parts(spec.n, spec.k, spec.rank)
-    for name, part in parts.items():
-        if name not in tensors:
-            if part.optional:
-                continue
-            raise LayerError(f"{name} is missing; {spec.format} at N={spec.n}, K={spec.k}, rank {spec.rank} needs it")
-        found = tensors[name]
-        if tuple(found.shape) != part.shape:
-            raise LayerError(
-                f"{name} has shape {tuple(found.shape)}, {spec.format} at N={spec.n}, K={spec.k}, "
-                f"rank {spec.rank} needs {part.shape}"
-            )
-        if found.dtype not in part.dtypes:
-            known = " or ".join(str(dtype).removeprefix("torch.") for dtype in part.dtypes)
-            raise LayerError(f"{name} has dtype {str(found.dtype).removeprefix('torch.')}, needed {known}")
-    for name in tensors:
-        if name not in parts:
-            raise LayerError(f"{name} is not a tensor of a {spec.format} layer of rank {spec.rank}")
 
 
 def check_values(tensors: Mapping[str, torch.Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .backends import Backend, Call
+from .backends import Backend, KernelCall
 from .formats import FORMATS
 from .layer import Layer, LayerSpec, mean_term
 
@@ -25,11 +25,11 @@ def make_layer(format: str, dtype: torch.dtype, n: int, partly_unsigned: bool) -
     if fmt.low_rank and n == SHAPES[1][1]:
         tensors["act_mean"] = (torch.randn(K, generator=generator) / 4).to(dtype)
         tensors["out_mean"] = mean_term(fmt.decode_weight(tensors), tensors["smooth_factor"], tensors["act_mean"])
-    unsigned = (64, 128) if partly_unsigned else (0, K) if format == "int4" and n == SHAPES[0][1] else (0, 0)
+    unsigned = (64, 128) if partly_unsigned else (0, K) if fmt.unsigned_act and n == SHAPES[0][1] else (0, 0)
     return Layer(LayerSpec(format, n, K, rank, unsigned), tensors)
 
 
-def self_test(backend: Backend, call: Call) -> str | None:
+def self_test(backend: Backend, call: KernelCall) -> str | None:
     """What is wrong with `backend` for such calls, or None."""
     from .backends.reference import linear
 
@@ -37,7 +37,7 @@ def self_test(backend: Backend, call: Call) -> str | None:
     try:
         for rows, n in SHAPES:
             layer = make_layer(call.format, call.dtype, n, call.partly_unsigned)
-            there = Layer(layer.spec, {name: tensor.to(call.device) for name, tensor in layer.tensors.items()})
+            there = layer.to(call.device)
             bias = torch.randn(n, generator=generator).to(call.dtype)
             x = torch.randn(rows, K, generator=generator).to(call.dtype)
             wanted = linear(x, layer, bias, None, call.compute).float()

@@ -1,21 +1,17 @@
-"""The single steps of a layer in plain torch: the definition of right for the public operations, on any device.
+"""The steps of a layer in plain torch: the definition of right for what backends fuse, on any device.
 
-Arguments are flat tensors and are right already; shapes stand in kernels/__init__.py. A backend that has these steps
-lists functions of the same arguments under the same names.
+Arguments are flat tensors of a Layer and are right already.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 
 from . import eight_bit
-from .formats import FORMATS
-from .formats.int4 import GELU_SHIFT
-from .packing import pack, unpack
+from .formats import FORMATS, GELU_SHIFT
+from .layer import RANK_TILE
+from .packing import pack
 
 Range = tuple[int, int]
-Tensors = dict[str, torch.Tensor]
 
 
 def wide_dtype(x: torch.Tensor) -> torch.dtype:
@@ -47,7 +43,18 @@ def quantize_activation(
     act_rule: str = "absmax",
     act_mean: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(qact, ascales, branch_act) of x (M, K)"""
+    """qact = round((x - act_mean + shift) / smooth_factor / scale), branch_act = x @ proj_down
+
+    x             (M, K) bf16, fp16 or fp32
+    act_unsigned  channels that are shifted by GELU_SHIFT; codes of 4 bit are unsigned there
+    codes         | qact                              | ascales
+      a format    | (M, K/2) int8, low nibble = even  | (K/group, M), as the format has it
+      int8_group  | (M, K) int8, kernels/eight_bit.py | (K/64, M) float32, absmax / 127
+      int8_row    | (M, K) int8                       | (M,) float32, absmax / 127
+      fp8_row     | (M, K) float8_e4m3fn              | (M,) float32, absmax / 448
+    returns  qact, ascales, branch_act (M, R) in the dtype of x, R = 0 without proj_down. A group (row) with NaN or Inf
+             has the scale NaN
+    """
     y = smoothed(x, smooth_factor, act_unsigned, act_mean)
     if codes == "int8_group":
         qact, ascales = eight_bit.quantize_groups(y.float())
@@ -70,7 +77,7 @@ def weighted(columns: torch.Tensor, strength: torch.Tensor | None) -> torch.Tens
     """columns (..., R) * strength of each 16 columns (ceil(R/16),) float32, rounded once to the dtype of `columns`"""
     if strength is None:
         return columns
-    return (columns * strength.repeat_interleave(16)[: columns.shape[-1]]).to(columns.dtype)
+    return (columns * strength.repeat_interleave(RANK_TILE)[: columns.shape[-1]]).to(columns.dtype)
 
 
 def activate(y: torch.Tensor, activation: str) -> torch.Tensor:
@@ -94,74 +101,3 @@ def finish(
     if bias is not None:
         y = y + bias.to(y.dtype)
     return activate(y, activation).to(dtype)
-
-
-def linear_w4(
-    qact: torch.Tensor,
-    ascales: torch.Tensor,
-    weights: Tensors,
-    branch_act: torch.Tensor | None,
-    proj_up: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    format: str,
-    act_unsigned: Range,
-    activation: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """4-bit weights with activations in the same codes, or in 8 bit if qact is (M, K)"""
-    fmt = FORMATS[format]
-    if qact.shape[1] == 2 * weights["qweight"].shape[1]:
-        act = eight_bit.decode_groups(qact, ascales)
-    else:
-        act = fmt.decode_activation(unpack(qact), ascales.T, act_unsigned)
-    return finish(act @ fmt.decode_weight(weights).T, branch_act, proj_up, bias, activation, dtype)
-
-
-def linear_w4_requantize(
-    qact: torch.Tensor,
-    ascales: torch.Tensor,
-    weights: Tensors,
-    branch_act: torch.Tensor | None,
-    proj_up: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    next_smooth: torch.Tensor,
-    act_unsigned: Range,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, its unsigned codes, their scales) with y = GELU(int4 layer), codes as the next layer would make them of y"""
-    y = linear_w4(qact, ascales, weights, branch_act, proj_up, bias, "int4", act_unsigned, "gelu", dtype)
-    return y, *quantize_activation(y, next_smooth, None, "int4", (0, y.shape[1]))[:2]
-
-
-def expand_weight(weights: Tensors, format: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight (N, K) in int8 or float8_e4m3fn, row_scales (N,))"""
-    return eight_bit.expand_rows(format, weights, dtype)
-
-
-def linear_w8a8(
-    qact: torch.Tensor,
-    ascales: torch.Tensor,
-    weight: torch.Tensor,
-    row_scales: torch.Tensor,
-    branch_act: torch.Tensor | None,
-    proj_up: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    activation: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """int8 rows on both sides. The integer sums are exact in float64"""
-    y = (qact.double() @ weight.double().T).float() * ascales[:, None] * row_scales
-    return finish(y, branch_act, proj_up, bias, activation, dtype)
-
-
-def gemv_w4a16(x: torch.Tensor, weights: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
-    """awq_w4a16 weights with activations as they are"""
-    wide = x.to(wide_dtype(x))
-    y = wide @ FORMATS["awq_w4a16"].decode_weight(weights).to(wide.dtype).T
-    return finish(y, None, None, bias, "", x.dtype)
-
-
-STAGES: dict[str, Callable] = {
-    function.__name__: function
-    for function in (quantize_activation, linear_w4, linear_w4_requantize, expand_weight, linear_w8a8, gemv_w4a16)
-}

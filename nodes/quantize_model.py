@@ -7,11 +7,12 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 
+from ..kernels.layer import RANK_TILE
 from ..quantize.calibration.file import Statistics
 from ..quantize.files.source import FileSource
 from ..quantize.maker.model import QuantizeReport, quantize_model
 from ..quantize.maker.report import summarize, write_report
-from ..quantize.recipe import NAMED, RANK_MULTIPLE, Recipe
+from ..quantize.recipe import NAMED, WITH_BRANCH, Recipe
 from .calibrate import STATISTICS
 from .host.files import FOLDER, NO_FILE, find_or_raise, open_statistics, refuse_name, statistics_files, target
 from .host.model import ModelSource, load_model
@@ -43,7 +44,7 @@ class SVDQuantQuantizeModel:
                     {"tooltip": "A 16-bit file, or the connected MODEL. A file is read layer by layer, never whole."},
                 ),
                 "format": (
-                    ["int4", "nvfp4"],
+                    list(WITH_BRANCH),
                     {"tooltip": "int4 for NVIDIA RTX 20, 30 and 40; nvfp4 for RTX 50. Every device runs both."},
                 ),
                 "rank": (
@@ -52,7 +53,7 @@ class SVDQuantQuantizeModel:
                         "default": 32,
                         "min": 0,
                         "max": 512,
-                        "step": RANK_MULTIPLE,
+                        "step": RANK_TILE,
                         "tooltip": "Width of the 16-bit low-rank branch. More is better and larger: 32 is usual.",
                     },
                 ),

@@ -30,7 +30,7 @@ class PackedLinear:
 
     def layer(self, blob: torch.Tensor) -> Layer:
         """The layer inside `blob`, without a copy."""
-        return Layer(self.spec, from_blob(blob, self.views))
+        return Layer.known(self.spec, from_blob(blob, self.views))
 
     def forward(
         self,
@@ -41,7 +41,7 @@ class PackedLinear:
         strength: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """svdquant_linear of the layer in `blob`, which lies on the device of x; strength of each 16 LoRA columns."""
-        return svdquant_linear(x, self.layer(blob), bias, lora, self.compute, lora_strength=strength)
+        return svdquant_linear(x, self.layer(blob), bias, None if lora is None else (*lora, strength), self.compute)
 
     def passing(self) -> "PackedLinear":
         """The same layer for bytes that lie where they do for one call alone: nothing made from them may be kept."""
@@ -49,4 +49,4 @@ class PackedLinear:
 
     def choice(self, device: torch.device, dtype: torch.dtype) -> Choice:
         """Which backend runs this layer there, and why the others do not."""
-        return choose(self.spec.format, device, dtype, self.compute)
+        return choose(self.spec, device, dtype, self.compute)

@@ -5,9 +5,13 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-RANK_MULTIPLE = 16  # the width of a tensor-core tile
+from ..kernels.formats import DEFAULT, FORMATS, MODULATION
+from ..kernels.layer import RANK_TILE
+
 LARGEST_AUTO_RANK = 128  # LoRAs are appended to the branch, and kernels slow down above 256 columns in all
-BEST_RULES = {"int4": "signed_extreme", "nvfp4": "four_six"}
+KEEP_16BIT = "16bit"  # the choice for modulation layers that stay as they are
+WITH_BRANCH = tuple(name for name, fmt in FORMATS.items() if fmt.low_rank)  # formats with 4-bit activations
+WITHOUT_BRANCH = tuple(name for name, fmt in FORMATS.items() if not fmt.low_rank)  # with 16-bit ones
 
 # what each named recipe changes; `fast` is the table of defaults below
 NAMED: dict[str, dict[str, Any]] = {
@@ -25,7 +29,7 @@ class Recipe:
 
     name             `fast` needs no data; `balanced` and `best` need statistics; `svdquant` and `svdquant+gptq` are
                      the reference quantizer's steps, to measure ours against
-    format           int4 or nvfp4
+    format           of layers with 4-bit activations: kernels/formats
     rank             width of the low-rank branch, a multiple of 16
     auto_rank        choose the rank of each layer (0 to 128) so that together they take the bytes of `rank`, or fill
                      target_size
@@ -33,7 +37,7 @@ class Recipe:
     fallback         layers with a predicted or measured error above this, and those that cost the model most, get 8-bit
                      activations; layers still above it stay in 16 bit. 0 to keep every layer 4-bit
     act8_share       at most this share of the multiply-adds gets 8-bit activations, worst layers first
-    activation       "stock", or "best": signed-extreme (int4) and 4/6 (nvfp4) activation scales, for backends with them
+    activation       "stock", or "best": the finest rule for activation scales that the format has, for backends with it
     smoothing        "weight_spans" (data-free), "noise_model" or "grid" (the reference's 39 points)
     smooth_power     weight_spans: smooth_factor = span of the weight's input channel ** -smooth_power
     alternations     fast: at most this many rounds of {low-rank fit, round}; the best is kept
@@ -47,12 +51,12 @@ class Recipe:
                      channel) and the layer is better for it on held-out tokens
     centring         take the mean off each activation channel before it is rounded, and add what that takes again
     bias_correction  whether the bias takes up the mean error
-    modulation       "awq_w4a16", or "16bit" to leave modulation layers alone
+    modulation       format of modulation layers, or "16bit" to leave them alone
     seed             of the randomized SVD
     """
 
     name: str = "fast"
-    format: str = "int4"
+    format: str = DEFAULT
     rank: int = 32
     auto_rank: bool = False
     target_size: int = 0
@@ -71,21 +75,21 @@ class Recipe:
     input_noise: bool = False
     centring: bool = False
     bias_correction: bool = True
-    modulation: str = "awq_w4a16"
+    modulation: str = MODULATION
     seed: int = 0
 
     def __post_init__(self) -> None:
         for field, known in (
             ("name", tuple(NAMED)),
-            ("format", ("int4", "nvfp4")),
+            ("format", WITH_BRANCH),
             ("activation", ("stock", "best")),
             ("smoothing", ("weight_spans", "noise_model", "grid")),
-            ("modulation", ("awq_w4a16", "16bit")),
+            ("modulation", (*WITHOUT_BRANCH, KEEP_16BIT)),
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field} is {getattr(self, field)!r}, needed {' or '.join(known)}")
-        if self.rank < 0 or self.rank % RANK_MULTIPLE:
-            raise ValueError(f"rank is {self.rank}, needed a multiple of {RANK_MULTIPLE}, or 0 for no low-rank branch")
+        if self.rank < 0 or self.rank % RANK_TILE:
+            raise ValueError(f"rank is {self.rank}, needed a multiple of {RANK_TILE}, or 0 for no low-rank branch")
         if not 0 <= self.act8_share <= 1:
             raise ValueError(f"act8_share is {self.act8_share}, needed a share from 0 to 1 of the multiply-adds")
         if self.target_size < 0:
@@ -105,7 +109,7 @@ class Recipe:
     @property
     def act_rule(self) -> str:
         """How activation scales are chosen, as LayerSpec names it."""
-        return BEST_RULES[self.format] if self.activation == "best" else "absmax"
+        return FORMATS[self.format].act_rules[-1 if self.activation == "best" else 0]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -5,21 +5,24 @@ A new backend is one new file (or folder) that defines `BACKEND`; a module witho
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 
+from ..formats import FORMATS, Format
+
 
 @dataclass(frozen=True)
-class Call:
+class KernelCall:
     """What a backend needs to know to say whether it can run a layer.
 
     capability  of an NVIDIA GPU, else None
     arch        sm_90, gfx942, ..., or the type of a device that is neither NVIDIA's nor AMD's
     rows        M of the activation
     partly_unsigned  whether some, but not all, input channels have unsigned codes
+    asked       whether the user named this mode, and it is not one that `auto` tries
     """
 
     format: str
@@ -30,6 +33,11 @@ class Call:
     arch: str = ""
     rows: int = 4096
     partly_unsigned: bool = False
+    asked: bool = True
+
+    @property
+    def fmt(self) -> Format:
+        return FORMATS[self.format]
 
 
 @dataclass(frozen=True)
@@ -37,19 +45,15 @@ class Backend:
     """A set of kernels.
 
     name      as shown to the user
-    priority  the highest that does not refuse is chosen
-    refuses   Call -> why it cannot run, or None when it can
-    linear    (x, layer, bias, lora, compute) -> y: the whole layer, x (M, K) and `compute` resolved
-    epilogue  whether `linear` also takes the keywords lora_strength and activation of kernels.svdquant_linear
-    stages    single steps of a layer by the name of the public operation, see kernels/stages.py; may be empty
+    claims    KernelCall -> how much it wants the call, the highest claim runs it; or a sentence: why it cannot
+    linear    (x, layer, bias, lora, compute) -> y: the whole layer, x (M, K), `lora` a Lora or None, `compute` resolved
+    epilogue  whether `linear` takes strengths inside `lora`, and as sixth argument the `activation` of svdquant_linear
     """
 
     name: str
-    priority: int
-    refuses: Callable[[Call], str | None]
+    claims: Callable[[KernelCall], int | str]
     linear: Callable[..., torch.Tensor]
     epilogue: bool = False
-    stages: Mapping[str, Callable] = field(default_factory=dict)
 
 
 @cache

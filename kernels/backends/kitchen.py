@@ -9,17 +9,21 @@ from functools import cache
 
 import torch
 
-from ..formats.int4 import GELU_SHIFT
-from ..layer import Layer
-from . import Backend, Call
+from ..formats import GELU_SHIFT, TWOS_COMPLEMENT
+from ..layer import RANK_TILE, Layer, Lora
+from . import Backend, KernelCall
 
 FIRST, LAST = (8, 0), (8, 9)
 DTYPES = (torch.bfloat16, torch.float16)
-RANK_MULTIPLE = 16  # its branch is made of tensor-core tiles
+GROUP_SIZE = 64
 
 
-def refuses(call: Call) -> str | None:
-    if (call.format, call.compute) != ("int4", "w4a4"):
+CLAIM = 40  # above the pack's own INT4 kernels
+
+
+def claims(call: KernelCall) -> int | str:
+    fmt = call.fmt
+    if call.compute != "w4a4" or (fmt.code, fmt.group_size) != (TWOS_COMPLEMENT, GROUP_SIZE):
         return f"computes w4a4 of int4, not {call.compute} of {call.format}"
     if call.device.type != "cuda" or call.capability is None:
         return f"needs an NVIDIA GPU, this is {call.arch or call.device.type}"
@@ -30,7 +34,7 @@ def refuses(call: Call) -> str | None:
         return f"computes in bf16 or fp16, not {call.dtype}"
     if call.partly_unsigned:
         return "cannot mix signed and unsigned channels in one layer"
-    return missing()
+    return missing() or CLAIM
 
 
 @cache
@@ -49,9 +53,7 @@ def missing() -> str | None:
     return None
 
 
-def _columns(
-    layer: Layer, lora: tuple[torch.Tensor, torch.Tensor] | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _columns(layer: Layer, lora: Lora | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """(down (K, R), up (N, R)) of both branches, padded with zeros to a multiple of 16 columns, at least 16"""
     downs = [layer["proj_down"]] if layer.spec.rank else []
     ups = [layer["proj_up"]] if layer.spec.rank else []
@@ -59,7 +61,7 @@ def _columns(
         downs.append(lora[0])
         ups.append(lora[1])
     width = sum(down.shape[1] for down in downs)
-    missing_columns = -width % RANK_MULTIPLE if width else RANK_MULTIPLE
+    missing_columns = -width % RANK_TILE if width else RANK_TILE
     if missing_columns:
         like = layer["smooth_factor"]
         downs.append(like.new_zeros(layer.spec.k, missing_columns))
@@ -73,7 +75,7 @@ def linear(
     x: torch.Tensor,
     layer: Layer,
     bias: torch.Tensor | None,
-    lora: tuple[torch.Tensor, torch.Tensor] | None,
+    lora: Lora | None,
     compute: str,
 ) -> torch.Tensor:
     """One layer on x (M, K). Returns (M, N) in the dtype of x."""
@@ -105,4 +107,4 @@ def linear(
     return y[: x.shape[0]]  # it pads the rows
 
 
-BACKEND = Backend("kitchen", 40, refuses, linear)
+BACKEND = Backend("kitchen", claims, linear)

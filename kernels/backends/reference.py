@@ -18,12 +18,11 @@ from functools import cache
 import torch
 
 from .. import eight_bit, stages
-from ..layer import Layer
+from ..layer import Layer, Lora
 from ..roundtrip import rounded
 from ..weight_cache import WeightCache
-from . import Backend, Call
+from . import Backend, KernelCall
 
-COMPUTES = ("w4a4", "w4a8", "w8a8", "w4a8-jit", "fp8", "w16", "w4a16")
 BUDGET = 0.25  # of the machine's memory, for decoded weights of all models together
 
 
@@ -47,16 +46,13 @@ def _budget_from_psutil() -> int:
 WEIGHTS = WeightCache(budget)
 
 
-def refuses(call: Call) -> str | None:
-    if call.compute not in COMPUTES:
-        return f"computes {', '.join(COMPUTES)}, not {call.compute}"
-    if call.format == "awq_w4a16":
-        return None if call.compute in ("w4a4", "w16", "w4a16") else f"{call.format} has no {call.compute}"
-    if call.compute == "w4a16":
-        return f"w4a16 is for awq_w4a16, this layer is {call.format}"
-    if call.compute == "w4a8" and call.format != "int4":
-        return f"w4a8 is for int4, this layer is {call.format}"
-    return None
+def claims(call: KernelCall) -> int | str:
+    """Everything that a format defines, as the last resort: on a GPU by itself only what is no emulation."""
+    if call.compute not in call.fmt.computes:
+        return f"{call.format} has {', '.join(call.fmt.computes)}, not {call.compute}"
+    if not call.asked and call.arch != "cpu" and call.compute not in ("w16", "w4a16"):
+        return f"emulates {call.compute} in plain torch, which is for a CPU"
+    return 0
 
 
 def decoded_weight(layer: Layer) -> torch.Tensor:
@@ -80,7 +76,7 @@ def _smoothed(x: torch.Tensor, layer: Layer) -> torch.Tensor:
 def _rounded_to_rows(x: torch.Tensor, layer: Layer, dtype: torch.dtype) -> torch.Tensor:
     """The product of both sides in 8 bit, one scale per row"""
     codes, scales = eight_bit.quantize_rows(_smoothed(x, layer), dtype)
-    weight, row_scales = eight_bit.expand_rows(layer.spec.format, layer.tensors, dtype)
+    weight, row_scales = layer.spec.fmt.expand_rows(layer.tensors, dtype)
     return (codes.to(scales.dtype) @ weight.to(scales.dtype).T) * scales[:, None] * row_scales
 
 
@@ -98,7 +94,7 @@ def product(x: torch.Tensor, layer: Layer, compute: str) -> torch.Tensor:
         act = eight_bit.decode_groups(*eight_bit.quantize_groups(_smoothed(x, layer)))
     else:
         act = smooth_activation(x, layer, layer.tensors.get("act_mean") if compute == "w4a4" else None)
-        if compute == "w4a4" and fmt.quantize_activation is not None and x.shape[0]:
+        if compute == "w4a4" and x.shape[0]:
             act = rounded(act, spec)
     return act.to(wide) @ decoded_weight(layer).to(wide).T
 
@@ -107,9 +103,8 @@ def linear(
     x: torch.Tensor,
     layer: Layer,
     bias: torch.Tensor | None,
-    lora: tuple[torch.Tensor, torch.Tensor] | None,
+    lora: Lora | None,
     compute: str,
-    lora_strength: torch.Tensor | None = None,
     activation: str = "",
 ) -> torch.Tensor:
     """One layer on x (M, K); see the module docstring. Returns (M, N) in the dtype of x."""
@@ -120,11 +115,11 @@ def linear(
     if layer.spec.rank:
         y += stages.branch(wide @ layer["proj_down"].to(y.dtype), layer["proj_up"])
     if lora is not None:
-        down, up = lora
-        y += stages.branch(wide @ down.to(y.dtype), up, lora_strength)
+        down, up, strength = Lora(*lora)
+        y += stages.branch(wide @ down.to(y.dtype), up, strength)
     if bias is not None:
         y += bias.to(y.dtype)
     return stages.activate(y, activation).to(x.dtype)
 
 
-BACKEND = Backend("reference", 0, refuses, linear, True, stages.STAGES)
+BACKEND = Backend("reference", claims, linear, epilogue=True)

@@ -7,40 +7,53 @@ Source: the `awq_w4a16` layers of ComfyUI and comfy-kitchen.
 
 import torch
 
+from ..modes import FEW, W16, Mode
 from ..packing import pack, unpack
-from . import SIXTEEN_BIT, Format, Part, Tensors, by_group
-
-GROUP_SIZE = 64
+from . import OFFSET_8, SIXTEEN_BIT, Format, Tensors, TensorSpec, by_group
 
 
-def weight_parts(n: int, k: int) -> dict[str, Part]:
-    return {
-        "qweight": Part((n, k // 2), (torch.int8,)),
-        "wscales": Part((k // GROUP_SIZE, n), SIXTEEN_BIT),
-        "wzeros": Part((k // GROUP_SIZE, n), SIXTEEN_BIT),
+class AwqW4A16(Format):
+    name = "awq_w4a16"
+    group_size = 64
+    code = OFFSET_8
+    low_rank = False
+    computes = ("w4a16", "w16")
+    modes = (Mode("", "w4a16", FEW), W16)
+    spellings = {  # noqa: RUF012 (typed in the base class)
+        "native": ("awq_w4a16",),
+        "kitchen": ("awq_w4a16",),
+        "nunchaku": ("awq_w4a16",),
     }
 
+    def weight_parts(self, n: int, k: int) -> dict[str, TensorSpec]:
+        return {
+            "qweight": TensorSpec((n, k // 2), (torch.int8,)),
+            "wscales": TensorSpec((k // self.group_size, n), SIXTEEN_BIT),
+            "wzeros": TensorSpec((k // self.group_size, n), SIXTEEN_BIT),
+        }
 
-def encode_weight(weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """code = round((w - wzeros) / scale) + 8 of a group, scale = (max - min) / 15, wzeros = min + 8 scale"""
-    groups = by_group(weight.float(), GROUP_SIZE)
-    low, high = groups.amin(-1), groups.amax(-1)
-    scales = ((high - low) / 15).to(dtype)
-    zeros = (low + 8 * scales.float()).to(dtype)
-    divisor = torch.where(scales == 0, 1, scales.float())
-    codes = ((groups - zeros.float()[..., None]) / divisor[..., None]).round().add(8).clamp(0, 15)
-    return {
-        "qweight": pack(codes.flatten(-2).to(torch.uint8)),
-        "wscales": scales.T.contiguous(),
-        "wzeros": zeros.T.contiguous(),
-    }
+    def encode_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """code = round((w - wzeros) / scale) + 8 of a group, scale = (max - min) / 15, wzeros = min + 8 scale"""
+        groups = by_group(weight.float(), self.group_size)
+        low, high = groups.amin(-1), groups.amax(-1)
+        scales = ((high - low) / 15).to(dtype)
+        zeros = (low + 8 * scales.float()).to(dtype)
+        divisor = torch.where(scales == 0, 1, scales.float())
+        codes = ((groups - zeros.float()[..., None]) / divisor[..., None]).round().add(8).clamp(0, 15)
+        return {
+            "qweight": pack(codes.flatten(-2).to(torch.uint8)),
+            "wscales": scales.T.contiguous(),
+            "wzeros": zeros.T.contiguous(),
+        }
+
+    def decode_weight(self, tensors: Tensors) -> torch.Tensor:
+        """W[n, k] = (code - 8) * wscales[k / 64, n] + wzeros[k / 64, n]"""
+        codes = by_group(unpack(tensors["qweight"]).float() - 8, self.group_size)
+        scales, zeros = (tensors[name].T.float()[..., None] for name in ("wscales", "wzeros"))
+        return (codes * scales + zeros).flatten(-2)
+
+    def code_values(self, nibbles: torch.Tensor) -> torch.Tensor:
+        return nibbles.float() - 8
 
 
-def decode_weight(tensors: Tensors) -> torch.Tensor:
-    """W[n, k] = (code - 8) * wscales[k / 64, n] + wzeros[k / 64, n]"""
-    codes = by_group(unpack(tensors["qweight"]).float() - 8, GROUP_SIZE)
-    scales, zeros = (tensors[name].T.float()[..., None] for name in ("wscales", "wzeros"))
-    return (codes * scales + zeros).flatten(-2)
-
-
-FORMAT = Format("awq_w4a16", GROUP_SIZE, False, weight_parts, encode_weight, decode_weight)
+FORMAT = AwqW4A16()

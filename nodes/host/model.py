@@ -13,8 +13,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...kernels.dispatch import arch_of
-from ...kernels.modes import faster_format
+from ...kernels.dispatch import arch_of, faster_format
 from ...quantize.files.checkpoint import CheckpointError
 from ...quantize.files.describe import describe
 from ...quantize.files.open import open_checkpoint

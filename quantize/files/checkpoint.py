@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...kernels import COMPUTES, computes_of
-from ...kernels.layer import Layer, LayerError, LayerSpec, check_layer, check_values
+from ...kernels.layer import Layer, LayerError, LayerSpec, check_values
 from .tensor_file import TensorInfo
 
 
@@ -62,11 +62,11 @@ class Checkpoint:
         """Read one layer. Raises CheckpointError if its tensors do not fit its spec or hold NaN or Inf."""
         spec, tensors = self.specs[name], self._read_layer(name)
         try:
-            check_layer(spec, tensors)
+            layer = Layer(spec, tensors)
             check_values(tensors)
         except LayerError as error:
             raise CheckpointError(f"{self.path.name}: layer {name!r}: {error}") from error
-        return Layer(spec, tensors)
+        return layer
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor of `rest`."""

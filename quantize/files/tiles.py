@@ -15,8 +15,9 @@ Source: the packers of Nunchaku and comfy-kitchen, checked bit by bit against th
 import torch
 from einops import rearrange
 
+from ...kernels.layer import RANK_TILE
+
 TILE = 128  # rows and columns that Nunchaku pads to
-RANK_TILE = 16
 INTERLEAVE = 4  # rows that stand side by side in a tile-packed weight of comfy-kitchen
 
 QWEIGHT_TILES = "(t kt a r l h q) -> (t a h r) (kt q l)"

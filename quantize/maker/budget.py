@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.layer import MEANS, LayerSpec
+from ...kernels.layer import MEANS, RANK_TILE, LayerSpec
 from ..maths.lowrank import OVERSAMPLING, randomized_svd
-from ..recipe import LARGEST_AUTO_RANK, RANK_MULTIPLE
+from ..recipe import LARGEST_AUTO_RANK
 
 TIMES_MEDIAN = 5  # a layer that costs the model so many times what the median layer does is one of the worst
 
@@ -60,7 +60,7 @@ def tails(weight: torch.Tensor, seed: int) -> tuple[float, ...]:
         values = randomized_svd(weight, most + OVERSAMPLING, 2, seed)[1]
     total = weight.double().square().sum().clamp_min(1e-300)
     gone = torch.cat([torch.zeros(1, dtype=torch.float64, device=weight.device), values.double().square().cumsum(0)])
-    ranks = range(0, LARGEST_AUTO_RANK + 1, RANK_MULTIPLE)
+    ranks = range(0, LARGEST_AUTO_RANK + 1, RANK_TILE)
     return tuple(max(0.0, 1 - (gone[min(rank, len(gone) - 1)] / total).item()) for rank in ranks)
 
 
@@ -75,7 +75,7 @@ def eight_bits(
 
     share  of the multiply-adds of all units that may be chosen
     """
-    place = min(rank, LARGEST_AUTO_RANK) // RANK_MULTIPLE
+    place = min(rank, LARGEST_AUTO_RANK) // RANK_TILE
     known = {layer: unit for layer, unit in units.items() if unit.error8 is not None}
     losses = {layer: unit.sensitivity * unit.error[place] for layer, unit in known.items()}
     median = statistics.median(losses.values()) if losses else 0.0
@@ -86,7 +86,7 @@ def eight_bits(
         for layer in layers:
             error, times = known[layer].error[place] ** 0.5, losses[layer] / median if median else 0.0
             if error > fallback:
-                reasons[layer] = f"predicted error {error:.3f} at rank {place * RANK_MULTIPLE} is above {fallback:g}"
+                reasons[layer] = f"predicted error {error:.3f} at rank {place * RANK_TILE} is above {fallback:g}"
             elif times > TIMES_MEDIAN:
                 reasons[layer] = f"predicted to cost the model {times:.1f} times what the median layer costs it"
         cost = sum(known[layer].products for layer in layers)
@@ -129,13 +129,13 @@ def allocate(units: Mapping[str, Unit], room: int, fallback: float = 0.0, unifor
             f"{spent - room:,} or more"
         )
     kept: dict[str, str] = {}
-    step = min(uniform, LARGEST_AUTO_RANK) // RANK_MULTIPLE
+    step = min(uniform, LARGEST_AUTO_RANK) // RANK_TILE
     for layer, unit in sorted(units.items(), key=lambda item: -item[1].error[step] * item[1].sensitivity):
         error = unit.error[step] ** 0.5
         more = unit.spec.bytes_16bit() - least[layer]
         if fallback and error > fallback and spent + more <= room:
             even = ", with 8-bit activations too" if unit.spec.act_bits == 8 else ""
-            kept[layer] = f"predicted error {error:.3f} at rank {step * RANK_MULTIPLE} is above {fallback:g}{even}"
+            kept[layer] = f"predicted error {error:.3f} at rank {step * RANK_TILE} is above {fallback:g}{even}"
             spent += more
     ranks = {layer: 0 for layer in units if layer not in kept}
     while True:
@@ -143,7 +143,7 @@ def allocate(units: Mapping[str, Unit], room: int, fallback: float = 0.0, unifor
         if layer is None:
             break
         spent += _cost(units[layer], ranks[layer])
-        ranks[layer] += RANK_MULTIPLE
+        ranks[layer] += RANK_TILE
     notes = [
         f"{room:,} bytes for {len(units)} layers, {spent:,} used",
         "ranks " + ", ".join(f"{count} x {rank}" for rank, count in sorted(_histogram(ranks.values()).items())),
@@ -154,14 +154,14 @@ def allocate(units: Mapping[str, Unit], room: int, fallback: float = 0.0, unifor
 
 
 def _cost(unit: Unit, rank: int) -> int:
-    return unit.bytes_at(rank + RANK_MULTIPLE) - unit.bytes_at(rank)
+    return unit.bytes_at(rank + RANK_TILE) - unit.bytes_at(rank)
 
 
 def _best(units: Mapping[str, Unit], ranks: Mapping[str, int], left: int) -> str | None:
     """The layer where 16 columns more gain most per byte, None when none fits or gains."""
     best, gain = None, 0.0
     for layer, rank in ranks.items():
-        unit, place = units[layer], rank // RANK_MULTIPLE
+        unit, place = units[layer], rank // RANK_TILE
         if place + 1 >= len(unit.error):
             continue
         cost = _cost(unit, rank)

@@ -80,7 +80,7 @@ def data_free(
         # the stored branch sees the unsmoothed activation, and rounding to 16 bit is part of what it is
         proj_down, proj_up = to_16bit(down / factor[:, None], dtype), to_16bit(up, dtype)
         residual = target - proj_up @ (proj_down * factor[:, None]).T
-        scales = (searched_scales if search else absmax_scales)(residual, spec.format, dtype)
+        scales = (searched_scales if search else absmax_scales)(residual, spec.fmt, dtype)
         rounded = scales.round(residual)
         error = (residual - rounded).norm().item()
         if best is not None and error >= best[0]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from ...kernels.formats import FORMATS
 from ...kernels.layer import LayerSpec
 from ..families import Family
 from ..files.tensor_file import TensorInfo
-from ..recipe import Recipe
+from ..recipe import KEEP_16BIT, Recipe
 
 
 def plan_layers(
@@ -22,18 +23,18 @@ def plan_layers(
             continue
         n, k = info.shape
         rule = family.rule(layer, n, k)
-        if rule is None or (rule.kind == "w4a16" and recipe.modulation == "16bit"):
+        if rule is None or (rule.kind == "w4a16" and recipe.modulation == KEEP_16BIT):
             continue
-        format = "awq_w4a16" if rule.kind == "w4a16" else recipe.format
-        spec = LayerSpec(format, n, k)
-        if k % spec.fmt.group_size:
+        fmt = FORMATS[recipe.modulation if rule.kind == "w4a16" else recipe.format]
+        if k % fmt.group_size:
             if unfit is not None:
-                unfit[layer] = f"{k} input channels are no multiple of the {format} group of {spec.fmt.group_size}"
+                unfit[layer] = f"{k} input channels are no multiple of the {fmt.name} group of {fmt.group_size}"
             continue
-        if spec.fmt.low_rank:
-            act_unsigned = rule.act_unsigned if format == "int4" else (0, 0)
-            spec = LayerSpec(format, n, k, recipe.rank, act_unsigned, recipe.act_rule)
-        specs[layer] = spec
+        if fmt.low_rank:
+            act_unsigned = rule.act_unsigned if fmt.unsigned_act else (0, 0)
+            specs[layer] = LayerSpec(fmt.name, n, k, recipe.rank, act_unsigned, recipe.act_rule)
+        else:
+            specs[layer] = LayerSpec(fmt.name, n, k)
     return specs
 
 

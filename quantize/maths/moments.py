@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from ...kernels.formats.int4 import GELU_SHIFT
+from ...kernels.formats import GELU_SHIFT
 from ...kernels.layer import LayerSpec
 from .rounding import round_activation
 

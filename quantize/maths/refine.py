@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.formats.int4 import GELU_SHIFT
+from ...kernels.formats import GELU_SHIFT
 from ...kernels.layer import Layer, LayerSpec, mean_term
 from ..recipe import Recipe
 from . import lowrank
@@ -125,7 +125,7 @@ def refine(
     best = None
     for _ in range(recipe.rounds):
         residual = noise.wanted_of_rounded(target - up @ down.T)
-        scales = searched_scales(residual, spec.format, dtype, importance)
+        scales = searched_scales(residual, spec.fmt, dtype, importance)
         rounded = gptq(residual, factors, scales)
         if rank:
             down, up = lowrank.refit(noise.left_for_branch(target, rounded), root, rank, recipe.seed)
@@ -138,7 +138,7 @@ def refine(
     proj_down, proj_up = to_16bit(down / smooth[:, None], dtype), to_16bit(up, dtype)
     residual = target - proj_up @ (proj_down * smooth[:, None]).T
     wanted = noise.wanted_of_rounded(residual)
-    scales = searched_scales(wanted, spec.format, dtype, importance)
+    scales = searched_scales(wanted, spec.fmt, dtype, importance)
     rounded = gptq(wanted, factors, scales)
     mean = moments.mean if recipe.bias_correction else None
     new_bias = corrected_bias(residual, rounded, bias, spec, smooth, mean, moments.mean_rounded)
@@ -196,7 +196,7 @@ def start(
     least, best = None, (down, up)
     for _ in range(recipe.start_rounds):
         residual = target - up @ down.T
-        rounded = searched_scales(residual, spec.format, dtype, importance).round(residual)
+        rounded = searched_scales(residual, spec.fmt, dtype, importance).round(residual)
         difference = residual - rounded
         error = (difference.square() * (1 if importance is None else importance)).sum().item()
         if least is not None and error >= least:

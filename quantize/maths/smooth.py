@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ...kernels.formats import Format, by_group
 from ...kernels.layer import LayerSpec
 from . import lowrank
-from .rounding import by_group
 
 LIMITS = (1e-2, 1e2)  # beyond these, activations under- or overflow the 16-bit and E4M3 ranges
 EXPONENTS = (
@@ -18,6 +18,7 @@ EXPONENTS = (
 ROWS = 2048  # rows of the weight that the search looks at
 TOKENS = 384  # and rows of the activation
 LEARNING_RATE = 0.04
+WEIGHT_STEPS = 7.0  # from zero to the extreme of a weight group
 GPTQ_GAIN = 0.5  # GPTQ halves the noise of weight rounding
 
 
@@ -71,47 +72,35 @@ class NoiseModel:
     """J(s) = sum_tj noise(x_t / s)_j ||R_j s_j||^2 + gain sum_ij noise(R_i s)_j E[x_j^2] / s_j^2
 
     The output noise of rounding both factors of x / s and R s. j runs over channels, t over tokens, i over rows of
-    R = W - L / s, the part that is rounded. A step of size d adds d^2 / 12. On an int4 grid d is the same for the whole
-    group; E2M1 has steps of 1/12 of the group's extreme m below m / 3, of 1/6 below 2 m / 3, and of 1/3 above.
+    R = W - L / s, the part that is rounded. A step of size d adds d^2 / 12; `Format.rounding_noise` knows the steps.
 
-    codes        (K/group,) int4: codes from zero to the extreme of an activation group
+    steps        (K/group,) code steps from zero to the extreme of an activation group
     weight_gain  what GPTQ leaves of the weight's noise
-    floating     E2M1 in place of int4
     """
 
-    codes: torch.Tensor
+    fmt: Format
+    steps: torch.Tensor
     weight_gain: float
-    floating: bool
 
     @classmethod
     def of(cls, spec: LayerSpec, device: torch.device, gptq: bool) -> "NoiseModel":
-        group = spec.fmt.group_size
-        codes = torch.full((spec.k // group,), {"absmax": 7.0}.get(spec.act_rule, 8.0), device=device)
+        fmt, group = spec.fmt, spec.fmt.group_size
+        steps = torch.full((spec.k // group,), fmt.act_steps(spec.act_rule, unsigned=False), device=device)
         start, stop = spec.act_unsigned
-        codes[start // group : stop // group] = 15
-        return cls(codes, GPTQ_GAIN if gptq else 1.0, spec.format == "nvfp4")
+        steps[start // group : stop // group] = fmt.act_steps(spec.act_rule, unsigned=True)
+        return cls(fmt, steps, GPTQ_GAIN if gptq else 1.0)
 
     def cost(self, log_s: torch.Tensor, inputs: Inputs, residual: torch.Tensor) -> torch.Tensor:
         """J, differentiable in log_s (K,). residual (N, K)."""
         s = log_s.exp()
-        of_act = self._noise(inputs.rows / s, self.codes) / len(inputs.rows)
-        of_weight = self._noise(residual * s, torch.full_like(self.codes, 7))
-        act = of_act * by_group(residual.square().sum(0) * s.square(), self._group(s))
-        weight = of_weight * by_group(inputs.square / s.square(), self._group(s))
+        of_act = self._noise(inputs.rows / s, self.steps) / len(inputs.rows)
+        of_weight = self._noise(residual * s, torch.full_like(self.steps, WEIGHT_STEPS))
+        act = of_act * by_group(residual.square().sum(0) * s.square(), self.fmt.group_size)
+        weight = of_weight * by_group(inputs.square / s.square(), self.fmt.group_size)
         return act.sum() + self.weight_gain * weight.sum()
 
-    def _group(self, s: torch.Tensor) -> int:
-        return len(s) // len(self.codes)
-
-    def _noise(self, rows: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """(K/group, group or 1) sum over rows of the expected squared rounding error of each channel"""
-        groups = by_group(rows.abs(), rows.shape[1] // len(codes))
-        extreme = groups.amax(-1, keepdim=True)
-        if not self.floating:
-            return extreme.square().sum(0) / (12 * codes.square()[:, None])
-        with torch.no_grad():  # which step an element falls into jumps; only the extreme has a slope
-            steps = 1 + 3 * (groups > extreme / 3).to(rows.dtype) + 12 * (groups > extreme * (2 / 3)).to(rows.dtype)
-        return (extreme.square() * steps).sum(0) / (12 * 144)
+    def _noise(self, rows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        return self.fmt.rounding_noise(by_group(rows.abs(), self.fmt.group_size), steps)
 
 
 def search(
@@ -159,7 +148,7 @@ def _descend(s: torch.Tensor, model: NoiseModel, inputs: Inputs, residual: torch
     """Adam on log s with the branch held still. A host may run us in inference mode, which forbids gradients."""
     with torch.inference_mode(False), torch.enable_grad():
         own = Inputs(inputs.rows.clone(), inputs.absmax.clone(), inputs.square.clone())
-        gains = replace(model, codes=model.codes.clone())
+        gains = replace(model, steps=model.steps.clone())
         rest = residual.clone()
         log_s = s.clone().log().requires_grad_(True)
         adam = torch.optim.Adam([log_s], lr=LEARNING_RATE)
@@ -177,8 +166,11 @@ def _centred(s: torch.Tensor) -> torch.Tensor:
 
 
 def _placed(s: torch.Tensor, inputs: Inputs, spec: LayerSpec) -> torch.Tensor:
-    """nvfp4 activations have no tensor scale: a common factor puts the median channel near 1, far from E4M3's floor."""
-    if spec.format != "nvfp4":
+    """Narrow activation scales (E4M3) have no tensor scale above them: a common factor puts the median channel near 1,
+
+    far from their floor.
+    """
+    if spec.fmt.act_scale is None:
         return s
     typical = (inputs.square.sqrt() / s).median()
     return s * torch.where(typical > 0, typical, 1).clamp(*LIMITS)

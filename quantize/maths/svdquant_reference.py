@@ -44,7 +44,7 @@ def grid_search(
         target, z = weight * smooth, probe / smooth
         down, up = split(target, rank)
         residual = target - up @ down.T
-        rounded = absmax_scales(residual, spec.format, dtype).round(residual)
+        rounded = absmax_scales(residual, spec.fmt, dtype).round(residual)
         got = (z @ down) @ up.T + round_activation(z, spec) @ rounded.T
         error = (got - exact).square().sum().item()
         if least is None or error < least:
@@ -74,14 +74,14 @@ def svdquant(
     for _ in range(MOST_ROUNDS):
         down, up = split(target - rounded, rank)
         residual = target - up @ down.T
-        rounded = absmax_scales(residual, spec.format, dtype).round(residual)
+        rounded = absmax_scales(residual, spec.fmt, dtype).round(residual)
         error = ((z @ down) @ up.T + zq @ rounded.T - exact).square().sum().item()
         if least is not None and error > least:
             break
         least, best = error, (down, up)
     proj_down, proj_up = to_16bit(best[0] / smooth[:, None], dtype), to_16bit(best[1], dtype)
     residual = target - proj_up @ (proj_down * smooth[:, None]).T
-    scales = absmax_scales(residual, spec.format, dtype)
+    scales = absmax_scales(residual, spec.fmt, dtype)
     if recipe.name == "svdquant+gptq":
         hessian = gather(tokens, smooth, spec, centred=False, rounded=False).raw
         rounded = gptq(residual, factorize(hessian), scales)

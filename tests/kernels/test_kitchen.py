@@ -5,7 +5,7 @@ import torch
 
 from svdquant_pack.kernels import stages
 from svdquant_pack.kernels.backends import Call, kitchen, reference
-from svdquant_pack.kernels.formats.int4 import GELU_SHIFT
+from svdquant_pack.kernels.formats import GELU_SHIFT
 from svdquant_pack.kernels.packing import sign_extend, unpack
 from svdquant_pack.tests.kernels.layers import random_layer
 

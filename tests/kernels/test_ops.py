@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from svdquant_pack import kernels
 from svdquant_pack.kernels import eight_bit, ops, stages
-from svdquant_pack.kernels.formats.int4 import GELU_SHIFT
+from svdquant_pack.kernels.formats import GELU_SHIFT
 from svdquant_pack.kernels.packing import unpack
 from svdquant_pack.tests.kernels.layers import random_layer
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from svdquant_pack.kernels import FORMATS, Layer, LayerError, LayerSpec, choose, svdquant_linear
-from svdquant_pack.kernels.formats.int4 import GELU_SHIFT
-from svdquant_pack.kernels.layer import check_layer, check_values, from_blob, shifted_bias_term, to_blob
+from svdquant_pack.kernels.formats import GELU_SHIFT
+from svdquant_pack.kernels.layer import check_values, from_blob, shifted_bias_term, to_blob
 from svdquant_pack.kernels.modes import candidates
 from svdquant_pack.quantize.files.dialects import stock_layer
 from svdquant_pack.tests.kernels.layers import random_layer

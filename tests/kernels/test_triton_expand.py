@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from svdquant_pack.kernels import FORMATS, eight_bit
-from svdquant_pack.kernels.formats.int4 import GELU_SHIFT
+from svdquant_pack.kernels.formats import GELU_SHIFT
 
 launch = pytest.importorskip("svdquant_pack.kernels.backends.triton.launch")
 SHAPES = [(96, 256), (37, 192), (130, 64)]

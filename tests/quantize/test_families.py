@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdquant_pack.kernels.formats.int4 import GELU_SHIFT
+from svdquant_pack.kernels.formats import GELU_SHIFT
 from svdquant_pack.quantize.families import FAMILIES, REFUSED, Family, FamilyError, detect, pattern
 from svdquant_pack.quantize.files.tensor_file import TensorInfo
 from svdquant_pack.quantize.maker.model import plan_layers

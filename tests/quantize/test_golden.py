@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from svdquant_pack.kernels import svdquant_linear
-from svdquant_pack.kernels.formats.int4 import GELU_SHIFT
+from svdquant_pack.kernels.formats import GELU_SHIFT
 from svdquant_pack.kernels.packing import sign_extend, unpack
 from svdquant_pack.quantize.files import tiles as layout
 from svdquant_pack.quantize.files.checkpoint import Checkpoint

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from svdquant_pack.kernels import LayerSpec
+from svdquant_pack.kernels import FORMATS, LayerSpec
 from svdquant_pack.quantize.maths import lowrank
 from svdquant_pack.quantize.maths.gptq import factorize, gptq
 from svdquant_pack.quantize.maths.moments import Gram, gather
@@ -46,7 +46,7 @@ def slow_gptq(target, hessian, scales, damping):
 def test_gptq_is_its_definition(format, k):
     weight = torch.randn(12, k, generator=torch.Generator().manual_seed(1))
     hessian = gram(tokens(400, k))
-    scales = absmax_scales(weight, format, torch.bfloat16)
+    scales = absmax_scales(weight, FORMATS[format], torch.bfloat16)
     fast = gptq(weight, factorize(hessian), scales)
     slow = slow_gptq(weight, hessian.blocks[0], scales, 0.01)
     # float32 against float64: an element at the edge of a rounding cell may fall to the other side
@@ -58,7 +58,7 @@ def test_gptq_is_its_definition(format, k):
 
 def test_gptq_beats_rounding_to_nearest_in_the_metric_it_minimizes():
     weight, hessian = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)), gram(tokens(1000, 256))
-    scales = searched_scales(weight, "int4", torch.bfloat16)
+    scales = searched_scales(weight, FORMATS["int4"], torch.bfloat16)
 
     def error(rounded):
         return ((weight - rounded) @ hessian.blocks[0] * (weight - rounded)).sum()
@@ -70,18 +70,18 @@ def test_dead_and_constant_channels_do_no_harm():
     x = tokens(300, 128)
     x[:, 7], x[:, 20] = 0, x[:, 21]  # dead, and an exact copy: H is singular
     weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(1))
-    scales = absmax_scales(weight, "int4", torch.bfloat16)
+    scales = absmax_scales(weight, FORMATS["int4"], torch.bfloat16)
     rounded = gptq(weight, factorize(gram(x), damping=0.0), scales)
     assert rounded.isfinite().all() and torch.equal(rounded[:, 7], scales.round(weight)[:, 7])
 
 
 def test_a_block_diagonal_hessian_is_gptq_of_each_block():
     x, weight = tokens(500, 256), torch.randn(8, 256, generator=torch.Generator().manual_seed(1))
-    scales = absmax_scales(weight, "int4", torch.bfloat16)
+    scales = absmax_scales(weight, FORMATS["int4"], torch.bfloat16)
     whole = gptq(weight, factorize(gram(x, 128)), scales)
     assert gram(x, 128).starts == (0, 128)
     for part in (slice(0, 128), slice(128, 256)):
-        own = absmax_scales(weight[:, part], "int4", torch.bfloat16)
+        own = absmax_scales(weight[:, part], FORMATS["int4"], torch.bfloat16)
         assert torch.equal(whole[:, part], gptq(weight[:, part], factorize(gram(x[:, part])), own))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from svdquant_pack.kernels import LayerSpec, svdquant_linear
-from svdquant_pack.kernels.layer import check_layer, check_values
+from svdquant_pack.kernels.layer import check_values
 from svdquant_pack.quantize.files.dialects import stock_layer
 from svdquant_pack.quantize.maths import smooth
 from svdquant_pack.quantize.maths import svdquant_reference as reference
@@ -56,7 +56,7 @@ def test_the_fit_beats_the_reference_and_is_what_the_kernel_computes(layer, bias
     # both parts are nearly independent noise
     assert errors.total**2 == pytest.approx(errors.activation**2 + errors.weight**2, rel=0.25)
     stored = fit.layer(spec, BF16)
-    check_layer(spec, stored.tensors)
+    spec.check(stored.tensors)
     check_values(stored.tensors)
     exact = layer.test @ layer.weight.T
     y = svdquant_linear(layer.test, stored, fit.bias, compute="w4a4")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from svdquant_pack.kernels import FORMATS, Layer, LayerSpec
-from svdquant_pack.quantize.maths.rounding import E4M3_FACTORS, absmax_scales, round_activation, searched_scales
+from svdquant_pack.kernels.formats.nvfp4 import SEARCHED_FACTORS
+from svdquant_pack.quantize.maths.rounding import absmax_scales, round_activation, searched_scales
 
 BF16 = torch.bfloat16
 
@@ -19,7 +20,7 @@ def matrix(n: int = 24, k: int = 128, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("format", ["int4", "nvfp4"])
 def test_absmax_scales_are_the_formats_own_encoding(format):
     weight, fmt = matrix(), FORMATS[format]
-    scales = absmax_scales(weight, format, BF16)
+    scales = absmax_scales(weight, FORMATS[format], BF16)
     stored = fmt.encode_weight(weight, BF16)
     assert torch.equal(scales.stored["wscales"].float(), stored["wscales"].float())
     assert torch.equal(scales.round(weight), fmt.decode_weight(stored))
@@ -29,7 +30,7 @@ def test_absmax_scales_are_the_formats_own_encoding(format):
 @pytest.mark.parametrize("find", [absmax_scales, searched_scales])
 def test_decoding_what_is_stored_gives_the_rounded_values(format, find):
     weight = matrix(seed=1)
-    scales = find(weight, format, BF16)
+    scales = find(weight, FORMATS[format], BF16)
     rounded = scales.round(weight)
     decoded = FORMATS[format].decode_weight(scales.encode(rounded))
     assert torch.equal(decoded, rounded)
@@ -38,7 +39,7 @@ def test_decoding_what_is_stored_gives_the_rounded_values(format, find):
 
 def test_searched_int4_scales_are_the_best_of_twelve_shrinks_and_two_signs():
     weight, importance = matrix(6, 64, 3), torch.rand(64, generator=torch.Generator().manual_seed(1)) + 0.1
-    scales = searched_scales(weight, "int4", BF16, importance)
+    scales = searched_scales(weight, FORMATS["int4"], BF16, importance)
     found = ((scales.round(weight) - weight).square() * importance).double().sum(1)
     for row in range(2, 6):
         errors = []
@@ -51,18 +52,18 @@ def test_searched_int4_scales_are_the_best_of_twelve_shrinks_and_two_signs():
 
 
 def test_code_minus_eight_and_negative_steps_are_used():
-    scales = searched_scales(matrix(64, 128, 4), "int4", BF16)
+    scales = searched_scales(matrix(64, 128, 4), FORMATS["int4"], BF16)
     codes = (scales.round(matrix(64, 128, 4)).unflatten(-1, (-1, 64)) / scales.step[..., None]).nan_to_num().round()
     assert codes.min() == -8 and codes.max() == 7 and (scales.step < 0).any() and (scales.step > 0).any()
 
 
 def test_searched_nvfp4_scales_are_never_worse_than_absmax_and_use_4_over_6():
     weight = matrix(64, 128, 5)
-    plain = absmax_scales(weight, "nvfp4", BF16)
-    found = searched_scales(weight, "nvfp4", BF16)
+    plain = absmax_scales(weight, FORMATS["nvfp4"], BF16)
+    found = searched_scales(weight, FORMATS["nvfp4"], BF16)
     assert (found.round(weight) - weight).norm() < 0.97 * (plain.round(weight) - weight).norm()
     ratio = found.step / (weight.unflatten(-1, (-1, 16)).abs().amax(-1) / 6)
-    assert len(E4M3_FACTORS) == 10 and (ratio > 1.4).any()  # 1.5: absmax sits on the code 4
+    assert len(SEARCHED_FACTORS) == 10 and (ratio > 1.4).any()  # 1.5: absmax sits on the code 4
 
 
 @pytest.mark.parametrize(

@@ -8,20 +8,19 @@ Nothing is imported from the compiler before the first call.
 
 import importlib
 import importlib.util
-from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 
-from ...layer import Layer
-from .. import Backend, Call, discover
+from ...formats import TWOS_COMPLEMENT
+from ...layer import Layer, Lora
+from .. import Backend, KernelCall, triton
 
-PRIORITY = 30  # above Triton's own kernels, which do the same work with more instructions
+CLAIM = 30  # above Triton's own kernels, which do the same work with more instructions
+GROUP_SIZE = 64
 INT4_CORES = ((7, 5), (8, 9))  # first and last compute capability; from 9.0 on the instruction is a slow subroutine
 TURING = (7, 5)
 HOPPER = (9, 0)
-STEPS_FROM = "triton"  # the backend that quantizes and expands for w4a8-jit
 
 
 @cache
@@ -36,65 +35,53 @@ def missing() -> str | None:
     return None
 
 
-def refuses(call: Call) -> str | None:
-    """Why these kernels cannot run this call, or None."""
+def claims(call: KernelCall) -> int | str:
+    """How much these kernels want a call, or why they cannot run it."""
     if call.compute not in ("w4a4", "w4a8-jit"):
         return f"computes w4a4 and w4a8-jit, not {call.compute}"
     if call.device.type != "cuda" or call.capability is None:
         return f"needs an NVIDIA GPU, this is {call.device}"
-    reason = _refuses_w4a4(call) if call.compute == "w4a4" else _refuses_jit(call)
-    return reason or missing()
+    reason = _lacks_w4a4(call) if call.compute == "w4a4" else _lacks_jit(call)
+    return reason or missing() or CLAIM
 
 
-def _refuses_w4a4(call: Call) -> str | None:
-    if call.format != "int4":
+def _lacks_w4a4(call: KernelCall) -> str | None:
+    fmt, capability = call.fmt, call.capability or (0, 0)
+    if (fmt.code, fmt.group_size) != (TWOS_COMPLEMENT, GROUP_SIZE):
         return f"multiplies int4 by int4, this layer is {call.format}"
     first, last = INT4_CORES
-    if not first <= call.capability <= last:
+    if not first <= capability <= last:
         return f"INT4 tensor cores exist from compute capability 7.5 to 8.9, this GPU has {_number(call)}"
-    dtypes = (torch.float16,) if call.capability == TURING else (torch.float16, torch.bfloat16)
+    dtypes = (torch.float16,) if capability == TURING else (torch.float16, torch.bfloat16)
     if call.dtype not in dtypes:
         return f"needs {' or '.join(map(str, dtypes))} on this GPU, not {call.dtype}"
     return None
 
 
-def _refuses_jit(call: Call) -> str | None:
-    if call.format not in ("int4", "nvfp4"):
-        return f"expands int4 and nvfp4, this layer is {call.format}"
+def _lacks_jit(call: KernelCall) -> str | None:
+    if torch.int8 not in call.fmt.units:
+        return f"expands weights to int8 rows, which {call.format} has not"
     if call.capability != HOPPER:
         return f"its asynchronous int8 is made for compute capability 9.0, this GPU has {_number(call)}"
     if call.dtype not in (torch.float16, torch.bfloat16):
         return f"needs torch.float16 or torch.bfloat16, not {call.dtype}"
-    backend = discover()[0].get(STEPS_FROM)
-    return f"needs the {STEPS_FROM} kernels to quantize" if backend is None else backend.refuses(call)
+    others = triton.claims(call)  # whose kernels quantize and expand
+    return others if isinstance(others, str) else None
 
 
-def _number(call: Call) -> str:
-    return ".".join(map(str, call.capability))
+def _number(call: KernelCall) -> str:
+    return ".".join(map(str, call.capability or ()))
 
 
-def linear(
-    x: torch.Tensor,
-    layer: Layer,
-    bias: torch.Tensor | None,
-    lora: tuple[torch.Tensor, torch.Tensor] | None,
-    compute: str,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, compute: str) -> torch.Tensor:
     """The whole layer on x (M, K), the formula of the reference backend. Returns (M, N) in the dtype of x."""
     if compute == "w4a8-jit":
         from .int8_linear import int8_linear
 
-        return int8_linear(x, layer, bias, lora, discover()[0][STEPS_FROM].stages)
+        return int8_linear(x, layer, bias, lora)
     from .int4_linear import int4_linear
 
     return int4_linear(x, layer, bias, lora)
 
 
-def _linear_w8a8(*arguments: Any) -> torch.Tensor:
-    from .int8_linear import linear_w8a8
-
-    return linear_w8a8(*arguments)
-
-
-STAGES: dict[str, Callable] = {"linear_w8a8": _linear_w8a8}
-BACKEND = Backend("gluon", PRIORITY, refuses, linear, stages=STAGES)
+BACKEND = Backend("gluon", claims, linear)

@@ -2,7 +2,7 @@
 
 import torch
 
-RANK_MULTIPLE = 16  # columns that one tensor-core instruction multiplies
+from ...layer import RANK_TILE
 
 
 def side_by_side(
@@ -13,6 +13,6 @@ def side_by_side(
     if not pairs:
         return None, None
     act, up = (torch.cat([pair[side].to(dtype) for pair in pairs], dim=1) for side in (0, 1))
-    if missing := -up.shape[1] % RANK_MULTIPLE:
+    if missing := -up.shape[1] % RANK_TILE:
         act, up = (torch.nn.functional.pad(factor, (0, missing)) for factor in (act, up))
     return act.contiguous(), up.contiguous()

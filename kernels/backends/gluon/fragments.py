@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...formats.int4 import GROUP_SIZE
+from . import GROUP_SIZE
 
 COLUMNS = 64  # output channels of one warp
 LANES = 32

@@ -4,12 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ...formats.int4 import FORMAT as INT4
-from ...formats.int4 import GELU_SHIFT, GROUP_SIZE
-from ...layer import Layer
+from ...formats import GELU_SHIFT
+from ...layer import Layer, Lora
 from ...packing import pack
 from ..cases import CompileCase
-from . import verify
+from . import GROUP_SIZE, verify
 from .branch import side_by_side
 from .fragments import Fragments, pack_fragments
 from .int4_mma import LARGE, PAIR, SMALL, SMALL_ROWS, compile_time, int4_mma_kernel
@@ -157,8 +156,11 @@ def _check(
     weight = pack_fragments(*natural) if packed else natural
     act_unsigned = {"signed": (0, 0), "unsigned": (0, k), "mixed": (64, 128)}[kind]
     out = int4_gemm(pack(codes), ascales, weight, act, up, bias, ascales.new_empty(m, n), act_unsigned)
-    decoded = INT4.decode_weight({"qweight": natural[0], "wscales": wscales}).double()
-    wanted = INT4.decode_activation(codes, ascales.T, act_unsigned).double() @ decoded.T
+    signed = ((qweight.int() ^ 8) - 8).double() * wscales.T.double().repeat_interleave(GROUP_SIZE, 1)
+    act_codes = codes.int()
+    for start, stop in ((0, act_unsigned[0]), (act_unsigned[1], k)):
+        act_codes[:, start:stop] = (act_codes[:, start:stop] ^ 8) - 8
+    wanted = (act_codes.double() * ascales.T.double().repeat_interleave(GROUP_SIZE, 1)) @ signed.T
     return out, wanted + act.double() @ up.double().T + bias
 
 
@@ -173,7 +175,7 @@ def int4_linear(
     x: torch.Tensor,
     layer: Layer,
     bias: torch.Tensor | None,
-    lora: tuple[torch.Tensor, torch.Tensor] | None,
+    lora: Lora | None,
     weight: Fragments | None = None,
 ) -> torch.Tensor:
     """One layer on x (M, K), w4a4; `weight` is the layer's, if it was put in fragment order before.

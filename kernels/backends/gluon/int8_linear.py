@@ -1,61 +1,32 @@
 """A whole layer around the asynchronous int8 kernel: activations int8 per row, the weight expanded to int8 rows."""
 
-from collections.abc import Callable, Mapping
-
 import torch
 
-from ...layer import Layer
+from ...layer import Layer, Lora
 from . import verify
 from .branch import side_by_side
 from .int8_async import int8_gemm, tiling_of
 
-Steps = Mapping[str, Callable]  # quantize_activation and expand_weight, see kernels/stages.py
 
-
-def int8_linear(
-    x: torch.Tensor,
-    layer: Layer,
-    bias: torch.Tensor | None,
-    lora: tuple[torch.Tensor, torch.Tensor] | None,
-    steps: Steps,
-) -> torch.Tensor:
+def int8_linear(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
     """One layer on x (M, K), w4a8-jit; torch's allocator hands out the same scratch memory to every call's weight."""
+    from ..triton import launch
+
     spec = layer.spec
     proj_down = layer["proj_down"] if spec.rank else None
-    a8, a_scale, act = steps["quantize_activation"](
-        x, layer["smooth_factor"], proj_down, "int8_row", spec.act_unsigned, spec.act_rule
-    )
-    w8, w_scale = steps["expand_weight"](layer.tensors, spec.format, torch.int8)
+    qact, ascales, act = launch.quantize(x, layer["smooth_factor"], proj_down, "int8_row", spec.act_unsigned)
+    scales = launch.channel_scales_of(layer.tensors)
+    weight, row_scales = launch.expand(spec.format, layer.tensors, torch.int8, scales)
     pairs = [(act, layer["proj_up"])] if spec.rank else []
     if lora is not None:
         pairs.append((x @ lora[0].to(x.dtype), lora[1]))
-    return linear_w8a8(a8, a_scale, w8, w_scale, *side_by_side(pairs, x.dtype), bias, "", x.dtype)
-
-
-def linear_w8a8(
-    qact: torch.Tensor,
-    ascales: torch.Tensor,
-    weight: torch.Tensor,
-    row_scales: torch.Tensor,
-    branch_act: torch.Tensor | None,
-    proj_up: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    activation: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The step of the same name in kernels/stages.py, by this kernel."""
-    from ...stages import activate
-
-    if proj_up is not None:
-        branch_act, proj_up = side_by_side([(branch_act, proj_up)], dtype)
-    n = weight.shape[0]
-    branch = proj_up is not None
-    verify.once(
-        (qact.device, dtype, tiling_of(n), branch, None if bias is None else bias.dtype),
-        lambda: check(qact.device, dtype, n, branch, None if bias is None else bias.dtype),
-    )
-    out = qact.new_empty(qact.shape[0], n, dtype=dtype)
-    return activate(int8_gemm(qact, ascales, weight, row_scales, branch_act, proj_up, bias, out), activation)
+    branch_act, up = side_by_side(pairs, x.dtype)
+    n = spec.n
+    kind = None if bias is None else bias.dtype
+    variant = (x.device, x.dtype, tiling_of(n), up is not None, kind)
+    verify.once(variant, lambda: check(x.device, x.dtype, n, up is not None, kind))
+    out = x.new_empty(x.shape[0], n)
+    return int8_gemm(qact, ascales, weight, row_scales, branch_act, up, bias, out)
 
 
 def check(

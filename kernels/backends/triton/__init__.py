@@ -10,69 +10,72 @@ from typing import Any
 
 import torch
 
-from .. import Backend, Call
+from ...formats import E2M1_CODE, OFFSET_8, TWOS_COMPLEMENT, Format
+from .. import Backend, KernelCall
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FORMATS = {
-    "w4a4": ("int4", "nvfp4"),
-    "w4a8": ("int4",),
-    "w8a8": ("int4", "nvfp4"),
-    "w4a8-jit": ("int4", "nvfp4"),
-    "fp8": ("int4", "nvfp4"),
-    "w16": ("int4", "nvfp4", "awq_w4a16"),
-    "w4a16": ("awq_w4a16",),
-}
+CLAIM = 20
+GROUPS = {TWOS_COMPLEMENT: 64, E2M1_CODE: 16, OFFSET_8: 64}  # what a code means -> group size that the kernels know
 
 
 def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def refuses(call: Call) -> str | None:
+def claims(call: KernelCall) -> int | str:
+    """How much these kernels want a call, or why they cannot run it."""
     if call.device.type != "cuda" and not (interpreted() and call.device.type == "cpu"):
         return f"needs an NVIDIA or AMD GPU, this is {call.device.type}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (package triton, on Windows triton-windows)"
     if call.dtype not in DTYPES:
         return f"computes in bf16, fp16 or fp32, not {call.dtype}"
-    if call.format not in FORMATS.get(call.compute, ()):
+    if not _has(call.compute, call.fmt):
         return f"has no {call.compute} for {call.format}"
-    return _gpu_lacks(call)
+    if not call.asked and call.device.type == "cuda" and call.compute == "w4a4" and not _native_w4a4(call.fmt):
+        return "multiplies 4-bit codes of int4 in int8: w4a8 takes the same time and is closer"
+    return _gpu_lacks(call) or CLAIM
 
 
-def _gpu_lacks(call: Call) -> str | None:
+def knows(fmt: Format) -> bool:
+    """Whether the kernels can read a weight of this format themselves; else the format's own code expands it."""
+    return GROUPS.get(fmt.code) == fmt.group_size
+
+
+def _has(compute: str, fmt: Format) -> bool:
+    if compute not in fmt.computes:
+        return False
+    if compute in ("w4a4", "w4a8", "w4a16"):
+        return knows(fmt)
+    return True  # the rest multiply an expanded weight
+
+
+def _native_w4a4(fmt: Format) -> bool:
+    return fmt.code == E2M1_CODE
+
+
+def _gpu_lacks(call: KernelCall) -> str | None:
     """Why the instructions of this GPU are not enough"""
     if call.device.type == "cpu" or call.compute == "w16":
         return None
+    native = call.compute == "w4a4" and _native_w4a4(call.fmt)
     if call.capability is None:  # AMD
-        if call.compute == "fp8" or (call.compute, call.format) == ("w4a4", "nvfp4"):
-            return f"{call.compute} of {call.format} is made for NVIDIA"
-        return None
+        return f"{call.compute} of {call.format} is made for NVIDIA" if native or call.compute == "fp8" else None
     has = f"this GPU has {call.capability[0]}.{call.capability[1]}"
     if call.capability < (8, 0):
         return f"needs compute capability 8.0 or newer, {has}"
-    if (call.compute, call.format) == ("w4a4", "nvfp4") and call.capability[0] not in (10, 12):
+    if native and call.capability[0] not in (10, 12):
         return f"NVFP4 tensor cores need compute capability 10.x or 12.x, {has}"
     if call.compute == "fp8" and (call.capability < (8, 9) or call.capability[0] == 12):
         return f"torch multiplies fp8 with row scales on compute capability 8.9 to 10.x, {has}"
     return None
 
 
-def linear(*args: Any, **epilogue: Any) -> torch.Tensor:
+def linear(*args: Any) -> torch.Tensor:
     """One layer; see layers.linear, which imports Triton."""
     from . import layers
 
-    return layers.linear(*args, **epilogue)
+    return layers.linear(*args)
 
 
-def _stage(name: str) -> Any:
-    def step(*args: Any) -> Any:
-        from . import steps
-
-        return getattr(steps, name)(*args)
-
-    return step
-
-
-STAGES = ("quantize_activation", "linear_w4", "linear_w4_requantize", "expand_weight", "linear_w8a8", "gemv_w4a16")
-BACKEND = Backend("triton", 20, refuses, linear, True, {name: _stage(name) for name in STAGES})
+BACKEND = Backend("triton", claims, linear, epilogue=True)

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import triton
 
-from ...eight_bit import UNITS
+from ...formats import E2M1_CODE, FORMATS, OFFSET_8, Format
+from ...layer import shifted_bias_term
 from ...stages import weighted
+from . import knows
 from .expand_weight import expand_weight
 from .gemm_nvfp4 import gemm_nvfp4
 from .gemm_w4 import gemm_w4
@@ -94,7 +96,8 @@ def quantize(
     if codes in ("int8_row", "fp8_row"):
         return _quantize_rows(x, smooth_factor, proj_down, codes == "fp8_row", unsigned)
     m, k = x.shape
-    nvfp4, eight = codes == "nvfp4", codes == "int8_group"
+    fmt = FORMATS.get(codes)
+    nvfp4, eight = fmt is not None and fmt.code == E2M1_CODE, fmt is None
     name = "quantize_nvfp4" if nvfp4 else "quantize_groups"
     options = settings(name, x.device, m)
     chunks = options.pop("CHUNKS")
@@ -273,7 +276,10 @@ def expand(
     """(weight (N, K), row_scales (N,)) for int8 and fp8; (weight, shift (N,) or None) for 16 bit"""
     qweight, wscales = tensors["qweight"], tensors["wscales"]
     n, k = qweight.shape[0], 2 * qweight.shape[1]
-    unit, nvfp4 = UNITS.get((format, dtype), 0), format == "nvfp4"
+    fmt = FORMATS[format]
+    if not knows(fmt):
+        return _expand_elsewhere(fmt, tensors, dtype, smooth_factor, unsigned)
+    unit, nvfp4 = fmt.units.get(dtype, 0), fmt.code == E2M1_CODE
     weight = qweight.new_empty(n, k, dtype=dtype)
     shifted = not unit and unsigned[0] != unsigned[1]
     beside = qweight.new_empty(n, dtype=torch.float32) if unit or shifted else None
@@ -294,7 +300,7 @@ def expand(
             k,
             *unsigned,
             NVFP4=nvfp4,
-            AWQ=format == "awq_w4a16",
+            AWQ=fmt.code == OFFSET_8,
             UNIT=unit,
             CHANNEL=channel_scales is not None,
             SMOOTH=smooth_factor is not None,
@@ -302,6 +308,22 @@ def expand(
             **options,
         )
     return weight, beside
+
+
+def _expand_elsewhere(
+    fmt: Format,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    smooth_factor: torch.Tensor | None,
+    unsigned: Range,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`expand` by the format's own code: a format that no kernel reads still runs on those for expanded weights"""
+    if dtype in fmt.units:
+        return fmt.expand_rows(tensors, dtype)
+    weight = fmt.decode_weight(tensors)
+    shifted = unsigned[0] != unsigned[1] and smooth_factor is not None
+    shift = shifted_bias_term(weight, smooth_factor, unsigned) if shifted else None
+    return (weight if smooth_factor is None else weight / smooth_factor.float()).to(dtype), shift
 
 
 def multiply_gemv(

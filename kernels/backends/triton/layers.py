@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...layer import Layer
+from ...formats import E2M1_CODE
+from ...layer import Layer, Lora
 from ...stages import activate
 from ...weight_cache import WeightCache
 from . import launch
@@ -44,7 +45,7 @@ def w4a4(work: Work) -> torch.Tensor:
     layer, x = work.layer, work.x
     qact, ascales, epilogue = work.quantize(layer.spec.format)
     epilogue = replace(epilogue, bias=layer.centred_bias(epilogue.bias))
-    if layer.spec.format == "nvfp4":
+    if layer.spec.fmt.code == E2M1_CODE:
         scales = launch.channel_scales_of(layer.tensors)
         return launch.multiply_nvfp4(qact, ascales, layer["qweight"], layer["wscales"], scales, epilogue, x.dtype)
     unsigned = layer.spec.act_unsigned
@@ -153,16 +154,16 @@ def work(
     x: torch.Tensor,
     layer: Layer,
     bias: torch.Tensor | None,
-    lora: tuple[torch.Tensor, torch.Tensor] | None,
-    lora_strength: torch.Tensor | None = None,
+    lora: Lora | None,
     activation: str = "",
 ) -> Work:
     """A call, with the product of x and lora_down, which is torch's"""
+    down, up, strength = (None, None, None) if lora is None else Lora(*lora)
     epilogue = Branches(
         proj_up=layer["proj_up"] if layer.spec.rank else None,
-        lora_act=None if lora is None else x @ lora[0].to(x.dtype),
-        lora_up=None if lora is None else lora[1].contiguous(),
-        lora_strength=None if lora is None or lora_strength is None else lora_strength.float(),
+        lora_act=None if down is None else x @ down.to(x.dtype),
+        lora_up=up,
+        lora_strength=None if strength is None else strength.float(),
         bias=bias,
         activation=activation,
     )
@@ -173,10 +174,9 @@ def linear(
     x: torch.Tensor,
     layer: Layer,
     bias: torch.Tensor | None,
-    lora: tuple[torch.Tensor, torch.Tensor] | None,
+    lora: Lora | None,
     compute: str,
-    lora_strength: torch.Tensor | None = None,
     activation: str = "",
 ) -> torch.Tensor:
     """One layer on x (M, K). Returns (M, N) in the dtype of x."""
-    return MODES[compute](work(x, layer, bias, lora, lora_strength, activation))
+    return MODES[compute](work(x, layer, bias, lora, activation))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...dispatch import choose
+from ...formats import FORMATS
 from ...layer import Layer, LayerSpec
 from ...self_test import TOLERANCE
 from ...timing import gpu_times
@@ -75,7 +76,7 @@ def make_job(shape: LayerShape, rows: int, device: torch.device, dtype: torch.dt
     generator = torch.Generator(device).manual_seed(0)
     layer = _random_layer(shape, device, dtype, generator)
     x = torch.randn(rows, shape.k, device=device, generator=generator).to(dtype)
-    choice = choose(shape.format, device, dtype, compute, rows)
+    choice = choose(layer.spec, device, dtype, compute, rows)
     run = partial(choice.backend.linear, x, layer, None, None, choice.compute)
     return Job(run, reference(x[-CHECKED:], layer, None, None, choice.compute), shape.count)
 
@@ -175,7 +176,7 @@ def tune(
         jobs = [
             make_job(shape, rows, device, dtype, compute)
             for shape in shapes
-            for rows in (FEW_ROWS if shape.format == "awq_w4a16" else ROWS)
+            for rows in (ROWS if FORMATS[shape.format].low_rank else FEW_ROWS)
         ]
         found = search(jobs, seconds, say)
     return found, save(found, device)

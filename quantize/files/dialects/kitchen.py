@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from ....kernels.layer import Layer, LayerError, LayerSpec, check_layer
+from ....kernels.layer import Layer, LayerError, LayerSpec
 from .. import tiles as layout
 from ..checkpoint import Checkpoint, CheckpointError
 from ..tensor_file import TensorFile, TensorInfo, TensorWriter
@@ -168,7 +168,7 @@ def spec_of(layer: str, marker: Mapping[str, Any], infos: Mapping[str, TensorInf
         if key in marker and marker[key] != value:
             raise LayerError(f"{native.MARKER} says {key} {marker[key]}, the tensors say {value}")
     _is_after_smoothing(marker)
-    check_layer(spec, natural)
+    spec.check(natural)
     native.check_one_dtype(infos)
     return spec
 

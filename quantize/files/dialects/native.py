@@ -60,7 +60,7 @@ from typing import Any
 import torch
 
 from ....kernels.formats import SIXTEEN_BIT
-from ....kernels.layer import Layer, LayerError, LayerSpec, check_layer
+from ....kernels.layer import Layer, LayerError, LayerSpec
 from ...families import FamilyError
 from ...families import detect as detect_family
 from ..checkpoint import Checkpoint, CheckpointError, Provenance
@@ -136,7 +136,7 @@ def spec_of(marker: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Layer
             raise LayerError(f"{MARKER} says {key} {marker[key]}, the tensors say {value}")
     if marker.get("lowrank_branch_input_basis", "raw") != "raw":
         raise LayerError(f"low-rank branch in basis {marker['lowrank_branch_input_basis']!r}, needed 'raw'")
-    check_layer(spec, infos)
+    spec.check(infos)
     check_one_dtype(infos)
     return spec
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .....kernels.layer import LayerSpec
+from .....kernels.layer import RANK_TILE, LayerSpec
 from ...checkpoint import CheckpointError
 from ...tensor_file import TensorFile
 from .layers import up_to
@@ -22,7 +22,6 @@ from .tables import NameMap, split_name
 OURS = ("svdquant", "unet_config", "recipe")
 PRECISIONS = {"int4": "int4", "fp4_e2m1_all": "nvfp4", "fp4": "nvfp4", "nvfp4": "nvfp4"}
 WRITERS_DEFAULT_RANK = 32  # what Nunchaku's merge tool writes where it finds no `lora_down`, whatever the rank is
-RANK_TILE = 16
 TILE = 128
 
 

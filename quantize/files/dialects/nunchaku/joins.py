@@ -12,10 +12,9 @@ from itertools import pairwise
 
 import torch
 
-from .....kernels.layer import LayerError, LayerSpec
+from .....kernels.layer import RANK_TILE, LayerError, LayerSpec
 
 Tensors = Mapping[str, torch.Tensor]
-RANK_TILE = 16
 
 
 def join_rows_spec(specs: Sequence[LayerSpec], shared_down: bool) -> LayerSpec:
