@@ -15,6 +15,7 @@ def main() -> None:
     from svdquant_pack.kernels.packing import pack
     from svdquant_pack.tests.kernels.layers import random_layer
 
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory, as conftest.py says
     for dtype in (torch.float16, torch.float32):  # the interpreter has no bf16 arithmetic
         for act_unsigned, rule in product(((0, 0), (64, 192), (0, 256)), ("absmax", "signed_extreme")):
             layer = random_layer("int4", 32, 256, 16, act_unsigned, centred=rule == "absmax")

@@ -5,7 +5,17 @@ import logging
 import pytest
 import torch
 
-from svdquant_pack.kernels import COMPUTES, FORMATS, LayerSpec, choose, dispatch, modes, self_test, svdquant_linear
+from svdquant_pack.kernels import (
+    COMPUTES,
+    FORMATS,
+    LayerSpec,
+    backends,
+    choose,
+    dispatch,
+    modes,
+    self_test,
+    svdquant_linear,
+)
 from svdquant_pack.kernels.backends import Backend, KernelCall, discover, reference
 from svdquant_pack.kernels.dispatch import candidates, faster_format
 from svdquant_pack.tests.kernels.layers import random_layer
@@ -231,3 +241,10 @@ def test_the_highest_claim_runs_and_a_refusal_is_a_reason(monkeypatch):
     with_backends(monkeypatch, low, high, Backend("never", lambda call: "is out of order", reference.linear))
     choice = choose(LayerSpec("int4", 96, 256, 16), CPU, BF16)
     assert choice.backend.name == "high" and choice.passed_over["never"] == "is out of order"
+
+
+def test_a_module_without_backend_is_none(tmp_path, monkeypatch):
+    (tmp_path / "beside_them.py").write_text("NOTHING = None\n")
+    monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
+    found, absent = discover.__wrapped__()  # not the answer that is kept
+    assert "beside_them" not in found and "beside_them" not in absent and found.keys() == discover()[0].keys()

@@ -14,7 +14,7 @@ from svdquant_pack.kernels import FORMATS, stages
 from svdquant_pack.kernels.backends import KernelCall
 from svdquant_pack.kernels.backends import gluon as backend
 from svdquant_pack.kernels.backends.gluon import int4_linear, int4_mma, verify
-from svdquant_pack.kernels.backends.gluon.fragments import Fragments, pack_fragments, unpack_fragments
+from svdquant_pack.kernels.backends.gluon.fragments import COLUMNS, TILE, WORDS, Fragments, pack_fragments
 from svdquant_pack.kernels.backends.reference import linear as reference_linear
 from svdquant_pack.kernels.packing import pack, sign_extend, unpack
 from svdquant_pack.tests.kernels import gluon_emulator as emulator
@@ -26,6 +26,15 @@ def random_weight(n: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int
     codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(k // 64, n, generator=generator) + 0.5).to(dtype)
     return pack(codes), scales
+
+
+def unpack_fragments(fragments: Fragments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fragment order to natural order: (qweight (N, K/2) int8, wscales (K/64, N)). Inverse of `pack_fragments`."""
+    tiles, groups = fragments.codes.shape[:2]
+    words = fragments.codes.unflatten(3, (TILE, WORDS)).permute(0, 2, 5, 3, 1, 4)  # tile pair half n group t
+    qweight = words.reshape(tiles * COLUMNS, groups * WORDS).view(torch.int8)
+    wscales = fragments.scales.permute(0, 3, 2, 4, 1).reshape(tiles * COLUMNS, groups)
+    return qweight[: fragments.n], wscales[: fragments.n].T.contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
