@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from .host.model import FASTER, describe_model
+from .host.describe import FASTER, describe_model
 
 
 class SVDQuantModelInfo:

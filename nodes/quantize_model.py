@@ -7,14 +7,16 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 
+from ..kernels.layer import RANK_TILE
 from ..quantize.calibration.file import Statistics
 from ..quantize.files.source import FileSource
 from ..quantize.maker.model import QuantizeReport, quantize_model
 from ..quantize.maker.report import summarize, write_report
-from ..quantize.recipe import NAMED, RANK_MULTIPLE, Recipe
+from ..quantize.recipe import NAMED, Recipe
 from .calibrate import STATISTICS
 from .host.files import FOLDER, NO_FILE, find_or_raise, open_statistics, refuse_name, statistics_files, target
-from .host.model import ModelSource, load_model
+from .host.model import load_model
+from .host.source import ModelSource
 
 MODEL_INPUT = "(model input)"
 AUTO = "auto"
@@ -52,7 +54,7 @@ class SVDQuantQuantizeModel:
                         "default": 32,
                         "min": 0,
                         "max": 512,
-                        "step": RANK_MULTIPLE,
+                        "step": RANK_TILE,
                         "tooltip": "Width of the 16-bit low-rank branch. More is better and larger: 32 is usual.",
                     },
                 ),
