@@ -40,7 +40,7 @@ class PackedLinear:
         lora: LowRank | None,
         strength: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """svdquant_linear of the layer in `blob`, which lies on the device of x; strength of each 16 LoRA columns."""
+        """svdquant_linear of the layer in `blob`, on the device of x; strength of each RANK_TILE columns of lora."""
         return svdquant_linear(x, self.layer(blob), bias, lora, self.compute, lora_strength=strength)
 
     def passing(self) -> "PackedLinear":

@@ -62,8 +62,8 @@ class Collector:
         widths = {group[0]: specs[group[0]].k for group in groups}
         if again and path.exists():
             statistics = Statistics.open(path, writable=True)
-            found = {layer: entry.tokens.shape[1] for layer, entry in statistics.entries.items()}
-            if found != widths:
+            stored = {layer: entry.tokens.shape[1] for layer, entry in statistics.entries.items()}
+            if stored != widths:
                 raise StatisticsError(f"{path.name}: holds statistics of another model; choose another name")
             return cls(statistics, sensitivity)
         metadata = {"family": family.name, "model": source.name, "shared": shared_entries(groups), "runs": []}

@@ -71,8 +71,8 @@ def test_a_change_of_strength_touches_no_factor(plain, weights):
     entries = len(plain.model.svdquant.store)
     output = forward(strong)
     assert len(plain.model.svdquant.store) == entries
-    for (parts, down, up, krons), module in zip(before, loaded(strong), strict=True):
-        assert all(one is other for one, other in zip(parts, module.loras.parts, strict=True))
+    for (deltas, down, up, krons), module in zip(before, loaded(strong), strict=True):
+        assert all(one is other for one, other in zip(deltas, module.loras.deltas, strict=True))
         assert module._loaded.down is down and module._loaded.up is up and module._loaded.krons is krons
     assert [module.weight.data_ptr() for module in loaded(strong)] == places, "no weight was moved"
     fresh = with_file(plain, {name: tensor.clone() for name, tensor in file.items()}, 0.9)
