@@ -13,7 +13,7 @@ from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAd
 from ...quantize.lora.deltas import LoraError, Offset
 from ...quantize.lora.loras import LayerLoras
 from ...quantize.lora.patched_weight import PatchedWeight
-from ...quantize.lora.store import PlainLoras
+from ...quantize.lora.store import FactorStore, PlainLoras
 from ...quantize.lora.terms import DenseDelta, Factors, LohaFactors, LokrFactors, LoraFactors, Term, WeightFunction
 
 MERGE = "a 4-bit model cannot be merged; merge the 16-bit models and quantize the result"
@@ -55,18 +55,15 @@ class Patch(NamedTuple):
         return (self.kind, *self.value[-1]) if isinstance(self.value[-1], tuple) else self.value
 
 
-def loras_of(weight: PatchedWeight, patches: Sequence[tuple[Any, ...]], anew: bool = False) -> LayerLoras | None:
-    """All patches of a layer together; where only strengths are new, the factors are those of the last time.
-
-    anew    go through every patch even then, so that `weight.notes` tells of each
-    raises  LoraError naming the kind of patch that cannot be applied
-    """
+def known_loras(store: FactorStore, key: str, patches: Sequence[tuple[Any, ...]]) -> LayerLoras | None:
+    """What `loras_of` gave for this layer, at the strengths of now; None where more than strengths is new."""
     identity = _plain_identity(patches)
-    if identity is not None and not anew:
-        known = weight.store.at_strengths(weight.key, identity, [patch[0] for patch in patches])
-        if known is not None:
-            return known
-    named = [Patch(*patch) for patch in patches]
+    return None if identity is None else store.at_strengths(key, identity, [patch[0] for patch in patches])
+
+
+def loras_of(weight: PatchedWeight, patches: Sequence[tuple[Any, ...]]) -> LayerLoras | None:
+    """All patches of a layer together. Raises LoraError naming the kind of patch that cannot be applied."""
+    named, identity = [Patch(*patch) for patch in patches], _plain_identity(patches)
     loras = weight.loras([_term(patch, weight.key) for patch in named if not patch.idle])
     if identity is not None and loras is not None:
         alphas = tuple(alpha_factor(patch[1]) for patch in patches)

@@ -20,7 +20,7 @@ from ...quantize.lora.loras import LayerLoras
 from ...quantize.lora.patched_weight import Note, PatchedWeight
 from .linear import SVDQuantLinear
 from .lora_groups import PREFIX, PatchGroup, group_of, hook_group, layer_name, refused_biases, warn_of_unknown
-from .patch import MERGE, Patch, loras_of
+from .patch import MERGE, Patch, known_loras, loras_of
 from .state import LoadSnapshot, ModelState
 
 LIMITS = "svdquant_lora_limits"  # attachment
@@ -69,14 +69,17 @@ class SVDQuantPatcher(ModelPatcher):
                 patches = [*patches, *more[key]]
             if not patches:
                 continue
-            weight = PatchedWeight(key, module.four_bit, module.weight, store, limits, self.load_device)
-            try:
-                layer = loras_of(weight, patches, anew=notes is not None)
-            except LoraError as error:
-                refused.append(f"{layer_name(key)}: {error}")
-                continue
-            if notes is not None:
-                notes[key] = weight.notes
+            # first of all, and with nothing built for it: this is every change of a strength
+            layer = known_loras(store, key, patches) if notes is None else None
+            if layer is None:
+                weight = PatchedWeight(key, module.four_bit, module.weight, store, limits, self.load_device)
+                try:
+                    layer = loras_of(weight, patches)
+                except LoraError as error:
+                    refused.append(f"{layer_name(key)}: {error}")
+                    continue
+                if notes is not None:
+                    notes[key] = weight.notes
             if layer is not None:
                 loras[key] = layer
         refused += refused_biases(self.patches, self.packed_layers())
