@@ -20,7 +20,7 @@ from ...quantize.calibration.tokens import Call
 from ...quantize.families import detect
 from ...quantize.maker.plan import group_layers, plan_layers, shared_entries
 from ...quantize.recipe import Recipe
-from .model import ModelSource
+from .source import ModelSource
 
 KEY = "svdquant_calibrate"
 NOISE = 0.01  # relative size of what is added to a layer's output to see what the model makes of it
@@ -62,8 +62,8 @@ class Collector:
         widths = {group[0]: specs[group[0]].k for group in groups}
         if again and path.exists():
             statistics = Statistics.open(path, writable=True)
-            found = {layer: entry.tokens.shape[1] for layer, entry in statistics.entries.items()}
-            if found != widths:
+            stored = {layer: entry.tokens.shape[1] for layer, entry in statistics.entries.items()}
+            if stored != widths:
                 raise StatisticsError(f"{path.name}: holds statistics of another model; choose another name")
             return cls(statistics, sensitivity)
         metadata = {"family": family.name, "model": source.name, "shared": shared_entries(groups), "runs": []}
@@ -77,15 +77,15 @@ class Collector:
         watched.add_wrapper_with_key(kinds.APPLY_MODEL, KEY, self._apply_model)
         return watched
 
-    def _outer_sample(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        runs = self.statistics.metadata.setdefault("runs", [])
+    def _outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        runs: Any = self.statistics.metadata.setdefault("runs", [])
         self._generator.manual_seed(len(runs))
         result = executor(*args, **kwargs)
         sigmas = next((arg for arg in args[3:4] if isinstance(arg, torch.Tensor)), torch.zeros(1))
         self.statistics.add_run(id=uuid.uuid4().hex, steps=len(sigmas) - 1)
         return result
 
-    def _apply_model(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         options = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else {})
         call = _call(options, len(args[0]))
         model = executor.class_obj.diffusion_model
