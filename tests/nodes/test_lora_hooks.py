@@ -37,11 +37,11 @@ def hook_of(lora, strength: float, keyframes=()):
     return hooks
 
 
-def sample(patcher, positive, negative, count: int = 1) -> torch.Tensor:
+def sample(patcher, positive, negative, count: int = 1, seed: int = 3) -> torch.Tensor:
     import nodes
 
     latent = {"samples": torch.zeros(count, 16, 8, 8)}
-    return nodes.common_ksampler(patcher, 3, STEPS, 2.0, "euler", "simple", positive, negative, latent)[0]["samples"]
+    return nodes.common_ksampler(patcher, seed, STEPS, 2.0, "euler", "simple", positive, negative, latent)[0]["samples"]
 
 
 def prompt():
@@ -96,7 +96,9 @@ def test_a_scheduled_lora_gives_the_16bit_models_pictures(checkpoints, demo_mode
     scheduled = comfy.hooks.set_hooks_for_conditioning(prompt(), hooks)
 
     def paint(patcher, positive=None) -> torch.Tensor:
-        return SVDQuantDemoDecode().decode({"samples": sample(patcher, positive or prompt(), prompt(), 10)})[0]
+        """40 pictures: with ten of one seed the last bit of a processor's sums decides"""
+        drawn = [sample(patcher, positive or prompt(), prompt(), 10, seed) for seed in range(3, 7)]
+        return SVDQuantDemoDecode().decode({"samples": torch.cat(drawn)})[0]
 
     four_bit = load_model(str(checkpoints[format]), compute="w4a4")
     found, plain, loaded = (
@@ -108,7 +110,7 @@ def test_a_scheduled_lora_gives_the_16bit_models_pictures(checkpoints, demo_mode
         )
     )
     error = relative(*found)
-    assert error < relative(*plain) + relative(*loaded)
+    assert error < relative(*plain) + relative(*loaded), (error, relative(*plain), relative(*loaded))
     assert all(relative(found[1], other[1]) > 3 * error for other in (plain, loaded)), "the schedule is neither of them"
 
 
