@@ -56,8 +56,8 @@ def provenance_of(file: TensorFile, weights: Iterable[str], family: str | None =
 
 
 def _check_types(file: TensorFile, svdquant: object, config: object, recipe: object) -> None:
-    objects = {"svdquant": svdquant, "unet_config": config, "recipe": recipe}
-    kinds = dict.fromkeys(objects, dict)
+    objects: dict[str, object] = {"svdquant": svdquant, "unet_config": config, "recipe": recipe}
+    kinds: dict[str, type] = dict.fromkeys(objects, dict)
     if isinstance(svdquant, dict):
         objects |= svdquant
         kinds |= {"version": int, "family": str, "pinned": list, "formats": dict, "source_hash": str}
@@ -66,7 +66,8 @@ def _check_types(file: TensorFile, svdquant: object, config: object, recipe: obj
             raise CheckpointError(
                 f"{file.path.name}: {key} in the metadata is {objects[key]!r:.40}, needed {kind.__name__}"
             )
-    if not all(isinstance(key, str) for key in objects.get("pinned", ())):
+    pinned = objects.get("pinned")
+    if isinstance(pinned, list) and not all(isinstance(key, str) for key in pinned):
         raise CheckpointError(f"{file.path.name}: pinned in the metadata holds more than names")
 
 

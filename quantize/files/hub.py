@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from .spelling import formats_of
 
@@ -122,7 +122,7 @@ def download(
             reporting = _Reporting(stream, found.size or 0, progress)
             http_get(
                 found.location or url,
-                reporting,
+                cast(BinaryIO, reporting),
                 resume_size=stream.tell(),
                 headers=build_hf_headers(),
                 expected_size=found.size,

@@ -46,7 +46,7 @@ def own_names() -> frozenset[str]:
 
     raises  ValueError for one that is the suffix of another tensor: the file could not be read again
     """
-    names = {part for fmt in FORMATS.values() for part in fmt.part_names()} - SUFFIXES.keys()
+    names = {part for fmt in FORMATS.values() for part in fmt.part_names} - SUFFIXES.keys()
     taken = sorted(names & {*PARTS, MARKER, "bias"})
     if taken:
         raise ValueError(f"a format has a tensor named {taken[0]}, which files use for another; name it otherwise")

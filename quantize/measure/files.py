@@ -29,7 +29,7 @@ def dense_weights(path: str | Path) -> tuple[dict[str, tuple[int, ...]], Callabl
         def read(layer: str) -> torch.Tensor:
             return source.tensor(f"{layer}.weight").float()
 
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         key.removesuffix(".weight"): info.shape
         for key, info in infos.items()
         if key.endswith(".weight") and len(info.shape) == 2

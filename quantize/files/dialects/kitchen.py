@@ -283,7 +283,8 @@ def save(
                 f"{checkpoint.path.name}: layer {name!r} {reason}. Quantize the 16-bit model to "
                 f"{' or '.join(fmt.name for fmt in formats_of(NAME).values() if fmt.low_rank)} for this dialect."
             )
-    notes, written = [], {}
+    notes: list[str] = []
+    written: dict[str, torch.Tensor] = {}
     for name, spec in checkpoint.specs.items():
         step(name)
         layer = stock_layer(name, checkpoint.layer(name), notes)

@@ -3,7 +3,7 @@
 Every size and dtype is checked from the header, before a byte of the layer is read.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,14 +141,17 @@ def _rank(infos: Mapping[str, TensorInfo]) -> int:
 
 def _check_w4a4(infos: Mapping[str, TensorInfo], stored: StoredLayer) -> None:
     n, k = stored.padded
-    shapes = {
+    shapes: dict[str, list[tuple[int, ...]]] = {
         "qweight": [(n, k // 2)],
         "wscales": [(k // stored.fmt.group_size, n)],
         "smooth_factor": [(k,)],
         "bias": [(n,)],
     }
     declared = stored.fmt.parts(n, k, 0)
-    shapes |= {part: sizes for part, sizes in {"wtscale": [(1,), ()], "wcscales": [(n,)]}.items() if part in declared}
+    if "wtscale" in declared:
+        shapes["wtscale"] = [(1,), ()]
+    if "wcscales" in declared:
+        shapes["wcscales"] = [(n,)]
     if stored.rank:
         shapes |= {"proj_down": [(k, stored.rank)], "proj_up": [(n, stored.rank)]}
     if "smooth_factor" not in infos:
@@ -161,15 +164,20 @@ def _inspect_awq(name: str, infos: Mapping[str, TensorInfo], padded: tuple[int, 
     if n % 4 or k % fmt.group_size:
         raise LayerError(f"is a W4A16 layer of (N, K) = {padded}, needed N a multiple of 4 and K of {fmt.group_size}")
     groups = k // fmt.group_size
-    scales = [(up_to(groups, AWQ_GROUP_TILE), n), (groups, n)]
-    shapes = {"qweight": [(n // 4, k // 2)], "wscales": scales, "wzeros": scales, "bias": [(n,)]}
+    scales: list[tuple[int, ...]] = [(up_to(groups, AWQ_GROUP_TILE), n), (groups, n)]
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "qweight": [(n // 4, k // 2)],
+        "wscales": scales,
+        "wzeros": scales,
+        "bias": [(n,)],
+    }
     stored = StoredLayer(name, fmt, n, k, 0, padded, tuple(infos))
     _check_parts(infos, shapes, stored)
     return stored
 
 
 def _check_parts(
-    infos: Mapping[str, TensorInfo], shapes: Mapping[str, list[tuple[int, ...]]], stored: StoredLayer
+    infos: Mapping[str, TensorInfo], shapes: Mapping[str, Sequence[tuple[int, ...]]], stored: StoredLayer
 ) -> None:
     found: set[torch.dtype] = set()
     for part, info in infos.items():

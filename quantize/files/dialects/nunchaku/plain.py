@@ -95,17 +95,21 @@ def _add_joined(draft: Draft, hosts: list[str], stored: list[tuple[str, TensorIn
 
     def read() -> torch.Tensor:
         tensors = [draft.stored.read(name) for name, _ in stored]
-        if len(tensors) == 1:
-            joined = tensors[0]
-        else:
-            joined = torch.cat(tensors, dim) if dim >= 0 else sum(tensor.float() for tensor in tensors)
+        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim) if dim >= 0 else _added(tensors)
         return torch.cat(joined.chunk(2)[::-1]) if swap else joined.to(infos[0].dtype)
 
     rows = shape[0] // len(hosts)
     for i, host in enumerate(hosts):
         info = TensorInfo((rows, *shape[1:]), infos[0].dtype)
-        whole = len(hosts) == 1
-        draft.add_rest(host, info, read if whole else lambda i=i: read()[i * rows : (i + 1) * rows].contiguous())
+        draft.add_rest(host, info, read if len(hosts) == 1 else _rows_of(read, i * rows, rows))
+
+
+def _added(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return sum((tensor.float() for tensor in tensors), torch.zeros(()))
+
+
+def _rows_of(read: Reader, start: int, count: int) -> Reader:
+    return lambda: read()[start : start + count].contiguous()
 
 
 def add_biases(
@@ -129,14 +133,14 @@ def add_biases(
     def read_all() -> torch.Tensor:
         biases = [read() for read in readers]
         if columns:
-            return sum(bias.float() for bias in biases).to(dtype)
+            return _added(biases).to(dtype)
         bias = torch.cat(biases) if len(biases) > 1 else biases[0]
         return torch.cat(bias.chunk(2)[::-1]) if linear.swap else bias
 
     n = layers[0].n if columns else sum(layer.n for layer in layers)
     rows = n // len(hosts)
     for i, host in enumerate(hosts):
-        share = read_all if len(hosts) == 1 else lambda i=i: read_all()[i * rows : (i + 1) * rows].contiguous()
+        share = read_all if len(hosts) == 1 else _rows_of(read_all, i * rows, rows)
         draft.add_rest(f"{host}.bias", TensorInfo((rows,), dtype), share)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,14 +56,14 @@ def open_as_is(file: TensorFile) -> Checkpoint:
             spec, read = layer.spec, stored.part_reader(name)
             if name in unsigned and spec.fmt.unsigned_act and "bias" in infos:
                 spec = replace(spec, act_unsigned=(0, spec.k))
-            draft.add_layer(name, spec, lambda layer=layer, read=read: read_layer(layer, read))
+            draft.add_layer(name, spec, partial(read_layer, layer, read))
             if "bias" in infos:
                 info = TensorInfo((layer.n,), infos["bias"].dtype)
-                draft.add_rest(f"{name}.bias", info, lambda layer=layer, read=read: read_bias(layer, read))
+                draft.add_rest(f"{name}.bias", info, partial(read_bias, layer, read))
     for module, suffixes in stored.plain.items():
         for suffix, info in suffixes.items():
             key = f"{module}.{suffix}" if module else suffix
-            draft.add_rest(key, info, lambda key=key: stored.read(key))
+            draft.add_rest(key, info, partial(stored.read, key))
     return _checkpoint(draft, as_is=True)
 
 

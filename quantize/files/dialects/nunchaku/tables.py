@@ -69,7 +69,7 @@ def same(
     bias: bool = True,
     optional: bool = False,
 ) -> LinearRow:
-    """A linear that is one in the file and one in ComfyUI."""
+    """A row of a table, for a linear that is one in the file and one in ComfyUI; the parameters are its columns."""
     return LinearRow(
         (host,),
         (StoredName(stored, n, k, unsigned),),
@@ -200,5 +200,7 @@ class Sizes:
 
 
 def _factor(text: str) -> tuple[int, str]:
-    digits, symbol = re.fullmatch(r"(\d*)(\w+)", text).groups()
-    return int(digits or 1), symbol
+    match = re.fullmatch(r"(\d*)(\w+)", text)
+    if match is None:
+        raise ValueError(f"size {text!r} of a table, needed a symbol with or without a factor, such as 3h")
+    return int(match[1] or 1), match[2]

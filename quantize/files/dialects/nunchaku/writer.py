@@ -98,7 +98,8 @@ def _check_formats(checkpoint: Checkpoint) -> None:
 def _save_as_is(checkpoint: Checkpoint, writer: TensorWriter, step: Step) -> list[str]:
     keys = [f"{name}.qweight" for name in checkpoint.specs]
     v2 = any(names.v2 and names.detect(keys) for names in NAME_MAPS.values())
-    shapes, biases, notes = {}, {f"{name}.bias" for name in checkpoint.specs}, []
+    biases, shapes = {f"{name}.bias" for name in checkpoint.specs}, dict[str, list[int]]()
+    notes: list[str] = []
     for name, spec in checkpoint.specs.items():
         step(name)
         layer = stock_layer(name, checkpoint.layer(name), notes)
@@ -182,11 +183,13 @@ def _shares(run: SaveRun, linear: LinearRow, parts: Sequence[StoredName], total:
     sizes = [run.sizes.value(text) for text in texts]
     unknown = [i for i, size in enumerate(sizes) if size is None]
     if len(unknown) == 1:
-        sizes[unknown[0]] = total - sum(size for size in sizes if size is not None)
-        run.sizes.bind(texts[unknown[0]], sizes[unknown[0]])
-    if None in sizes or sum(sizes) != total or min(sizes) <= 0:
+        remaining = total - sum(size for size in sizes if size is not None)
+        sizes[unknown[0]] = remaining
+        run.sizes.bind(texts[unknown[0]], remaining)
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes) or sum(known) != total or min(known) <= 0:
         raise LayerError(f"{total} {linear.join} do not divide into {', '.join(part.name for part in parts)}: {sizes}")
-    return sizes
+    return known
 
 
 def _save_plain(
@@ -257,11 +260,12 @@ def _join(
     downs = [part.get("proj_down") for part in tensors]
     shared = all(down is not None and downs[0] is not None and torch.equal(down, downs[0]) for down in downs)
     spec = joins.join_rows_spec(specs, shared)
-    if any(bias is None for bias in biases):
-        if any(bias is not None for bias in biases):
+    present = [bias for bias in biases if bias is not None]
+    if len(present) < len(biases):
+        if present:
             raise LayerError(f"only some of {', '.join(hosts)} have a bias")
         return [spec], [joins.join_rows(tensors, shared)], [None]
-    return [spec], [joins.join_rows(tensors, shared)], [torch.cat(biases)]
+    return [spec], [joins.join_rows(tensors, shared)], [torch.cat(present)]
 
 
 def _split_rows(
@@ -295,7 +299,9 @@ def _split_columns(
         rank = part["proj_up"].shape[1] if "proj_up" in part else 0
         specs.append(replace(spec, k=share, rank=rank, act_unsigned=unsigned))
         start += share
-    biases = [None] * len(shares) if bias is None else [torch.zeros_like(bias)] * (len(shares) - 1) + [bias]
+    biases: list[torch.Tensor | None] = [None] * len(shares)
+    if bias is not None:
+        biases = [*([torch.zeros_like(bias)] * (len(shares) - 1)), bias]
     return specs, split, biases
 
 
