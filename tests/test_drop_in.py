@@ -6,6 +6,7 @@ CONTRIBUTING.md points at these files.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,13 @@ def run(copy: Path, *command: str, **environment: str) -> str:
 def test_four_files_are_all_there_is():
     found = {path.relative_to(DROPPED).as_posix() for path in DROPPED.rglob("*.py")}
     assert found == ADDED | {"checks.py"}
+
+
+def test_contributing_points_at_them():
+    """Every link of CONTRIBUTING.md leads to a file, and every example is linked."""
+    links = set(re.findall(r"\]\(([^)]+)\)", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert {f"tests/drop_in/{part}" for part in ADDED} <= links
+    assert all((ROOT / link).is_file() for link in links)
 
 
 def test_one_file_each_is_enough(copy):
