@@ -17,7 +17,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DROPPED = Path(__file__).parent / "drop_in"
 CHECKS = "tests/drop_in/checks.py"
-PYTEST = ("pytest", "-q", "-x", "-p", "no:cacheprovider", "--basetemp=tests/made", CHECKS)
+WIDGETS = "tests/nodes/widgets.py"
+PYTEST = ("pytest", "-q", "-x", "-p", "no:cacheprovider", "--basetemp=tests/made")
+NEEDED = (
+    "__init__.py",
+    "pyproject.toml",
+    "tests/conftest.py",
+    "tests/kernels/interpreter_shim.py",
+    "tests/host/cpu_shims.py",
+    "tests/nodes/conftest.py",
+)
 ADDED = {
     "kernels/formats/dummy.py",
     "kernels/backends/dummy.py",
@@ -33,10 +42,10 @@ def copy(tmp_path_factory) -> Path:
     without = shutil.ignore_patterns("__pycache__", "*.pyc", "*.nbc", "*.nbi")
     for part in ("kernels", "quantize", "nodes"):
         shutil.copytree(ROOT / part, folder / part, ignore=without)
-    (folder / "tests" / "kernels").mkdir(parents=True)
-    for part in ("__init__.py", "pyproject.toml", "tests/conftest.py", "tests/kernels/interpreter_shim.py", CHECKS):
+    for part in (*NEEDED, CHECKS):
         (folder / part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / part, folder / part)
+    shutil.copy(DROPPED / "widgets.py", folder / WIDGETS)
     for part in ADDED:
         assert not (folder / part).exists()
         shutil.copy(DROPPED / part, folder / part)
@@ -54,7 +63,7 @@ def run(copy: Path, *command: str, **environment: str) -> str:
 
 def test_four_files_are_all_there_is():
     found = {path.relative_to(DROPPED).as_posix() for path in DROPPED.rglob("*.py")}
-    assert found == ADDED | {"checks.py"}
+    assert found == ADDED | {"checks.py", "widgets.py"}
 
 
 def test_contributing_points_at_them():
@@ -65,14 +74,19 @@ def test_contributing_points_at_them():
 
 
 def test_one_file_each_is_enough(copy):
-    output = run(copy, *PYTEST, TRITON_INTERPRET="0")
+    output = run(copy, *PYTEST, CHECKS, TRITON_INTERPRET="0")
     assert " passed" in output and "1 skipped" in output
 
 
 def test_a_kernel_backend_that_was_there_runs_the_format(copy):
     pytest.importorskip("triton")
-    output = run(copy, *PYTEST, "-k", "triton", TRITON_INTERPRET="1")
+    output = run(copy, *PYTEST, CHECKS, "-k", "triton", TRITON_INTERPRET="1")
     assert "1 passed" in output and "skipped" not in output
+
+
+@pytest.mark.skipif(not os.environ.get("COMFYUI_PATH"), reason="COMFYUI_PATH names no ComfyUI; `make test` sets it")
+def test_the_nodes_offer_them(copy):
+    assert "1 passed" in run(copy, *PYTEST, WIDGETS)
 
 
 def test_the_command_line_knows_them(copy, tmp_path):
