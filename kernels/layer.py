@@ -21,7 +21,7 @@ The bias is not among them: a host wants to see it as an ordinary parameter.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, overload
 
 import torch
 
@@ -196,6 +196,12 @@ class Layer:
         if self.spec.rank:
             weight = weight + self["proj_up"].float() @ self["proj_down"].float().T
         return weight
+
+    @overload
+    def unshifted_bias(self, bias: torch.Tensor) -> torch.Tensor: ...
+
+    @overload
+    def unshifted_bias(self, bias: None) -> torch.Tensor | None: ...
 
     def unshifted_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
         """b = stored bias + GELU_SHIFT * sum over unsigned channels of decode(qweight) / smooth_factor, float32."""

@@ -7,6 +7,7 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 
+from ..kernels.formats import DEFAULT
 from ..kernels.layer import RANK_TILE
 from ..quantize.calibration.file import Statistics
 from ..quantize.files.source import FileSource
@@ -46,7 +47,10 @@ class SVDQuantQuantizeModel:
                 ),
                 "format": (
                     list(WITH_BRANCH),
-                    {"tooltip": "int4 for NVIDIA RTX 20, 30 and 40; nvfp4 for RTX 50. Every device runs both."},
+                    {
+                        "default": DEFAULT,
+                        "tooltip": "int4 for NVIDIA RTX 20, 30 and 40; nvfp4 for RTX 50. Every device runs both.",
+                    },
                 ),
                 "rank": (
                     "INT",

@@ -1,4 +1,7 @@
-"""The architecture, checked on the syntax trees: imports point one way, importing does nothing, files stay small."""
+"""The architecture, checked on the syntax trees.
+
+Imports point one way and never in a circle, importing does nothing, files stay small.
+"""
 
 import ast
 import subprocess
@@ -47,6 +50,36 @@ def test_imports_point_one_way(path):
             assert ours in below, f"{layer} imports {ours}: imports point nodes -> quantize -> kernels"
         else:
             assert name in allowed or name in sys.stdlib_module_names, f"{layer} may not import {name}"
+
+
+def files_read(path: Path) -> set[Path]:
+    """Our files that a file imports, wherever in it; not the `__init__.py` of its own folders, which loads it late."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for alias in node.names:
+                choices = (base / f"{alias.name}.py", base / alias.name / "__init__.py", base / "__init__.py")
+                found.add(next((choice for choice in choices if choice.is_file()), base.with_suffix(".py")))
+    return {file for file in found if file in FILES and not (file.stem == "__init__" and file.parent in path.parents)}
+
+
+def circle(reads: dict[Path, set[Path]]) -> list[Path]:
+    """The files that are left when those that read nothing more are taken away, again and again; empty without one."""
+    left = {path: set(files) for path, files in reads.items()}
+    while done := {path for path, files in left.items() if not files & left.keys()}:
+        left = {path: files for path, files in left.items() if path not in done}
+    return sorted(left)
+
+
+def test_no_imports_in_a_circle():
+    found = circle({path: files_read(path) for path in FILES})
+    assert not found, [path.relative_to(ROOT).as_posix() for path in found]
+
+
+def test_a_circle_would_be_seen():
+    a, b, c = (Path(name) for name in "abc")
+    assert circle({a: {b}, b: {a}, c: {a}}) == [a, b, c] and not circle({a: {b, c}, b: {c}, c: set()})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -68,7 +68,8 @@ class Format:
     computes      the compute modes that are defined for it, see kernels/modes.py
     modes         what `auto` tries, best first
     spellings     {dialect of files: names there, the one that is written first}. A dialect that is not named cannot
-                  hold the format; the native one holds every format
+                  hold the format; the native one holds every format, as svdquant_<name> unless said otherwise.
+                  "published" is the word in the names of files on the hub
     """
 
     name: ClassVar[str]

@@ -23,6 +23,7 @@ class AwqW4A16(Format):
         "native": ("awq_w4a16",),
         "kitchen": ("awq_w4a16",),
         "nunchaku": ("awq_w4a16",),
+        "nunchaku lite": ("int4",),
     }
 
     def weight_parts(self, n: int, k: int) -> dict[str, TensorSpec]:

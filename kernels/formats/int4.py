@@ -56,9 +56,9 @@ class Int4(Format):
     )
     spellings = {  # noqa: RUF012
         "native": ("svdquant_w4a4",),
-        "native, a range unsigned": ("svdquant_w4a4_ranged",),
         "kitchen": ("svdquant_w4a4",),
         "nunchaku": ("int4",),
+        "nunchaku lite": ("int4",),
         "published": ("int4",),
     }
 

@@ -63,7 +63,8 @@ class Nvfp4(Format):
     )
     spellings = {  # noqa: RUF012
         "native": ("svdquant_nvfp4",),
-        "nunchaku": ("fp4_e2m1_all", "fp4", "nvfp4"),
+        "nunchaku": ("fp4_e2m1_all", "fp4"),
+        "nunchaku lite": ("nvfp4",),
         "published": ("fp4",),
     }
 

@@ -10,11 +10,12 @@ import comfy.ops
 import torch
 
 from ...quantize.files.checkpoint import Checkpoint, CheckpointError
-from ...quantize.files.dialects.native import MARKER, SUFFIXES, encode_layer
+from ...quantize.files.dialects.native import encode_layer
+from ...quantize.files.spelling import MARKER, SUFFIXES, own_names
 from ...quantize.linear import PackedLinear
 from ...quantize.lora.loras import LayerLoras, LoadedLoras
 
-SAVED = {MARKER, *SUFFIXES.values()} - {"weight"}  # state_dict names that are no attributes
+SAVED = {MARKER, *SUFFIXES.values(), *own_names()} - {"weight"}  # state_dict names that are no attributes
 
 
 class SVDQuantLinear(comfy.ops.manual_cast.Linear):

@@ -14,17 +14,19 @@ import comfy.patcher_extension
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...kernels.formats import FORMATS
 from ...quantize.calibration.file import Statistics, StatisticsError
 from ...quantize.calibration.several import tokens_for
 from ...quantize.calibration.tokens import Call
 from ...quantize.families import detect
 from ...quantize.maker.plan import group_layers, plan_layers, shared_entries
-from ...quantize.recipe import Recipe
+from ...quantize.recipe import WITH_BRANCH, Recipe
 from .source import ModelSource
 
 KEY = "svdquant_calibrate"
 NOISE = 0.01  # relative size of what is added to a layer's output to see what the model makes of it
 SENSITIVE_STEPS = 4  # of a run, spread evenly
+FINEST = min(WITH_BRANCH, key=lambda name: FORMATS[name].group_size)  # the format that fits the most layers
 
 
 class Collector:
@@ -54,7 +56,7 @@ class Collector:
         """
         source = ModelSource(patcher)
         family = detect(source.infos)
-        specs = plan_layers(source.infos, family, Recipe(format="nvfp4"))
+        specs = plan_layers(source.infos, family, Recipe(format=FINEST))
         specs = {layer: spec for layer, spec in specs.items() if spec.fmt.low_rank}
         if not specs:
             raise StatisticsError(f"{source.name}: no linear layer of family {family.name} can become 4-bit")

@@ -5,12 +5,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ...kernels.formats import DEFAULT
 from ..calibration.file import Statistics
 from ..calibration.several import describe, merge
 from ..files.source import FileSource
 from ..maker.model import quantize_model
 from ..maker.report import summarize, write_report
-from ..recipe import NAMED, Recipe
+from ..recipe import NAMED, WITH_BRANCH, Recipe
 from . import show
 
 
@@ -19,7 +20,7 @@ def add_commands(commands: Any) -> None:
     command = commands.add_parser("quantize", help="make a 4-bit file of a 16-bit model")
     command.add_argument("source", metavar="IN", help="16-bit or fp8; of several shards any one")
     command.add_argument("target", metavar="OUT")
-    command.add_argument("--format", choices=("int4", "nvfp4"), default="int4")
+    command.add_argument("--format", choices=WITH_BRANCH, default=DEFAULT)
     command.add_argument("--rank", default="32", help="width of the low-rank branch, a multiple of 16, or auto")
     command.add_argument("--device", default="cpu", help="where to compute, e.g. cuda")
     command.add_argument("--recipe", choices=NAMED, help="default: balanced with statistics, else fast")

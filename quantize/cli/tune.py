@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from ...kernels import COMPUTES
+from ...kernels.formats import DEFAULT, MODULATION
 from ..files.open import open_checkpoint
+from ..recipe import WITH_BRANCH
 from . import show
 
 # (N, K) of the linear layers of well-known models, most work first
@@ -25,7 +27,7 @@ SHAPES = {
     "sdxl": {"ff.0": (10240, 1280), "ff.2": (1280, 5120), "to_q": (1280, 1280), "small.to_q": (640, 640)},
 }
 # of layers that see one row per image
-MODULATION = {"flux": {"modulation": (18432, 3072)}, "qwen_image": {"img_mod": (18432, 3072)}}
+MODULATION_SHAPES = {"flux": {"modulation": (18432, 3072)}, "qwen_image": {"img_mod": (18432, 3072)}}
 
 
 def add_commands(commands: Any) -> None:
@@ -34,7 +36,7 @@ def add_commands(commands: Any) -> None:
     layers = command.add_mutually_exclusive_group(required=True)
     layers.add_argument("--model", metavar="FILE", help="a 4-bit file, whose layers are timed")
     layers.add_argument("--shapes", choices=SHAPES, help="the layer sizes of a well-known model")
-    command.add_argument("--format", choices=("int4", "nvfp4"), default="int4", help="of --shapes")
+    command.add_argument("--format", choices=WITH_BRANCH, default=DEFAULT, help="of --shapes")
     command.add_argument("--rank", type=int, default=32, help="of --shapes")
     command.add_argument("--compute", choices=COMPUTES, default="auto", help="the mode whose kernels are tuned")
     command.set_defaults(run=_tune)
@@ -46,7 +48,7 @@ def layers_of(arguments: argparse.Namespace) -> Counter[tuple[str, int, int, int
         specs = open_checkpoint(arguments.model).specs.values()
         return Counter((spec.format, spec.n, spec.k, spec.rank) for spec in specs)
     found = Counter((arguments.format, *shape, arguments.rank) for shape in SHAPES[arguments.shapes].values())
-    return found + Counter(("awq_w4a16", *shape, 0) for shape in MODULATION.get(arguments.shapes, {}).values())
+    return found + Counter((MODULATION, *shape, 0) for shape in MODULATION_SHAPES.get(arguments.shapes, {}).values())
 
 
 def _tune(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import CheckpointError
-from .dialects import DIALECTS
+from .dialects import DIALECTS, Save
+from .dialects.native import NAME as NATIVE
 from .open import open_checkpoint
 from .tensor_file import TensorWriter
 
-TARGETS = ("native", "nunchaku", "kitchen")
+WRITERS: dict[str, Save] = {name: dialect.save for name, dialect in DIALECTS.items() if dialect.save is not None}
+TARGETS = (NATIVE, *(name for name in WRITERS if name != NATIVE))  # the pack's own first: it holds everything
 Progress = Callable[[int, int, str], None]
 """progress(done, total, layer): called before each layer; raise from it to stop, nothing is then left on disk"""
 
@@ -53,7 +55,7 @@ def convert_file(
 
     room = TENSORS_PER_LAYER * 5 * total + 4 * len(checkpoint.rest)
     with TensorWriter(target, {}, extra=room) as writer:
-        notes = DIALECTS[to].save(checkpoint, writer, as_is, step)
+        notes = WRITERS[to](checkpoint, writer, as_is, step)
     if progress is not None:
         progress(total, total, "")
     return ConvertReport(target, checkpoint.dialect, to, checkpoint.provenance.family, total, tuple(notes))

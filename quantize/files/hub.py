@@ -10,7 +10,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
+
+from .spelling import formats_of
 
 Progress = Callable[[int, int], None]
 """progress(bytes so far, bytes in all), called after every piece; raise from it to stop, the partial file stays"""
@@ -36,14 +38,12 @@ class PublishedFile:
         return f"{self.repo}/{self.file}"
 
 
-def _nunchaku(
-    model: str, family: str, int4: tuple[int, ...] = (32,), fp4: tuple[int, ...] = (32,)
-) -> list[PublishedFile]:
-    """The files of one model, by the ranks of each precision."""
+def _nunchaku(model: str, family: str, **ranks: tuple[int, ...]) -> list[PublishedFile]:
+    """The files of one model, by the ranks of each precision, as file names call it; 32 where none is given."""
     return [
-        PublishedFile(f"nunchaku-tech/nunchaku-{model}", f"svdq-{tag}_r{rank}-{model}.safetensors", family, name)
-        for tag, name, ranks in (("int4", "int4", int4), ("fp4", "nvfp4", fp4))
-        for rank in ranks
+        PublishedFile(f"nunchaku-tech/nunchaku-{model}", f"svdq-{tag}_r{rank}-{model}.safetensors", family, fmt.name)
+        for tag, fmt in formats_of("published").items()
+        for rank in ranks.get(tag, (32,))
     ]
 
 
@@ -55,10 +55,10 @@ PUBLISHED: tuple[PublishedFile, ...] = (
     *_nunchaku("flux.1-depth-dev", "flux"),
     *_nunchaku("flux.1-canny-dev", "flux"),
     *_nunchaku("flux.1-krea-dev", "flux"),
-    *_nunchaku("qwen-image", "qwen_image", (32, 128), (32, 128)),
-    *_nunchaku("qwen-image-edit", "qwen_image", (32, 128), (32, 128)),
-    *_nunchaku("qwen-image-edit-2509", "qwen_image", (32, 128), (32, 128)),
-    *_nunchaku("z-image-turbo", "z_image", (32, 128, 256), (32, 128)),
+    *_nunchaku("qwen-image", "qwen_image", int4=(32, 128), fp4=(32, 128)),
+    *_nunchaku("qwen-image-edit", "qwen_image", int4=(32, 128), fp4=(32, 128)),
+    *_nunchaku("qwen-image-edit-2509", "qwen_image", int4=(32, 128), fp4=(32, 128)),
+    *_nunchaku("z-image-turbo", "z_image", int4=(32, 128, 256), fp4=(32, 128)),
     *_nunchaku("sdxl", "sdxl", fp4=()),
     *_nunchaku("sdxl-turbo", "sdxl", fp4=()),
 )
@@ -122,7 +122,7 @@ def download(
             reporting = _Reporting(stream, found.size or 0, progress)
             http_get(
                 found.location or url,
-                reporting,
+                cast(BinaryIO, reporting),
                 resume_size=stream.tell(),
                 headers=build_hf_headers(),
                 expected_size=found.size,

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ..families import detect
-from .dialects import DIALECTS
+from .dialects import speaking
 from .tensor_file import PREFIXES, TensorFile, TensorFileError, TensorInfo
 
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
@@ -29,11 +29,20 @@ class Source(Protocol):
     pinned       keys of unet_config that a host cannot find from the tensors
     """
 
-    name: str
-    infos: Mapping[str, TensorInfo]
-    family: str | None
-    unet_config: Mapping[str, Any]
-    pinned: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def family(self) -> str | None: ...
+
+    @property
+    def unet_config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def pinned(self) -> tuple[str, ...]: ...
 
     def tensor(self, key: str) -> torch.Tensor: ...
 
@@ -75,9 +84,8 @@ class FileSource:
     def _refuse_4bit(self, file: TensorFile) -> None:
         if any(key.endswith(".weight") and info.dtype in FP8 for key, info in file.infos.items()):
             return  # such files may carry the markers of a 4-bit dialect
-        for dialect in DIALECTS.values():
-            if dialect.speaks(file):
-                raise TensorFileError(f"{self.name}: is a 4-bit model already ({dialect.name}), needed a 16-bit one")
+        for dialect in speaking(file):
+            raise TensorFileError(f"{self.name}: is a 4-bit model already ({dialect.name}), needed a 16-bit one")
 
     def tensor(self, key: str) -> torch.Tensor:
         tensor = self._read(key)

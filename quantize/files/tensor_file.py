@@ -97,7 +97,7 @@ class TensorFile(Mapping[str, torch.Tensor]):
         data = torch.empty(info.nbytes, dtype=torch.uint8) if buffer is None else buffer[: info.nbytes]
         with self.path.open("rb", buffering=0) as stream:
             stream.seek(self._starts[name])
-            view, done = memoryview(data.numpy()), 0
+            view, done = data.numpy().data, 0
             while done < info.nbytes:
                 count = stream.readinto(view[done:])
                 if not count:
@@ -227,7 +227,7 @@ class TensorWriter:
         if planned != found or name in self._offsets:
             raise TensorFileError(f"{self.path.name}: {name} is {found}, planned was {planned} once")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._stream.write(memoryview(data))
+        self._stream.write(data.data)
         self._offsets[name] = (self._end, self._end + len(data))
         self._end += len(data)
 

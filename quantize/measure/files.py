@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..files.dialects import DIALECTS
+from ..files.dialects import speaking
 from ..files.open import open_checkpoint
 from ..files.source import FileSource
 from ..files.tensor_file import open_tensors
@@ -14,7 +14,7 @@ from ..files.tensor_file import open_tensors
 def dense_weights(path: str | Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
     """(layer -> shape, layer -> its weight as one float32 matrix), for a 16-bit file or a 4-bit file or folder."""
     file = open_tensors(path)
-    if any(dialect.speaks(file) for dialect in DIALECTS.values()):
+    if speaking(file):
         checkpoint = open_checkpoint(path)
         infos = checkpoint.weight_infos()
 
@@ -29,7 +29,7 @@ def dense_weights(path: str | Path) -> tuple[dict[str, tuple[int, ...]], Callabl
         def read(layer: str) -> torch.Tensor:
             return source.tensor(f"{layer}.weight").float()
 
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         key.removesuffix(".weight"): info.shape
         for key, info in infos.items()
         if key.endswith(".weight") and len(info.shape) == 2

@@ -10,7 +10,7 @@ from svdquant_pack.kernels import FORMATS, Layer, LayerSpec
 from svdquant_pack.kernels.backends import Backend, KernelCall, discover, kitchen
 from svdquant_pack.kernels.backends.reference import linear as reference
 from svdquant_pack.kernels.dispatch import arch_of, fault_of
-from svdquant_pack.quantize.cli.tune import MODULATION, SHAPES
+from svdquant_pack.quantize.cli.tune import MODULATION_SHAPES, SHAPES
 
 ROWS = (1, 16, 64, 256, 1024, 4608, 9216)
 RANK = 32
@@ -43,8 +43,8 @@ def cases(quick: bool, models: list[str], rows: list[int], formats: list[str]) -
             for name, (n, k) in shapes.get(model, {}).items():
                 for format in formats:
                     yield Case(model, name, format, m, n, k)
-    for model in models or MODULATION:
-        for name, (n, k) in ({} if quick else MODULATION).get(model, {}).items():
+    for model in models or MODULATION_SHAPES:
+        for name, (n, k) in ({} if quick else MODULATION_SHAPES).get(model, {}).items():
             for m in (1, 2):
                 yield Case(model, name, "awq_w4a16", m, n, k)
 

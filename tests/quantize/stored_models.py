@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from svdquant_pack.quantize.files.dialects.nunchaku.layers import V1, up_to
 from svdquant_pack.quantize.files.dialects.nunchaku.names import NAME_MAPS
-from svdquant_pack.quantize.files.dialects.nunchaku.tables import Block, Linear, Part, Sizes
+from svdquant_pack.quantize.files.dialects.nunchaku.tables import Block, LinearRow, Sizes, StoredName
 
 SYMBOLS = {"h": 128, "mlp": 256}
 ANY = 128  # a size that the table leaves open
@@ -101,7 +101,7 @@ def _add_linear(
     tensors: dict[str, torch.Tensor],
     block: Block,
     number: int | None,
-    linear: Linear,
+    linear: LinearRow,
     family: str,
     precision: str,
     rank: int,
@@ -111,7 +111,7 @@ def _add_linear(
     dtype: torch.dtype,
     modulation: bool,
 ) -> None:
-    parts: tuple[Part, ...] = linear.lite if lite and linear.lite else linear.stored
+    parts: tuple[StoredName, ...] = linear.lite if lite and linear.lite else linear.stored
     shared: torch.Tensor | None = None
     for place, part in enumerate(parts):
         name = block.stored_name(number, part.name)

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from svdquant_pack.kernels.layer import Layer
+from svdquant_pack.quantize.files import spelling
 from svdquant_pack.quantize.files.checkpoint import Checkpoint, CheckpointError, Provenance
 from svdquant_pack.quantize.files.dialects import DIALECTS, kitchen, native, nunchaku
 from svdquant_pack.quantize.files.dialects.nunchaku.layers import inspect_layer, read_layer, write_layer
@@ -259,7 +260,7 @@ def test_kitchen_in_all_spellings(tmp_path, case, second_spelling, tile_packed):
     layer = KITCHEN[case]
     tensors = kitchen.encode_layer("x", layer, tile_packed) | {"x.bias": torch.zeros(layer.spec.n)}
     if second_spelling:
-        again = {part: native.SUFFIXES[part] for part in kitchen.OWN.values()}
+        again = {part: spelling.SUFFIXES[part] for part in kitchen.OWN.values()}
         tensors = {
             f"x.{again[kitchen.PARTS[key[2:]]]}" if key[2:] in kitchen.OWN else key: tensor
             for key, tensor in tensors.items()

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svdquant_pack.kernels.layer import Layer
+from svdquant_pack.quantize.files import spelling
 from svdquant_pack.quantize.files.checkpoint import Checkpoint, CheckpointError, Provenance
 from svdquant_pack.quantize.files.dialects import kitchen, native
 from svdquant_pack.quantize.files.dialects.nunchaku.layers import PARTS
@@ -56,7 +57,7 @@ MODELS = {  # name -> (tensors, metadata, examples)
     "native": (native_model, native.metadata_of(Provenance(), {}), 300),
     "kitchen": (kitchen_model, {}, 250),
 }
-LAYER_SUFFIXES = {*PARTS, *native.PARTS, *kitchen.PARTS} - {"bias"}
+LAYER_SUFFIXES = {*PARTS, *spelling.PARTS, *kitchen.PARTS} - {"bias"}
 
 
 class File:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from svdquant_pack.kernels import FORMATS, LayerSpec
+from svdquant_pack.quantize.files import spelling
 from svdquant_pack.quantize.files.checkpoint import CheckpointError, Provenance
 from svdquant_pack.quantize.files.dialects import native
 from svdquant_pack.quantize.files.open import open_checkpoint
@@ -110,7 +111,7 @@ def test_damage_is_named_on_opening(tmp_path, kind):
 
 @pytest.mark.parametrize("part", ["weight_scale", "proj_down", "smooth_factor"])
 def test_nan_is_named_on_reading_the_layer(tmp_path, part):
-    tensor = CASES["int4"][native.PARTS[part]].clone()
+    tensor = CASES["int4"][spelling.PARTS[part]].clone()
     tensor.view(-1)[0] = float("nan")
     checkpoint = open_checkpoint(save(tmp_path / "x.safetensors", CASES["int4"], **{part: tensor}))
     with pytest.raises(CheckpointError, match=r"layer 'blocks.0.proj': \w+ holds NaN"):

@@ -25,6 +25,7 @@ class Dialect:
     open        TensorFile -> Checkpoint under ComfyUI's names, raising CheckpointError
     open_as_is  the same under the file's own names; None where they are ComfyUI's anyway
     save        writes a Checkpoint in this dialect, or says why it cannot; None where that is not possible
+    over        names of the dialects that this one extends: a file that both speak is this one's
     """
 
     name: str
@@ -32,6 +33,7 @@ class Dialect:
     open: Callable[[TensorFile], Checkpoint]
     open_as_is: Callable[[TensorFile], Checkpoint] | None = None
     save: Save | None = None
+    over: tuple[str, ...] = ()
 
 
 def stock_layer(name: str, layer: Layer, notes: list[str]) -> Layer:
@@ -49,9 +51,16 @@ def stock_layer(name: str, layer: Layer, notes: list[str]) -> Layer:
 DIALECTS: dict[str, Dialect] = {module.DIALECT.name: module.DIALECT for module in modules(sys.modules[__name__])}
 
 
+def speaking(file: TensorFile) -> list[Dialect]:
+    """The dialects of a file, without those that another of them extends; empty for a file without 4-bit layers."""
+    found = [dialect for dialect in DIALECTS.values() if dialect.speaks(file)]
+    extended = {name for dialect in found for name in dialect.over}
+    return [dialect for dialect in found if dialect.name not in extended]
+
+
 def detect(file: TensorFile) -> Dialect:
     """The one dialect of a file, from its keys. Raises CheckpointError that names the fix."""
-    found = [dialect for dialect in DIALECTS.values() if dialect.speaks(file)]
+    found = speaking(file)
     if len(found) == 1:
         return found[0]
     if found:

@@ -27,14 +27,17 @@ from typing import Any
 
 import torch
 
-from ....kernels.layer import Layer, LayerError, LayerSpec
+from ....kernels.formats import STOCK_RULE
+from ....kernels.layer import RANK_TILE, Layer, LayerError, LayerSpec
+from .. import spelling
 from .. import tiles as layout
 from ..checkpoint import Checkpoint, CheckpointError
+from ..header import kept_metadata, metadata_of, provenance_of
+from ..spelling import MARKER, formats_of, marker_tensor, read_marker
 from ..tensor_file import TensorFile, TensorInfo, TensorWriter
-from . import Dialect, native, stock_layer
+from . import Dialect, stock_layer
 
-FORMATS = {"svdquant_w4a4": "int4", "awq_w4a16": "awq_w4a16"}
-GROUP_SIZE = 64
+NAME = "kitchen"
 TILE_PACKED = "kitchen_tile_packed_w4a4"
 OWN = {  # suffixes that only this dialect has
     "weight_proj_down": "proj_down",
@@ -42,14 +45,14 @@ OWN = {  # suffixes that only this dialect has
     "weight_smooth_factor": "smooth_factor",
     "weight_zeros": "wzeros",
 }
-PARTS = {**OWN, **{suffix: part for suffix, part in native.PARTS.items() if part not in ("wtscale", "wcscales")}}
-SUFFIXES = {"qweight": "weight", "wscales": "weight_scale", **{part: suffix for suffix, part in OWN.items()}}
-LOWEST_RANK = 16  # the kernels want a branch
+PARTS = {**OWN, **spelling.PARTS}
+SUFFIXES = {part: suffix for suffix, part in OWN.items()}
+LOWEST_RANK = RANK_TILE  # the kernels want a branch
 
 
 def speaks(file: TensorFile) -> bool:
     """Whether some layer is spelled as only this dialect does."""
-    marked = [name.removesuffix(f".{native.MARKER}") for name in file if name.endswith(f".{native.MARKER}")]
+    marked = spelling.marked_layers(file)
     if any(name.rpartition(".")[2] in OWN for name in file):
         return bool(marked) or bool(_stated(file))
     if not marked:
@@ -59,7 +62,7 @@ def speaks(file: TensorFile) -> bool:
         if weight is not None and len(weight.shape) == 4:
             return True
         try:
-            marker = native.read_marker(file, layer)
+            marker = read_marker(file, layer)
         except LayerError:
             return False  # the native reader will say so
         if marker.get("lowrank_branch_input_basis", "raw") != "raw" or marker.get("proj_down_smooth_folded") is False:
@@ -71,7 +74,7 @@ def _stated(file: TensorFile) -> dict[str, dict[str, Any]]:
     """Our formats' layers in the header's `_quantization_metadata`."""
     try:
         layers = json.loads(file.metadata.get("_quantization_metadata", "{}"))["layers"]
-        return {name: marker for name, marker in layers.items() if marker["format"] in tuple(FORMATS)}
+        return {name: marker for name, marker in layers.items() if marker["format"] in tuple(formats_of(NAME))}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 
@@ -79,11 +82,8 @@ def _stated(file: TensorFile) -> dict[str, dict[str, Any]]:
 def markers(file: TensorFile) -> dict[str, dict[str, Any]]:
     """layer -> its `comfy_quant` object, from tensors and header, which must not contradict each other."""
     found = _stated(file)
-    for name in file:
-        layer = name.removesuffix(f".{native.MARKER}")
-        if layer == name:
-            continue
-        marker = native.read_marker(file, layer)
+    for layer in spelling.marked_layers(file):
+        marker = read_marker(file, layer)
         for key in marker.keys() & found.get(layer, {}).keys():
             if marker[key] != found[layer][key]:
                 raise LayerError(f"{layer}: the header says {key} {found[layer][key]}, comfy_quant says {marker[key]}")
@@ -101,26 +101,26 @@ def open_file(file: TensorFile) -> Checkpoint:
     rest: dict[str, TensorInfo] = {}
     for name, info in file.infos.items():
         layer, _, suffix = name.rpartition(".")
-        part = PARTS.get(suffix)
+        part = spelling.part_of(suffix) if layer in layers and suffix not in OWN else PARTS.get(suffix)
         if layer in layers and part is not None:
             if part in layers[layer]:
                 raise CheckpointError(f"{file.path.name}: layer {layer!r}: {part} is there in two spellings")
             layers[layer][part] = name
-        elif layer in layers and suffix not in ("bias", native.MARKER):
+        elif layer in layers and suffix not in ("bias", MARKER):
             raise CheckpointError(f"{file.path.name}: layer {layer!r}: {suffix} is not part of a 4-bit layer")
         elif part is not None and suffix != "weight":
             raise CheckpointError(
-                f"{file.path.name}: {name} belongs to a 4-bit layer, but {layer}.{native.MARKER} is missing. "
+                f"{file.path.name}: {name} belongs to a 4-bit layer, but {layer}.{MARKER} is missing. "
                 "The file is damaged or its header was edited."
             )
-        elif suffix != native.MARKER:
+        elif suffix != MARKER:
             rest[name] = info
     specs = {}
     for layer, parts in layers.items():
         try:
             infos = {part: file.infos[name] for part, name in parts.items()}
             specs[layer] = spec_of(layer, marked[layer], infos)
-            native.check_bias(layer, specs[layer], rest)
+            spelling.check_bias(layer, specs[layer], rest)
         except LayerError as error:
             raise CheckpointError(f"{file.path.name}: layer {layer!r}: {error}") from error
     weights = [*rest, *(f"{layer}.weight" for layer in specs)]
@@ -130,22 +130,23 @@ def open_file(file: TensorFile) -> Checkpoint:
 
     return Checkpoint(
         path=file.path,
-        dialect=DIALECT.name,
-        dtype=native.dtype_of(file.infos[name] for parts in layers.values() for name in parts.values()),
-        provenance=native.provenance_of(file, weights),
+        dialect=NAME,
+        dtype=spelling.dtype_of(file.infos[name] for parts in layers.values() for name in parts.values()),
+        provenance=provenance_of(file, weights),
         specs=specs,
         rest=rest,
         _read_layer=read_layer,
         _read_rest=file.read,
-        metadata=native.kept_metadata(file),
+        metadata=kept_metadata(file),
     )
 
 
 def spec_of(layer: str, marker: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> LayerSpec:
     """LayerSpec of one layer from its marker and the shapes of its parts, which must agree. Raises LayerError."""
-    name = marker.get("format")
-    if not isinstance(name, str) or name not in FORMATS:
-        raise LayerError(f"format {name!r} is unknown, known are {', '.join(FORMATS)}")
+    name, known = marker.get("format"), formats_of(NAME)
+    if not isinstance(name, str) or name not in known:
+        raise LayerError(f"format {name!r} is unknown, known are {', '.join(known)}")
+    fmt = known[name]
     if "qweight" not in infos:
         raise LayerError("weight is missing")
     natural = _natural_infos(infos)
@@ -160,16 +161,17 @@ def spec_of(layer: str, marker: Mapping[str, Any], infos: Mapping[str, TensorInf
     rank = down.shape[1] if down is not None and len(down.shape) == 2 else 0
     if rank == 0:
         natural = {part: info for part, info in natural.items() if part not in ("proj_down", "proj_up")}
-    unsigned = marker.get("act_unsigned", name == "svdquant_w4a4" and layer.endswith(native.AFTER_GELU))
+    unsigned = marker.get("act_unsigned", fmt.unsigned_act and layer.endswith(spelling.AFTER_GELU))
     if not isinstance(unsigned, bool):
         raise LayerError(f"act_unsigned is {unsigned!r}, needed true or false")
-    spec = LayerSpec(FORMATS[name], n, k, rank, (0, k) if unsigned else (0, 0), marker.get("act_rule", "absmax"))
-    for key, value in {"group_size": GROUP_SIZE, "rank": rank, "orig_shape": [n, k]}.items():
+    act_unsigned = (0, k) if unsigned else (0, 0)
+    spec = LayerSpec(fmt.name, n, k, rank, act_unsigned, marker.get("act_rule", STOCK_RULE))
+    for key, value in {"group_size": fmt.group_size, "rank": rank, "orig_shape": [n, k]}.items():
         if key in marker and marker[key] != value:
-            raise LayerError(f"{native.MARKER} says {key} {marker[key]}, the tensors say {value}")
+            raise LayerError(f"{MARKER} says {key} {marker[key]}, the tensors say {value}")
     _is_after_smoothing(marker)
     spec.check(natural)
-    native.check_one_dtype(infos)
+    spelling.check_one_dtype(infos)
     return spec
 
 
@@ -195,7 +197,7 @@ def _natural_infos(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     tiles, groups, quads, width = infos["qweight"].shape
     if (quads, width) != (32, layout.TILE):
         raise LayerError(f"weight has shape {infos['qweight'].shape}, needed (N/128, K/64, 32, 128)")
-    found["qweight"] = TensorInfo((tiles * layout.TILE, groups * GROUP_SIZE // 2), infos["qweight"].dtype)
+    found["qweight"] = TensorInfo((tiles * layout.TILE, groups * quads), infos["qweight"].dtype)
     for part in ("wscales", "proj_up"):
         if part in infos:
             tiles, rows, width = infos[part].shape
@@ -222,14 +224,14 @@ def _natural(tensors: dict[str, torch.Tensor], marker: Mapping[str, Any]) -> dic
 
 def marker_of(spec: LayerSpec, tile_packed: bool = False) -> dict[str, Any]:
     """The `comfy_quant` object of a layer. Inverse: `spec_of`."""
-    names = {format: name for name, format in FORMATS.items()}
-    marker: dict[str, Any] = {"format": names[spec.format], "group_size": GROUP_SIZE, "orig_shape": [spec.n, spec.k]}
+    name, group = spec.fmt.spellings[NAME][0], spec.fmt.group_size
+    marker: dict[str, Any] = {"format": name, "group_size": group, "orig_shape": [spec.n, spec.k]}
     if spec.fmt.low_rank:
         marker |= {"act_unsigned": spec.act_unsigned == (0, spec.k), "rank": spec.rank}
         marker |= {"lowrank_branch_input_basis": "raw", "proj_down_smooth_folded": True}
         if tile_packed:
             marker["layout"] = TILE_PACKED
-    if spec.act_rule != "absmax":
+    if spec.act_rule != STOCK_RULE:
         marker["act_rule"] = spec.act_rule
     return marker
 
@@ -240,30 +242,28 @@ def encode_layer(name: str, layer: Layer, tile_packed: bool = False) -> dict[str
     raises  LayerError for a layer that this dialect cannot hold
     """
     spec, tensors = layer.spec, dict(layer.tensors)
-    if spec.format == "awq_w4a16":
+    if "wzeros" in tensors:
         tensors["wzeros"] = tensors["wzeros"].to(tensors["wscales"].dtype)  # the kernels want one dtype
-    elif spec.rank == 0:
+    if spec.fmt.low_rank and spec.rank == 0:
         rank, dtype = LOWEST_RANK, tensors["smooth_factor"].dtype
         spec = replace(spec, rank=rank)
         tensors |= {
             "proj_down": torch.zeros(spec.k, rank, dtype=dtype),
             "proj_up": torch.zeros(spec.n, rank, dtype=dtype),
         }
-    if tile_packed and spec.format == "int4":
+    if tile_packed and spec.fmt.low_rank:
         if spec.n % layout.TILE:
             raise LayerError(f"N={spec.n} is not a multiple of {layout.TILE}, which tile-packing needs")
         tensors["qweight"] = layout.pack_kitchen_weight(tensors["qweight"])
         tensors["wscales"] = layout.pack_kitchen_rows(tensors["wscales"])
         tensors["proj_up"] = layout.pack_kitchen_rows(tensors["proj_up"].T)
-    marker = torch.frombuffer(bytearray(json.dumps(marker_of(spec, tile_packed)).encode()), dtype=torch.uint8)
-    return {f"{name}.{SUFFIXES[part]}": tensor for part, tensor in tensors.items()} | {
-        f"{name}.{native.MARKER}": marker
-    }
+    written = {f"{name}.{SUFFIXES.get(part) or spelling.suffix_of(part)}": tensors[part] for part in tensors}
+    return written | {f"{name}.{MARKER}": marker_tensor(marker_of(spec, tile_packed))}
 
 
 def refusal(spec: LayerSpec) -> str | None:
     """Why this dialect cannot hold a layer, None if it can."""
-    if spec.format not in FORMATS.values():
+    if NAME not in spec.fmt.spellings:
         return f"is {spec.format}, and comfy-kitchen has no {spec.format} layer with smoothing and a low-rank branch"
     return None
 
@@ -280,13 +280,15 @@ def save(
         reason = refusal(spec)
         if reason:
             raise CheckpointError(
-                f"{checkpoint.path.name}: layer {name!r} {reason}. Quantize the 16-bit model to int4 for this dialect."
+                f"{checkpoint.path.name}: layer {name!r} {reason}. Quantize the 16-bit model to "
+                f"{' or '.join(fmt.name for fmt in formats_of(NAME).values() if fmt.low_rank)} for this dialect."
             )
-    notes, written = [], {}
+    notes: list[str] = []
+    written: dict[str, torch.Tensor] = {}
     for name, spec in checkpoint.specs.items():
         step(name)
         layer = stock_layer(name, checkpoint.layer(name), notes)
-        if spec.act_unsigned not in ((0, 0), (0, spec.k)):
+        if spec.partly_unsigned:
             bias = f"{name}.bias"
             written[bias] = layer.unshifted_bias(checkpoint.tensor(bias)).float()
             layer = replace(layer, spec=replace(layer.spec, act_unsigned=(0, 0)))
@@ -297,9 +299,9 @@ def save(
             writer.add(key, tensor)
     for name in checkpoint.rest:
         writer.add(name, written[name] if name in written else checkpoint.tensor(name))
-    ours = native.metadata_of(checkpoint.provenance, {})
+    ours = metadata_of(checkpoint.provenance, {})
     writer.metadata |= {**checkpoint.metadata, **ours}
     return notes
 
 
-DIALECT = Dialect("kitchen", speaks, open_file, save=save)
+DIALECT = Dialect(NAME, speaks, open_file, save=save, over=("native",))

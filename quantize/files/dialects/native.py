@@ -17,6 +17,8 @@ One `.safetensors` file. X is ComfyUI's own name of a linear layer, N its out an
     X.out_mean       fp32         (N,)        with act_mean
 
 fp32 is legal wherever 16-bit is written. All other tensors are ordinary tensors of the model under ComfyUI's names.
+This dialect holds every format there is: one that names no spelling here is "svdquant_" and its own name, and a tensor
+that the table does not name has the name that its format gives it.
 
     int4       W[n, k] = signed code * weight_scale[k / 64, n]
     nvfp4      W[n, k] = e2m1(code) * weight_scale[k / 16, n] * weight_scale_2 * weight_scale_channel[n]
@@ -52,56 +54,62 @@ Spelling of svdquant_w4a4 and awq_w4a16: ComfyUI pull request 13580 and the offi
 ranged formats are extensions of it.
 """
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ....kernels.formats import SIXTEEN_BIT
+from ....kernels.formats import FORMATS, STOCK_RULE, Format
 from ....kernels.layer import Layer, LayerError, LayerSpec
-from ...families import FamilyError
-from ...families import detect as detect_family
-from ..checkpoint import Checkpoint, CheckpointError, Provenance
+from ..checkpoint import Checkpoint, CheckpointError
+from ..header import check_stated, kept_metadata, metadata_of, provenance_of
+from ..spelling import (
+    AFTER_GELU,
+    MARKER,
+    PARTS,
+    check_bias,
+    check_one_dtype,
+    dtype_of,
+    marked_layers,
+    marker_tensor,
+    part_of,
+    read_marker,
+    suffix_of,
+)
 from ..tensor_file import TensorFile, TensorInfo, TensorWriter
 from . import Dialect
 
-VERSION = 1
-OURS = ("svdquant", "unet_config", "recipe")
-MARKER = "comfy_quant"
-AFTER_GELU = (
-    ".img_mlp.net.2",
-    ".txt_mlp.net.2",
-)  # Qwen-Image; unsigned unless said otherwise: ComfyUI pull request 13580
-SUFFIXES = {
-    "qweight": "weight",
-    "wscales": "weight_scale",
-    "wtscale": "weight_scale_2",
-    "wcscales": "weight_scale_channel",
-    "wzeros": "weight_zero",
-    "smooth_factor": "smooth_factor",
-    "proj_down": "proj_down",
-    "proj_up": "proj_up",
-    "act_mean": "act_mean",
-    "out_mean": "out_mean",
-}
-PARTS = {suffix: part for part, suffix in SUFFIXES.items()}
-FORMATS = {"svdquant_w4a4": "int4", "svdquant_w4a4_ranged": "int4", "svdquant_nvfp4": "nvfp4", "awq_w4a16": "awq_w4a16"}
+NAME = "native"
+RANGED = "_ranged"  # behind the name of a format whose unsigned codes hold for a range of the inputs
+
+
+def names_of(fmt: Format) -> tuple[str, ...]:
+    """What a format is called in this dialect, the name that is written first."""
+    return fmt.spellings.get(NAME, (f"svdquant_{fmt.name}",))
+
+
+def format_of(name: object) -> Format:
+    """The format that a marker names. Inverse: `names_of`. Raises LayerError for an unknown one."""
+    known = {each: fmt for fmt in FORMATS.values() for each in names_of(fmt)}
+    known |= {f"{names_of(fmt)[0]}{RANGED}": fmt for fmt in FORMATS.values() if fmt.unsigned_act}
+    if not isinstance(name, str) or name not in known:
+        raise LayerError(f"format {name!r} is unknown, known are {', '.join(known)}")
+    return known[name]
 
 
 def marker_of(spec: LayerSpec) -> dict[str, Any]:
     """The `comfy_quant` JSON of a layer. Inverse: `spec_of`."""
     start, stop = spec.act_unsigned
-    names = {"int4": "svdquant_w4a4", "nvfp4": "svdquant_nvfp4", "awq_w4a16": "awq_w4a16"}
-    marker: dict[str, Any] = {"format": names[spec.format], "group_size": spec.fmt.group_size}
+    name = names_of(spec.fmt)[0]
+    marker: dict[str, Any] = {"format": name, "group_size": spec.fmt.group_size}
     if (start, stop) == (0, spec.k):
         marker["act_unsigned"] = True
     elif start != stop:
-        marker |= {"format": "svdquant_w4a4_ranged", "act_unsigned_range": [start, stop]}
+        marker |= {"format": f"{name}{RANGED}", "act_unsigned_range": [start, stop]}
     if spec.fmt.low_rank:
         marker |= {"rank": spec.rank, "lowrank_branch_input_basis": "raw"}
-    if spec.act_rule != "absmax":
+    if spec.act_rule != STOCK_RULE:
         marker["act_rule"] = spec.act_rule
     if spec.act_bits != 4:
         marker["act_bits"] = spec.act_bits
@@ -113,9 +121,7 @@ def spec_of(marker: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Layer
 
     raises  LayerError
     """
-    name = marker.get("format")
-    if not isinstance(name, str) or name not in FORMATS:
-        raise LayerError(f"format {name!r} is unknown, known are {', '.join(FORMATS)}")
+    fmt = format_of(marker.get("format"))
     if "qweight" not in infos:
         raise LayerError("weight is missing")
     shape = infos["qweight"].shape
@@ -128,9 +134,9 @@ def spec_of(marker: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Layer
     if not (isinstance(channels, list) and len(channels) == 2 and all(type(channel) is int for channel in channels)):
         raise LayerError(f"act_unsigned_range is {channels}, needed [start, stop]")
     act_unsigned = channels[0], channels[1]
-    rule, bits = marker.get("act_rule", "absmax"), marker.get("act_bits", 4)
-    spec = LayerSpec(FORMATS[name], n, k, rank, act_unsigned, rule, bits)
-    stated = {"group_size": spec.fmt.group_size, "rank": rank, "orig_shape": [n, k]}
+    rule, bits = marker.get("act_rule", STOCK_RULE), marker.get("act_bits", 4)
+    spec = LayerSpec(fmt.name, n, k, rank, act_unsigned, rule, bits)
+    stated = {"group_size": fmt.group_size, "rank": rank, "orig_shape": [n, k]}
     for key, value in stated.items():
         if key in marker and marker[key] != value:
             raise LayerError(f"{MARKER} says {key} {marker[key]}, the tensors say {value}")
@@ -141,120 +147,32 @@ def spec_of(marker: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Layer
     return spec
 
 
-def check_one_dtype(infos: Mapping[str, TensorInfo]) -> None:
-    """Raise LayerError for a layer with both kinds of 16-bit floats: then one of them is mislabelled."""
-    if {torch.bfloat16, torch.float16} <= {info.dtype for info in infos.values()}:
-        raise LayerError("mixes bfloat16 and float16 tensors; the header was edited or the file is damaged")
-
-
 def _unsigned_by_convention(spec: LayerSpec) -> LayerSpec:
     """Other writers leave act_unsigned out of Qwen-Image's layers behind a GELU and mean true (see AFTER_GELU)."""
-    return replace(spec, act_unsigned=(0, spec.k)) if spec.format == "int4" and spec.act_unsigned == (0, 0) else spec
-
-
-def read_marker(file: TensorFile, layer: str) -> dict[str, Any]:
-    """The `comfy_quant` JSON of a layer. Raises LayerError for anything else."""
-    try:
-        marker = json.loads(bytes(file[f"{layer}.{MARKER}"].flatten().view(torch.uint8).numpy()))
-    except (ValueError, RecursionError) as error:
-        raise LayerError(f"{MARKER} is not JSON ({error})") from error
-    if not isinstance(marker, dict):
-        raise LayerError(f"{MARKER} is a {type(marker).__name__}, needed an object")
-    return marker
+    signed = spec.act_unsigned == (0, 0)
+    return replace(spec, act_unsigned=(0, spec.k)) if spec.fmt.unsigned_act and signed else spec
 
 
 def encode_layer(name: str, layer: Layer) -> dict[str, torch.Tensor]:
     """A layer as tensors of the file. Inverse of reading it."""
-    tensors = {f"{name}.{SUFFIXES[part]}": tensor for part, tensor in layer.tensors.items()}
-    return {**tensors, f"{name}.{MARKER}": _marker_tensor(layer.spec)}
-
-
-def _marker_tensor(spec: LayerSpec) -> torch.Tensor:
-    return torch.frombuffer(bytearray(json.dumps(marker_of(spec)).encode()), dtype=torch.uint8)
-
-
-def metadata_of(provenance: Provenance, specs: Mapping[str, LayerSpec]) -> dict[str, str]:
-    """The header's string table. Inverse: `provenance_of`."""
-    svdquant = {
-        "version": VERSION,
-        "family": provenance.family,
-        "pinned": list(provenance.pinned),
-        "rank": max((spec.rank for spec in specs.values()), default=0),
-        "formats": {name: spec.format for name, spec in specs.items()},
-        "source_hash": provenance.source_hash,
-    }
-    return {
-        "svdquant": json.dumps(svdquant),
-        "unet_config": json.dumps(dict(provenance.unet_config)),
-        "recipe": json.dumps(dict(provenance.recipe)),
-    }
-
-
-def provenance_of(file: TensorFile, weights: Iterable[str], family: str | None = None) -> Provenance:
-    """Read the header; where neither it nor the caller says it the family is found from the names of `weights`."""
-    try:
-        texts = (file.metadata.get(key, "{}") for key in ("svdquant", "unet_config", "recipe"))
-        svdquant, config, recipe = map(json.loads, texts)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file.path.name}: the metadata is not JSON ({error})") from error
-    _check_types(file, svdquant, config, recipe)
-    if svdquant.get("version", VERSION) > VERSION:
-        raise CheckpointError(
-            f"{file.path.name}: written as version {svdquant['version']} of the native checkpoint, this pack reads "
-            f"up to {VERSION}. Update the pack."
-        )
-    try:
-        family = family or svdquant.get("family") or detect_family(weights).name
-    except FamilyError as error:
-        raise CheckpointError(f"{file.path.name}: {error}") from error
-    return Provenance(family, config, tuple(svdquant.get("pinned", ())), recipe, svdquant.get("source_hash", ""))
-
-
-def _check_types(file: TensorFile, svdquant: object, config: object, recipe: object) -> None:
-    objects = {"svdquant": svdquant, "unet_config": config, "recipe": recipe}
-    kinds = dict.fromkeys(objects, dict)
-    if isinstance(svdquant, dict):
-        objects |= svdquant
-        kinds |= {"version": int, "family": str, "pinned": list, "formats": dict, "source_hash": str}
-    for key, kind in kinds.items():
-        if not isinstance(objects.get(key, kind()), kind):
-            raise CheckpointError(
-                f"{file.path.name}: {key} in the metadata is {objects[key]!r:.40}, needed {kind.__name__}"
-            )
-    if not all(isinstance(key, str) for key in objects.get("pinned", ())):
-        raise CheckpointError(f"{file.path.name}: pinned in the metadata holds more than names")
-
-
-def _check_stated(file: TensorFile, specs: Mapping[str, LayerSpec]) -> None:
-    """Raise CheckpointError where the metadata states another format than a layer's tensors have."""
-    for name, stated in json.loads(file.metadata.get("svdquant", "{}")).get("formats", {}).items():
-        if name in specs and specs[name].format != stated:
-            raise CheckpointError(
-                f"{file.path.name}: layer {name!r}: the metadata says {stated}, its tensors are {specs[name].format}. "
-                "The header was edited or belongs to another file."
-            )
-
-
-def kept_metadata(file: TensorFile) -> dict[str, str]:
-    """Header strings that are not ours and do not repeat what the tensors of one dialect say."""
-    return {key: text for key, text in file.metadata.items() if key not in (*OURS, "_quantization_metadata")}
+    tensors = {f"{name}.{suffix_of(part)}": tensor for part, tensor in layer.tensors.items()}
+    return {**tensors, f"{name}.{MARKER}": marker_tensor(marker_of(layer.spec))}
 
 
 def speaks(file: TensorFile) -> bool:
-    from . import kitchen
-
-    return any(name.endswith(f".{MARKER}") for name in file) and not kitchen.speaks(file)
+    """Whether layers are marked; dialects that extend this one say so of theirs."""
+    return bool(marked_layers(file))
 
 
 def open_file(file: TensorFile) -> Checkpoint:
     """Check every header entry and return the Checkpoint; no weight is read."""
-    marked = (name.removesuffix(f".{MARKER}") for name in file if name.endswith(f".{MARKER}"))
-    layers: dict[str, dict[str, str]] = {layer: {} for layer in marked}
+    layers: dict[str, dict[str, str]] = {layer: {} for layer in marked_layers(file)}
     rest: dict[str, TensorInfo] = {}
     for name, info in file.infos.items():
         layer, _, suffix = name.rpartition(".")
-        if layer in layers and suffix in PARTS:
-            layers[layer][PARTS[suffix]] = name
+        part = part_of(suffix) if layer in layers else None
+        if part is not None:
+            layers[layer][part] = name
         elif layer in layers and suffix not in ("bias", MARKER):
             raise CheckpointError(f"{file.path.name}: layer {layer!r}: {suffix} is not part of a 4-bit layer")
         elif suffix in PARTS and suffix != "weight":
@@ -276,10 +194,10 @@ def open_file(file: TensorFile) -> Checkpoint:
             raise CheckpointError(f"{file.path.name}: layer {layer!r}: {error}") from error
     weights = [*rest, *(f"{layer}.weight" for layer in specs)]
     provenance = provenance_of(file, weights)
-    _check_stated(file, specs)
+    check_stated(file, specs)
     return Checkpoint(
         path=file.path,
-        dialect=DIALECT.name,
+        dialect=NAME,
         dtype=dtype_of(file.infos[name] for parts in layers.values() for name in parts.values()),
         provenance=provenance,
         specs=specs,
@@ -288,19 +206,6 @@ def open_file(file: TensorFile) -> Checkpoint:
         _read_rest=file.__getitem__,
         metadata=kept_metadata(file),
     )
-
-
-def dtype_of(infos: Iterable[TensorInfo]) -> torch.dtype:
-    """The 16-bit dtype of the layers; bf16 where they have only 4- and 8-bit tensors."""
-    return next((info.dtype for info in infos if info.dtype in SIXTEEN_BIT and info.shape), torch.bfloat16)
-
-
-def check_bias(layer: str, spec: LayerSpec, rest: Mapping[str, TensorInfo]) -> None:
-    bias = rest.get(f"{layer}.bias")
-    if bias is not None and bias.shape != (spec.n,):
-        raise LayerError(f"bias has shape {bias.shape}, needed ({spec.n},)")
-    if bias is None and spec.act_unsigned != (0, 0):
-        raise LayerError("bias is missing; a layer with unsigned activations keeps their shift in it")
 
 
 def save(checkpoint: Checkpoint, writer: TensorWriter, as_is: bool, step: Callable[[str], None]) -> list[str]:
@@ -315,4 +220,4 @@ def save(checkpoint: Checkpoint, writer: TensorWriter, as_is: bool, step: Callab
     return []
 
 
-DIALECT = Dialect("native", speaks, open_file, save=save)
+DIALECT = Dialect(NAME, speaks, open_file, save=save)

@@ -21,8 +21,8 @@ padded to multiples of 128, ranks to 16. Tiles are those of `quantize/files/tile
     W[n, k] = code * wscales + wzeros, codes 0..15
 
 Two facts stand in no file: the layers behind a GELU have unsigned activations in int4, with the shift taken off their
-bias (`Part.unsigned` in the tables), and the rows of a modulation layer lie interleaved, with 1 added to the bias of
-its scales (`Linear.chunks`). Nunchaku Lite has neither, and nothing merged; its names show it.
+bias (`StoredName.unsigned` in the tables), and the rows of a modulation layer lie interleaved, with 1 added to the
+bias of its scales (`LinearRow.chunks`). Nunchaku Lite has neither, and nothing merged; its names show it.
 
 names/      the tables, one file per model family         layers.py   one stored layer <-> natural order
 assign.py   stored names -> places in ComfyUI's model     joins.py    layers side by side
@@ -32,6 +32,7 @@ Source: the packers and loaders of Nunchaku and DeepCompressor, checked bit by b
 
 from ...tensor_file import TensorFile
 from .. import Dialect
+from .layers import NAME
 from .reader import open_as_is, open_file
 from .writer import save
 
@@ -40,4 +41,4 @@ def speaks(file: TensorFile) -> bool:
     return any(name.endswith(".qweight") for name in file)
 
 
-DIALECT = Dialect("nunchaku", speaks, open_file, open_as_is, save)
+DIALECT = Dialect(NAME, speaks, open_file, open_as_is, save)

@@ -5,19 +5,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...checkpoint import CheckpointError
-from .tables import Block, Linear, NameMap, split_name
+from .tables import Block, LinearRow, NameMap, split_name
 
 
 @dataclass(frozen=True)
-class Assigned:
+class Placement:
     """One linear of the model with the stored modules it is made of.
 
     stored    full stored names, one per part
     hosts     full ComfyUI names
-    spelling  index into Linear.spellings
+    spelling  index into LinearRow.spellings
     """
 
-    linear: Linear
+    linear: LinearRow
     hosts: tuple[str, ...]
     stored: tuple[str, ...]
     spelling: int
@@ -32,7 +32,7 @@ class Assigned:
 class Assignment:
     """linears, {ComfyUI's tensor name: stored name} of everything that is no linear, and the stored modules used"""
 
-    linears: list[Assigned]
+    linears: list[Placement]
     tensors: dict[str, str]
 
 
@@ -44,7 +44,7 @@ def assign(names: NameMap, keys: Iterable[str], file: str) -> Assignment:
     """
     keys = list(keys)
     modules = {key.rpartition(".")[0] for key in keys}
-    found: list[Assigned] = []
+    found: list[Placement] = []
     tensors: dict[str, str] = {}
     used: set[str] = set()
     for block in names.blocks:
@@ -52,10 +52,10 @@ def assign(names: NameMap, keys: Iterable[str], file: str) -> Assignment:
         _check_numbers(block, groups, file)
         for number, (inside, inside_keys) in groups.items():
             for linear in block.linears:
-                assigned = _assign_linear(block, number, linear, inside, file)
-                if assigned is not None:
-                    found.append(assigned)
-                    used.update(assigned.stored)
+                placement = _assign_linear(block, number, linear, inside, file)
+                if placement is not None:
+                    found.append(placement)
+                    used.update(placement.stored)
             for host, spellings in {**block.tensors, **block.optional_tensors}.items():
                 stored = [name for name in spellings if name in inside_keys]
                 if stored:
@@ -100,7 +100,9 @@ def _check_numbers(block: Block, groups: dict[int | None, tuple[set[str], set[st
         )
 
 
-def _assign_linear(block: Block, number: int | None, linear: Linear, inside: set[str], file: str) -> Assigned | None:
+def _assign_linear(
+    block: Block, number: int | None, linear: LinearRow, inside: set[str], file: str
+) -> Placement | None:
     hosts = tuple(block.host_name(number, host) for host in linear.host)
     whole = [i for i, spelling in enumerate(linear.spellings) if all(part.name in inside for part in spelling)]
     touched = {part.name for spelling in linear.spellings for part in spelling if part.name in inside}
@@ -121,13 +123,13 @@ def _assign_linear(block: Block, number: int | None, linear: Linear, inside: set
             f"{block.stored_name(number, extra[0])!r}. The file mixes two spellings: write it again from its source."
         )
     stored = tuple(block.stored_name(number, part.name) for part in parts)
-    return Assigned(linear, hosts, stored, whole[0])
+    return Placement(linear, hosts, stored, whole[0])
 
 
-def is_lite_only(assigned: Assigned) -> bool | None:
+def is_lite_only(placement: Placement) -> bool | None:
     """True if only Nunchaku Lite has these names, False if only Nunchaku has them, None if both do."""
-    linear = assigned.linear
-    names = tuple(part.name for part in linear.spellings[assigned.spelling])
+    linear = placement.linear
+    names = tuple(part.name for part in linear.spellings[placement.spelling])
     nunchaku = {tuple(part.name for part in spelling) for spelling in (linear.stored, *linear.also)}
     lite = tuple(part.name for part in linear.lite or linear.stored)
     if names in nunchaku:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .....kernels.formats import FORMATS
 from .....kernels.layer import RANK_TILE, LayerSpec
 from ...checkpoint import CheckpointError
 from ...tensor_file import TensorFile
@@ -19,10 +20,14 @@ from .layers import up_to
 from .names import NAME_MAPS
 from .tables import NameMap, split_name
 
-OURS = ("svdquant", "unet_config", "recipe")
-PRECISIONS = {"int4": "int4", "fp4_e2m1_all": "nvfp4", "fp4": "nvfp4", "nvfp4": "nvfp4"}
+PRECISIONS = {  # what headers call a format with a low-rank branch
+    word: fmt.name
+    for fmt in FORMATS.values()
+    for dialect in ("nunchaku", "nunchaku lite")
+    for word in fmt.spellings.get(dialect, ())
+    if fmt.low_rank
+}
 WRITERS_DEFAULT_RANK = 32  # what Nunchaku's merge tool writes where it finds no `lora_down`, whatever the rank is
-TILE = 128
 
 
 def entry(file: TensorFile, key: str) -> dict[str, Any]:

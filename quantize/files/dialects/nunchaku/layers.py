@@ -3,15 +3,18 @@
 Every size and dtype is checked from the header, before a byte of the layer is read.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from .....kernels.formats import SIXTEEN_BIT, Format
 from .....kernels.layer import LayerError, LayerSpec
 from ... import tiles as layout
+from ...spelling import formats_of
 from ...tensor_file import TensorInfo
 
+NAME = "nunchaku"
 V1 = {"proj_down": "lora_down", "proj_up": "lora_up", "smooth_factor": "smooth", "smooth_factor_orig": "smooth_orig"}
 V2 = {name: name for name in V1}
 SUFFIXES = ("qweight", "wscales", "wzeros", "wtscale", "wcscales", "bias")
@@ -19,9 +22,31 @@ PARTS = {suffix: suffix for suffix in (*SUFFIXES, *V2)} | {v1: v2 for v2, v1 in 
 """stored suffix -> our name, both generations of suffixes"""
 
 IGNORED = "smooth_factor_orig"  # the calibrated value; no kernel reads it
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-AWQ_GROUP = 64
 AWQ_GROUP_TILE = 16  # groups of a modulation layer are padded to a multiple of this
+LOST_SCALES = 4  # groups that a writer loses which pads scales to 64 input channels and codes to 128
+
+
+def scale_dtypes(fmt: Format) -> tuple[torch.dtype, ...]:
+    """What the scales of a weight's groups may be: 16-bit floats, or E4M3, whose tiles are others."""
+    return fmt.parts(fmt.group_size, 2 * fmt.group_size, 0)["wscales"].dtypes
+
+
+def has_byte_scales(fmt: Format) -> bool:
+    return torch.float8_e4m3fn in scale_dtypes(fmt)
+
+
+def _format_of(infos: Mapping[str, TensorInfo]) -> Format:
+    """The format whose tensors these are: with zeros, or by the dtype of the scales. Raises LayerError for none."""
+    if "wscales" not in infos:
+        raise LayerError("wscales is missing")
+    with_branch = "wzeros" not in infos
+    held = {fmt.name: fmt for fmt in formats_of(NAME).values() if fmt.low_rank == with_branch}
+    dtype = infos["wscales"].dtype
+    for fmt in held.values():
+        if dtype in scale_dtypes(fmt) or not with_branch:
+            return fmt
+    needed = " or ".join(f"{', '.join(map(_name, scale_dtypes(fmt)[:2]))} ({name})" for name, fmt in held.items())
+    raise LayerError(f"wscales has dtype {_name(dtype)}, needed {needed}")
 
 
 @dataclass(frozen=True)
@@ -34,7 +59,7 @@ class StoredLayer:
     """
 
     name: str
-    format: str
+    fmt: Format
     n: int
     k: int
     rank: int
@@ -43,7 +68,7 @@ class StoredLayer:
 
     @property
     def spec(self) -> LayerSpec:
-        return LayerSpec(self.format, self.n, self.k, self.rank)
+        return LayerSpec(self.fmt.name, self.n, self.k, self.rank)
 
 
 def up_to(size: int, multiple: int) -> int:
@@ -84,18 +109,12 @@ def inspect_layer(
     if padded[0] % layout.TILE or padded[1] % layout.TILE:
         raise LayerError(f"is stored as {padded}, needed multiples of {layout.TILE}")
     _check_sizes(padded, (up_to(n, layout.TILE), up_to(k, layout.TILE)), (n, k))
-    if "wscales" not in infos:
-        raise LayerError("wscales is missing")
-    dtype = infos["wscales"].dtype
-    if dtype != torch.float8_e4m3fn and dtype not in FLOATS:
-        raise LayerError(f"wscales has dtype {_name(dtype)}, needed float8_e4m3fn (nvfp4) or bfloat16, float16 (int4)")
-    format = "nvfp4" if dtype == torch.float8_e4m3fn else "int4"
-    rank = _rank(infos)
-    stored = StoredLayer(name, format, n, k, rank, padded, tuple(part for part in infos if part != IGNORED))
-    group = stored.spec.fmt.group_size
+    fmt, rank = _format_of(infos), _rank(infos)
+    stored = StoredLayer(name, fmt, n, k, rank, padded, tuple(part for part in infos if part != IGNORED))
+    group = fmt.group_size
     if k % group:
-        raise LayerError(f"K={k} is not a multiple of the {format} group of {group} input channels")
-    if format == "nvfp4" and infos["wscales"].shape == (padded[1] // group - 4, padded[0]):
+        raise LayerError(f"K={k} is not a multiple of the {fmt.name} group of {group} input channels")
+    if has_byte_scales(fmt) and infos["wscales"].shape == (padded[1] // group - LOST_SCALES, padded[0]):
         raise LayerError(
             f"wscales covers {padded[1] - 64} of {padded[1]} input channels: its writer pads NVFP4 scales to 64 "
             "channels and codes to 128, and loses the rest. The file has to be quantized again"
@@ -122,14 +141,17 @@ def _rank(infos: Mapping[str, TensorInfo]) -> int:
 
 def _check_w4a4(infos: Mapping[str, TensorInfo], stored: StoredLayer) -> None:
     n, k = stored.padded
-    shapes = {
+    shapes: dict[str, list[tuple[int, ...]]] = {
         "qweight": [(n, k // 2)],
-        "wscales": [(k // stored.spec.fmt.group_size, n)],
+        "wscales": [(k // stored.fmt.group_size, n)],
         "smooth_factor": [(k,)],
         "bias": [(n,)],
     }
-    if stored.format == "nvfp4":
-        shapes |= {"wtscale": [(1,), ()], "wcscales": [(n,)]}
+    declared = stored.fmt.parts(n, k, 0)
+    if "wtscale" in declared:
+        shapes["wtscale"] = [(1,), ()]
+    if "wcscales" in declared:
+        shapes["wcscales"] = [(n,)]
     if stored.rank:
         shapes |= {"proj_down": [(k, stored.rank)], "proj_up": [(n, stored.rank)]}
     if "smooth_factor" not in infos:
@@ -138,35 +160,38 @@ def _check_w4a4(infos: Mapping[str, TensorInfo], stored: StoredLayer) -> None:
 
 
 def _inspect_awq(name: str, infos: Mapping[str, TensorInfo], padded: tuple[int, int]) -> StoredLayer:
-    n, k = padded
-    if n % 4 or k % AWQ_GROUP:
-        raise LayerError(f"is a W4A16 layer of (N, K) = {padded}, needed N a multiple of 4 and K of {AWQ_GROUP}")
-    groups = k // AWQ_GROUP
-    scales = [(up_to(groups, AWQ_GROUP_TILE), n), (groups, n)]
-    shapes = {"qweight": [(n // 4, k // 2)], "wscales": scales, "wzeros": scales, "bias": [(n,)]}
-    if "wscales" not in infos:
-        raise LayerError("wscales is missing")
-    stored = StoredLayer(name, "awq_w4a16", n, k, 0, padded, tuple(infos))
+    (n, k), fmt = padded, _format_of(infos)
+    if n % 4 or k % fmt.group_size:
+        raise LayerError(f"is a W4A16 layer of (N, K) = {padded}, needed N a multiple of 4 and K of {fmt.group_size}")
+    groups = k // fmt.group_size
+    scales: list[tuple[int, ...]] = [(up_to(groups, AWQ_GROUP_TILE), n), (groups, n)]
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "qweight": [(n // 4, k // 2)],
+        "wscales": scales,
+        "wzeros": scales,
+        "bias": [(n,)],
+    }
+    stored = StoredLayer(name, fmt, n, k, 0, padded, tuple(infos))
     _check_parts(infos, shapes, stored)
     return stored
 
 
 def _check_parts(
-    infos: Mapping[str, TensorInfo], shapes: Mapping[str, list[tuple[int, ...]]], stored: StoredLayer
+    infos: Mapping[str, TensorInfo], shapes: Mapping[str, Sequence[tuple[int, ...]]], stored: StoredLayer
 ) -> None:
     found: set[torch.dtype] = set()
     for part, info in infos.items():
         if part == IGNORED or (part in ("proj_down", "proj_up") and not stored.rank):
             continue
         if part not in shapes:
-            raise LayerError(f"{part} is not a tensor of a {stored.format} layer")
+            raise LayerError(f"{part} is not a tensor of a {stored.fmt.name} layer")
         if info.shape not in shapes[part]:
             raise LayerError(
-                f"{part} has shape {info.shape}, {stored.format} at {stored.padded} needs {shapes[part][0]}"
+                f"{part} has shape {info.shape}, {stored.fmt.name} at {stored.padded} needs {shapes[part][0]}"
             )
-        if part == "qweight" or (part == "wscales" and stored.format == "nvfp4"):
+        if part == "qweight" or (part == "wscales" and has_byte_scales(stored.fmt)):
             continue
-        if info.dtype not in FLOATS:
+        if info.dtype not in SIXTEEN_BIT:
             raise LayerError(f"{part} has dtype {_name(info.dtype)}, needed bfloat16 or float16")
         found.add(info.dtype)
     if len(found - {torch.float32}) > 1:
@@ -183,10 +208,10 @@ def read_layer(stored: StoredLayer, read: Read, chunks: int = 0) -> dict[str, to
     chunks  of a modulation layer whose rows are to be de-interleaved, else 0
     raises  LayerError when what would be cropped away is no padding
     """
-    if stored.format == "awq_w4a16":
+    if not stored.fmt.low_rank:
         return _read_awq(stored, read, chunks)
-    n, k, group = stored.n, stored.k, stored.spec.fmt.group_size
-    unpack_scales = layout.unpack_nvfp4_scales if stored.format == "nvfp4" else layout.unpack_int4_scales
+    n, k, group = stored.n, stored.k, stored.fmt.group_size
+    unpack_scales = layout.unpack_nvfp4_scales if has_byte_scales(stored.fmt) else layout.unpack_int4_scales
     qweight = layout.unpack_qweight(read("qweight"))
     wscales = unpack_scales(read("wscales"))
     tensors = {
@@ -209,14 +234,14 @@ def read_layer(stored: StoredLayer, read: Read, chunks: int = 0) -> dict[str, to
 def _check_padding(stored: StoredLayer, qweight: torch.Tensor, wscales: torch.Tensor) -> None:
     n, k, scales = stored.n, stored.k, wscales.float()
     codes_left = qweight[n:].any() or qweight[:, k // 2 :].any()
-    scales_left = (scales[:, n:] != 1).any() or (scales[k // stored.spec.fmt.group_size :] != 1).any()
+    scales_left = (scales[:, n:] != 1).any() or (scales[k // stored.fmt.group_size :] != 1).any()
     if codes_left or scales_left:
         raise LayerError(f"is stored as {stored.padded}; beyond ({n}, {k}) there are weights, needed padding")
 
 
 def _read_awq(stored: StoredLayer, read: Read, chunks: int) -> dict[str, torch.Tensor]:
     """W = code * wscales + wzeros there, (code - 8) * wscales + wzeros here; fp32 where 16 bit would round the sum."""
-    groups = stored.k // AWQ_GROUP
+    groups = stored.k // stored.fmt.group_size
     qweight, wscales, wzeros = layout.unpack_awq(read("qweight")), read("wscales")[:groups], read("wzeros")[:groups]
     exact = wzeros.float() + 8 * wscales.float()
     rounded = exact.to(wscales.dtype)
@@ -233,7 +258,7 @@ def read_bias(stored: StoredLayer, read: Read, chunks: int = 0) -> torch.Tensor:
     Modulation layers come back in fp32, without the 1 that Nunchaku adds to the bias of their scales.
     """
     bias = read("bias")
-    if stored.format != "awq_w4a16":
+    if stored.fmt.low_rank:
         return layout.unpack_vector(bias)[: stored.n].contiguous()
     return _add_to_scales(layout.deinterleave_rows(bias.float(), chunks), chunks, -1) if chunks else bias
 
@@ -247,10 +272,10 @@ def _add_to_scales(bias: torch.Tensor, chunks: int, value: int) -> torch.Tensor:
 
 def write_layer(tensors: Mapping[str, torch.Tensor], spec: LayerSpec, chunks: int = 0) -> dict[str, torch.Tensor]:
     """The tensors of a layer as Nunchaku stores them, under our names. Inverse: `read_layer`."""
-    if spec.format == "awq_w4a16":
+    if not spec.fmt.low_rank:
         return _write_awq(tensors, chunks)
     n, k = up_to(spec.n, layout.TILE), up_to(spec.k, layout.TILE)
-    pack_scales = layout.pack_nvfp4_scales if spec.format == "nvfp4" else layout.pack_int4_scales
+    pack_scales = layout.pack_nvfp4_scales if has_byte_scales(spec.fmt) else layout.pack_int4_scales
     smooth_factor = layout.pack_vector(_pad(tensors["smooth_factor"], k, fill=1))
     packed = {
         "qweight": layout.pack_qweight(_pad(tensors["qweight"], n, k // 2)),
@@ -286,7 +311,7 @@ def _write_awq(tensors: Mapping[str, torch.Tensor], chunks: int) -> dict[str, to
 
 def write_bias(bias: torch.Tensor, spec: LayerSpec, dtype: torch.dtype, chunks: int = 0) -> torch.Tensor:
     """A bias as Nunchaku stores it. Inverse: `read_bias`."""
-    if spec.format != "awq_w4a16":
+    if spec.fmt.low_rank:
         return layout.pack_vector(_pad(bias.to(dtype), up_to(spec.n, layout.TILE), fill=1))
     if not chunks:
         return bias.to(dtype)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from .....kernels.layer import LayerError, LayerSpec
 from ....families import FamilyError
 from ....families import detect as detect_family
 from ...checkpoint import Checkpoint, CheckpointError
+from ...header import kept_metadata, provenance_of
 from ...tensor_file import TensorFile, TensorInfo
-from .. import native
+from ...tiles import TILE
 from . import header, joins, plain
-from .assign import Assigned, assign, is_lite_only
+from .assign import Placement, assign, is_lite_only
 from .layers import StoredLayer, inspect_layer, read_bias, read_layer, stored_size
-from .opened import Opened, Stored, group
-from .tables import Linear, Part, Sizes
+from .stored_file import Draft, StoredFile, group
+from .tables import LinearRow, Sizes, StoredName
 
 
 def open_file(file: TensorFile) -> Checkpoint:
@@ -25,47 +27,47 @@ def open_file(file: TensorFile) -> Checkpoint:
     names = header.detect_names(stored.keys, file.path.name)
     assignment = assign(names, stored.keys, file.path.name)
     lite = _is_lite(stored, assignment.linears)
-    opened = Opened(stored, lite, Sizes(names.mlp_ratio), header.shape_hints(file))
-    plain.bind_sizes(opened, assignment.linears)
+    draft = Draft(stored, lite, Sizes(names.mlp_ratio), header.shape_hints(file))
+    plain.bind_sizes(draft, assignment.linears)
     _check_alike(stored)
-    for assigned in assignment.linears:
-        quantized = [name in stored.layers for name in assigned.stored]
-        with _named(file, assigned.stored[0]):
+    for placement in assignment.linears:
+        quantized = [name in stored.layers for name in placement.stored]
+        with _named(file, placement.stored[0]):
             if all(quantized):
-                _add_layers(opened, assigned)
+                _add_layers(draft, placement)
             elif any(quantized):
                 raise LayerError("is 4-bit in one part and 16-bit in another; one layer has to be one of them")
             else:
-                plain.add_linear(opened, assigned)
+                plain.add_linear(draft, placement)
     for host, key in assignment.tensors.items():
         with _named(file, key):
-            plain.add_tensor(opened, host, key)
-    return _checkpoint(opened, as_is=False)
+            plain.add_tensor(draft, host, key)
+    return _checkpoint(draft, as_is=False)
 
 
 def open_as_is(file: TensorFile) -> Checkpoint:
     """The same file under its own names, each layer on its own: rows, bias and padding as stored."""
     stored = group(file, as_is=True)
-    opened = Opened(stored, header.says_lite(file), Sizes(), header.shape_hints(file))
+    draft = Draft(stored, header.says_lite(file), Sizes(), header.shape_hints(file))
     unsigned = _unsigned_layers(stored)
     for name, infos in stored.layers.items():
         with _named(file, name):
-            layer = _inspect(opened, name, None)
+            layer = _inspect(draft, name, None)
             spec, read = layer.spec, stored.part_reader(name)
-            if name in unsigned and spec.format == "int4" and "bias" in infos:
+            if name in unsigned and spec.fmt.unsigned_act and "bias" in infos:
                 spec = replace(spec, act_unsigned=(0, spec.k))
-            opened.add_layer(name, spec, lambda layer=layer, read=read: read_layer(layer, read))
+            draft.add_layer(name, spec, partial(read_layer, layer, read))
             if "bias" in infos:
                 info = TensorInfo((layer.n,), infos["bias"].dtype)
-                opened.add_rest(f"{name}.bias", info, lambda layer=layer, read=read: read_bias(layer, read))
+                draft.add_rest(f"{name}.bias", info, partial(read_bias, layer, read))
     for module, suffixes in stored.plain.items():
         for suffix, info in suffixes.items():
             key = f"{module}.{suffix}" if module else suffix
-            opened.add_rest(key, info, lambda key=key: stored.read(key))
-    return _checkpoint(opened, as_is=True)
+            draft.add_rest(key, info, partial(stored.read, key))
+    return _checkpoint(draft, as_is=True)
 
 
-def _unsigned_layers(stored: Stored) -> set[str]:
+def _unsigned_layers(stored: StoredFile) -> set[str]:
     """Layers whose bias holds a shift, where the file is a whole model of a known family; else none can be known."""
     try:
         names = header.detect_names(stored.keys, "")
@@ -89,10 +91,10 @@ class _named:  # noqa: N801 - reads as a statement: with _named(file, layer)
             raise CheckpointError(f"{self.place}: {error}") from error
 
 
-def _is_lite(stored: Stored, linears: list[Assigned]) -> bool:
+def _is_lite(stored: StoredFile, linears: list[Placement]) -> bool:
     """Nunchaku or Nunchaku Lite, from names; only where both would have the same names the header decides."""
-    quantized = [assigned for assigned in linears if assigned.stored[0] in stored.layers]
-    votes = {is_lite_only(assigned): assigned.stored[0] for assigned in quantized}
+    quantized = [placement for placement in linears if placement.stored[0] in stored.layers]
+    votes = {is_lite_only(placement): placement.stored[0] for placement in quantized}
     if True in votes and False in votes:
         raise CheckpointError(
             f"{stored.file.path.name}: mixes dialects: layer {votes[True]!r} is named as in Nunchaku Lite and "
@@ -101,7 +103,7 @@ def _is_lite(stored: Stored, linears: list[Assigned]) -> bool:
     return True in votes or (False not in votes and header.says_lite(stored.file))
 
 
-def _check_alike(stored: Stored) -> None:
+def _check_alike(stored: StoredFile) -> None:
     """Raise CheckpointError for a layer that lacks what all others have and what would silently count as nothing."""
     for parts, word in ((("proj_down",), "low-rank branch"), (("wtscale", "wcscales"), "scale per tensor or channel")):
         nvfp4 = "wtscale" in parts
@@ -119,83 +121,83 @@ def _check_alike(stored: Stored) -> None:
             )
 
 
-def _inspect(opened: Opened, name: str, part: Part | None) -> StoredLayer:
+def _inspect(draft: Draft, name: str, part: StoredName | None) -> StoredLayer:
     """Check a stored layer; its logical size comes from the model's own, from a hint in the header, or as stored."""
-    infos = opened.stored.layers[name]
+    infos = draft.stored.layers[name]
     padded = stored_size(infos)
-    n, k = opened.hints.get(name, padded)
+    n, k = draft.hints.get(name, padded)
     if part is not None:
-        tile = 1 if "wzeros" in infos else 128
-        hinted = name in opened.hints
-        n = opened.sizes.value(part.n) or (n if hinted else opened.sizes.guess(part.n, padded[0], tile))
-        k = opened.sizes.value(part.k) or (k if hinted else opened.sizes.guess(part.k, padded[1], tile))
-        opened.sizes.bind(part.n, n)
-        opened.sizes.bind(part.k, k)
+        tile = 1 if "wzeros" in infos else TILE
+        hinted = name in draft.hints
+        n = draft.sizes.value(part.n) or (n if hinted else draft.sizes.guess(part.n, padded[0], tile))
+        k = draft.sizes.value(part.k) or (k if hinted else draft.sizes.guess(part.k, padded[1], tile))
+        draft.sizes.bind(part.n, n)
+        draft.sizes.bind(part.k, k)
     return inspect_layer(name, infos, n, k)
 
 
-def _add_layers(opened: Opened, assigned: Assigned) -> None:
+def _add_layers(draft: Draft, placement: Placement) -> None:
     """The host layers that 4-bit stored layers are: as they are, apart, joined or split."""
-    linear, parts = assigned.linear, assigned.linear.spellings[assigned.spelling]
+    linear, parts = placement.linear, placement.linear.spellings[placement.spelling]
     layers = []
-    for name, part in zip(assigned.stored, parts, strict=True):
-        with _named(opened.stored.file, name):
-            layers.append(_inspect(opened, name, part))
-    chunks = linear.chunks if not opened.lite and layers[0].format == "awq_w4a16" else 0
+    for name, part in zip(placement.stored, parts, strict=True):
+        with _named(draft.stored.file, name):
+            layers.append(_inspect(draft, name, part))
+    chunks = linear.chunks if not draft.lite and not layers[0].fmt.low_rank else 0
     if chunks and layers[0].n % chunks:
         raise LayerError(f"has {layers[0].n} outputs, needed {chunks} equal chunks")
     specs = [layer.spec for layer in layers]
     for i, (spec, part) in enumerate(zip(specs, parts, strict=True)):
-        if part.unsigned and not opened.lite and spec.format == "int4":
+        if part.unsigned and not draft.lite and spec.fmt.unsigned_act:
             specs[i] = replace(spec, act_unsigned=(0, spec.k))
-    if assigned.apart:
-        for host, layer, spec in zip(assigned.hosts, layers, specs, strict=True):
-            _add_one(opened, host, layer, spec, linear, chunks)
-            plain.add_biases(opened, (host,), [layer], linear, chunks)
+    if placement.apart:
+        for host, layer, spec in zip(placement.hosts, layers, specs, strict=True):
+            _add_one(draft, host, layer, spec, linear, chunks)
+            plain.add_biases(draft, (host,), [layer], linear, chunks)
         return
     if len(layers) > 1:
-        _add_joined(opened, assigned.hosts[0], layers, specs, linear)
-    elif len(assigned.hosts) > 1:
-        _add_split(opened, assigned.hosts, layers[0], specs[0])
+        _add_joined(draft, placement.hosts[0], layers, specs, linear)
+    elif len(placement.hosts) > 1:
+        _add_split(draft, placement.hosts, layers[0], specs[0])
     else:
-        _add_one(opened, assigned.hosts[0], layers[0], specs[0], linear, chunks)
-    plain.add_biases(opened, assigned.hosts, layers, linear, chunks)
+        _add_one(draft, placement.hosts[0], layers[0], specs[0], linear, chunks)
+    plain.add_biases(draft, placement.hosts, layers, linear, chunks)
 
 
-def _add_one(opened: Opened, host: str, layer: StoredLayer, spec: LayerSpec, linear: Linear, chunks: int) -> None:
+def _add_one(draft: Draft, host: str, layer: StoredLayer, spec: LayerSpec, linear: LinearRow, chunks: int) -> None:
     def read() -> dict[str, torch.Tensor]:
-        tensors = opened.stored.read_cached(layer, chunks)
+        tensors = draft.stored.read_cached(layer, chunks)
         return joins.swap_halves(tensors, layer.n) if linear.swap else tensors
 
-    opened.add_layer(host, spec, read)
+    draft.add_layer(host, spec, read)
 
 
-def _add_joined(opened: Opened, host: str, layers: list[StoredLayer], specs: list[LayerSpec], linear: Linear) -> None:
+def _add_joined(draft: Draft, host: str, layers: list[StoredLayer], specs: list[LayerSpec], linear: LinearRow) -> None:
     def parts() -> list[dict[str, torch.Tensor]]:
-        return [read_layer(layer, opened.stored.part_reader(layer.name)) for layer in layers]
+        return [read_layer(layer, draft.stored.part_reader(layer.name)) for layer in layers]
 
     if linear.join == "columns":
         spec = joins.join_columns_spec(specs)
-        joins.check_columns([_upper_scales(opened, layer) for layer in layers])
-        opened.add_layer(host, spec, lambda: joins.join_columns(parts()))
+        joins.check_columns([_upper_scales(draft, layer) for layer in layers])
+        draft.add_layer(host, spec, lambda: joins.join_columns(parts()))
     else:
-        shared = _share_input(opened, layers)
-        opened.add_layer(host, joins.join_rows_spec(specs, shared), lambda: joins.join_rows(parts(), shared))
+        shared = _share_input(draft, layers)
+        draft.add_layer(host, joins.join_rows_spec(specs, shared), lambda: joins.join_rows(parts(), shared))
 
 
-def _upper_scales(opened: Opened, layer: StoredLayer) -> dict[str, torch.Tensor]:
-    read = opened.stored.part_reader(layer.name)
+def _upper_scales(draft: Draft, layer: StoredLayer) -> dict[str, torch.Tensor]:
+    read = draft.stored.part_reader(layer.name)
     return {name: read(name).reshape(-1) for name in ("wtscale", "wcscales") if name in layer.parts}
 
 
-def _share_input(opened: Opened, layers: list[StoredLayer]) -> bool:
+def _share_input(draft: Draft, layers: list[StoredLayer]) -> bool:
     """Whether the parts have the same proj_down. Raises LayerError if they divide by different smooth_factors."""
-    reads = [opened.stored.part_reader(layer.name) for layer in layers]
-    if layers[0].format == "awq_w4a16":
+    reads = [draft.stored.part_reader(layer.name) for layer in layers]
+    if not layers[0].fmt.low_rank:
         return True
     smooth = reads[0]("smooth_factor")
     for layer, read in zip(layers[1:], reads[1:], strict=True):
-        if layer.format == "awq_w4a16" or not torch.equal(read("smooth_factor"), smooth):
+        if not layer.fmt.low_rank or not torch.equal(read("smooth_factor"), smooth):
             raise LayerError(
                 f"{layer.name!r} has another smooth_factor. ComfyUI's model has both in one linear, and a 4-bit layer "
                 "divides its input once; two divisions behind one linear are not supported. Quantize the model again "
@@ -208,31 +210,31 @@ def _share_input(opened: Opened, layers: list[StoredLayer]) -> bool:
     return all(torch.equal(read("proj_down"), down) for read in reads[1:])
 
 
-def _add_split(opened: Opened, hosts: tuple[str, ...], layer: StoredLayer, spec: LayerSpec) -> None:
+def _add_split(draft: Draft, hosts: tuple[str, ...], layer: StoredLayer, spec: LayerSpec) -> None:
     if layer.n % len(hosts):
         raise LayerError(f"has {layer.n} outputs, needed {len(hosts)} equal shares")
     sizes = [layer.n // len(hosts)] * len(hosts)
     blocks = None
     if layer.rank and layer.rank % (joins.RANK_TILE * len(hosts)) == 0:  # else it cannot be block-diagonal
-        blocks = joins.rank_blocks(opened.stored.read_cached(layer, 0)["proj_up"], sizes)
+        blocks = joins.rank_blocks(draft.stored.read_cached(layer, 0)["proj_up"], sizes)
     for i, host in enumerate(hosts):
         rank = layer.rank if blocks is None else blocks[i].stop - blocks[i].start
 
         def read(i: int = i) -> dict[str, torch.Tensor]:
-            return joins.split_rows(opened.stored.read_cached(layer, 0), sizes, blocks)[i]
+            return joins.split_rows(draft.stored.read_cached(layer, 0), sizes, blocks)[i]
 
-        opened.add_layer(host, replace(spec, n=sizes[i], rank=rank), read)
+        draft.add_layer(host, replace(spec, n=sizes[i], rank=rank), read)
 
 
-def _checkpoint(opened: Opened, as_is: bool) -> Checkpoint:
-    file = opened.stored.file
-    header.check_stated(file, opened.stored.keys, opened.specs)
-    weights = [*opened.rest, *(f"{name}.weight" for name in opened.specs)]
+def _checkpoint(draft: Draft, as_is: bool) -> Checkpoint:
+    file = draft.stored.file
+    header.check_stated(file, draft.stored.keys, draft.specs)
+    weights = [*draft.rest, *(f"{name}.weight" for name in draft.specs)]
     try:
         family = "generic" if as_is else detect_family(weights).name
     except FamilyError as error:
         raise CheckpointError(f"{file.path.name}: {error}") from error
-    provenance = replace(native.provenance_of(file, weights, family), unet_config=header.unet_config(file))
+    provenance = replace(provenance_of(file, weights, family), unet_config=header.unet_config(file))
 
     def named(readers: Mapping[str, Callable[[], Any]]) -> Callable[[str], Any]:
         def read(name: str) -> Any:
@@ -243,18 +245,18 @@ def _checkpoint(opened: Opened, as_is: bool) -> Checkpoint:
 
     return Checkpoint(
         path=file.path,
-        dialect="nunchaku lite" if opened.lite else "nunchaku",
-        dtype=_dtype(opened.stored),
+        dialect="nunchaku lite" if draft.lite else "nunchaku",
+        dtype=_dtype(draft.stored),
         provenance=provenance,
-        specs=opened.specs,
-        rest=opened.rest,
-        _read_layer=named(opened.layer_readers),
-        _read_rest=named(opened.rest_readers),
-        metadata=native.kept_metadata(file),
+        specs=draft.specs,
+        rest=draft.rest,
+        _read_layer=named(draft.layer_readers),
+        _read_rest=named(draft.rest_readers),
+        metadata=kept_metadata(file),
     )
 
 
-def _dtype(stored: Stored) -> torch.dtype:
+def _dtype(stored: StoredFile) -> torch.dtype:
     """The 16-bit dtype of the 4-bit layers, one for the whole file."""
     found = {
         info.dtype: layer

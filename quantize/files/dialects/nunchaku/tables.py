@@ -13,7 +13,7 @@ NUMBER = "#"
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredName:
     """One stored linear: name within its block, out and in features (None: anything), GELU in front of it."""
 
     name: str
@@ -23,7 +23,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearRow:
     """Stored linears and the linears of ComfyUI that they are.
 
     host    one name, or several when ComfyUI has separate linears where the file has one (equal shares of its rows).
@@ -39,9 +39,9 @@ class Linear:
     """
 
     host: tuple[str, ...]
-    stored: tuple[Part, ...]
-    also: tuple[tuple[Part, ...], ...] = ()
-    lite: tuple[Part, ...] = ()
+    stored: tuple[StoredName, ...]
+    also: tuple[tuple[StoredName, ...], ...] = ()
+    lite: tuple[StoredName, ...] = ()
     join: str = "rows"
     chunks: int = 0
     swap: bool = False
@@ -50,7 +50,7 @@ class Linear:
     optional: bool = False
 
     @property
-    def spellings(self) -> tuple[tuple[Part, ...], ...]:
+    def spellings(self) -> tuple[tuple[StoredName, ...], ...]:
         """Every spelling, Nunchaku's own first."""
         return (self.stored, *self.also, *((self.lite,) if self.lite else ()))
 
@@ -68,13 +68,13 @@ def same(
     swap: bool = False,
     bias: bool = True,
     optional: bool = False,
-) -> Linear:
-    """A linear that is one in the file and one in ComfyUI."""
-    return Linear(
+) -> LinearRow:
+    """A row of a table, for a linear that is one in the file and one in ComfyUI; the parameters are its columns."""
+    return LinearRow(
         (host,),
-        (Part(stored, n, k, unsigned),),
-        tuple((Part(name, n, k, unsigned),) for name in also),
-        (Part(lite, n, k),) if lite else (),
+        (StoredName(stored, n, k, unsigned),),
+        tuple((StoredName(name, n, k, unsigned),) for name in also),
+        (StoredName(lite, n, k),) if lite else (),
         chunks=chunks,
         swap=swap,
         bias=bias,
@@ -92,7 +92,7 @@ class Block:
 
     stored: str
     host: str
-    linears: tuple[Linear, ...] = ()
+    linears: tuple[LinearRow, ...] = ()
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     optional_tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     optional: bool = False
@@ -200,5 +200,7 @@ class Sizes:
 
 
 def _factor(text: str) -> tuple[int, str]:
-    digits, symbol = re.fullmatch(r"(\d*)(\w+)", text).groups()
-    return int(digits or 1), symbol
+    match = re.fullmatch(r"(\d*)(\w+)", text)
+    if match is None:
+        raise ValueError(f"size {text!r} of a table, needed a symbol with or without a factor, such as 3h")
+    return int(match[1] or 1), match[2]

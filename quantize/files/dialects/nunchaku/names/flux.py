@@ -5,14 +5,14 @@ Nunchaku stores the two parts of each; the whole bias of linear2 sits in `mlp_fc
 of ComfyUI. `norm_out.linear` is (scale, shift) here and (shift, scale) there.
 """
 
-from ..tables import Block, Linear, NameMap, Part, same
+from ..tables import Block, LinearRow, NameMap, StoredName, same
 
 
-def qkv(*names: str) -> tuple[Part, ...]:
-    return tuple(Part(name, "h", "h") for name in names)
+def qkv(*names: str) -> tuple[StoredName, ...]:
+    return tuple(StoredName(name, "h", "h") for name in names)
 
 
-def stream(host: str, norm: str, suffix: str, attention: tuple[str, ...], feed_forward: str) -> tuple[Linear, ...]:
+def stream(host: str, norm: str, suffix: str, attention: tuple[str, ...], feed_forward: str) -> tuple[LinearRow, ...]:
     """The linears of the image or the text stream of a double block.
 
     attention  Diffusers' names: q, k, v, out, merged q k v
@@ -20,10 +20,10 @@ def stream(host: str, norm: str, suffix: str, attention: tuple[str, ...], feed_f
     q, k, v, out, merged = (f"attn.{name}" for name in attention)
     return (
         same(f"{host}_mod.lin", f"{norm}.linear", "6h", "h", chunks=6),
-        Linear(
+        LinearRow(
             (f"{host}_attn.qkv",),
-            (Part(f"qkv_proj{suffix}", "3h", "h"),),
-            also=((Part(merged, "3h", "h"),),),
+            (StoredName(f"qkv_proj{suffix}", "3h", "h"),),
+            also=((StoredName(merged, "3h", "h"),),),
             lite=qkv(q, k, v),
         ),
         same(f"{host}_attn.proj", f"out_proj{suffix}", "h", "h", also=(out,), lite=out),
@@ -71,17 +71,17 @@ SINGLE = Block(
     "single_blocks.#",
     (
         same("modulation.lin", "norm.linear", "3h", "h", chunks=3),
-        Linear(
+        LinearRow(
             ("linear1",),
-            (Part("qkv_proj", "3h", "h"), Part("mlp_fc1", "mlp", "h")),
-            also=((Part("attn.to_qkv", "3h", "h"), Part("mlp_fc1", "mlp", "h")),),
-            lite=(*qkv("attn.to_q", "attn.to_k", "attn.to_v"), Part("proj_mlp", "mlp", "h")),
+            (StoredName("qkv_proj", "3h", "h"), StoredName("mlp_fc1", "mlp", "h")),
+            also=((StoredName("attn.to_qkv", "3h", "h"), StoredName("mlp_fc1", "mlp", "h")),),
+            lite=(*qkv("attn.to_q", "attn.to_k", "attn.to_v"), StoredName("proj_mlp", "mlp", "h")),
         ),
-        Linear(
+        LinearRow(
             ("linear2",),
-            (Part("out_proj", "h", "h"), Part("mlp_fc2", "h", "mlp", unsigned=True)),
-            also=((Part("attn.to_out", "h", "h"), Part("mlp_fc2", "h", "mlp", unsigned=True)),),
-            lite=(Part("proj_out", "h"),),
+            (StoredName("out_proj", "h", "h"), StoredName("mlp_fc2", "h", "mlp", unsigned=True)),
+            also=((StoredName("attn.to_out", "h", "h"), StoredName("mlp_fc2", "h", "mlp", unsigned=True)),),
+            lite=(StoredName("proj_out", "h"),),
             join="columns",
         ),
     ),

@@ -4,18 +4,18 @@ The fused linears of a single block are stored in two parts each, as in FLUX.1. 
 and in ComfyUI. Writers put a bias of zeros everywhere; it is dropped, because the model has none.
 """
 
-from ..tables import Block, Linear, NameMap, Part, same
+from ..tables import Block, LinearRow, NameMap, StoredName, same
 
 
-def stream(host: str, suffix: str, attention: tuple[str, ...], feed_forward: str) -> tuple[Linear, ...]:
+def stream(host: str, suffix: str, attention: tuple[str, ...], feed_forward: str) -> tuple[LinearRow, ...]:
     q, k, v, out, merged = (f"attn.{name}" for name in attention)
     linear_in, linear_out = f"{feed_forward}.linear_in", f"{feed_forward}.linear_out"
     return (
-        Linear(
+        LinearRow(
             (f"{host}_attn.qkv",),
-            (Part(f"qkv_proj{suffix}", "3h", "h"),),
-            also=((Part(merged, "3h", "h"),),),
-            lite=tuple(Part(name, "h", "h") for name in (q, k, v)),
+            (StoredName(f"qkv_proj{suffix}", "3h", "h"),),
+            also=((StoredName(merged, "3h", "h"),),),
+            lite=tuple(StoredName(name, "h", "h") for name in (q, k, v)),
             bias=False,
         ),
         same(f"{host}_attn.proj", f"out_proj{suffix}", "h", "h", also=(out,), lite=out, bias=False),
@@ -41,18 +41,18 @@ SINGLE = Block(
     "single_transformer_blocks.#",
     "single_blocks.#",
     (
-        Linear(
+        LinearRow(
             ("linear1",),
-            (Part("qkv_proj", "3h", "h"), Part("mlp_fc1", "2mlp", "h")),
-            also=((Part("attn.qkv_proj", "3h", "h"), Part("attn.mlp_fc1", "2mlp", "h")),),
-            lite=(Part("attn.to_qkv_mlp_proj", None, "h"),),
+            (StoredName("qkv_proj", "3h", "h"), StoredName("mlp_fc1", "2mlp", "h")),
+            also=((StoredName("attn.qkv_proj", "3h", "h"), StoredName("attn.mlp_fc1", "2mlp", "h")),),
+            lite=(StoredName("attn.to_qkv_mlp_proj", None, "h"),),
             bias=False,
         ),
-        Linear(
+        LinearRow(
             ("linear2",),
-            (Part("out_proj", "h", "h"), Part("mlp_fc2", "h", "mlp")),
-            also=((Part("attn.out_proj", "h", "h"), Part("attn.mlp_fc2", "h", "mlp")),),
-            lite=(Part("attn.to_out", "h"),),
+            (StoredName("out_proj", "h", "h"), StoredName("mlp_fc2", "h", "mlp")),
+            also=((StoredName("attn.out_proj", "h", "h"), StoredName("attn.mlp_fc2", "h", "mlp")),),
+            lite=(StoredName("attn.to_out", "h"),),
             join="columns",
             bias=False,
         ),

@@ -3,16 +3,16 @@
 Nunchaku merges q, k, v of both streams; ComfyUI has them apart.
 """
 
-from ..tables import Block, Linear, NameMap, Part, same
+from ..tables import Block, LinearRow, NameMap, StoredName, same
 
 
-def merged(q: str, k: str, v: str, stored: str) -> Linear:
+def merged(q: str, k: str, v: str, stored: str) -> LinearRow:
     names = tuple(f"attn.{name}" for name in (q, k, v))
-    lite = tuple(Part(name, "h", "h") for name in names)
-    return Linear(names, (Part(f"attn.{stored}", "3h", "h"),), lite=lite)
+    lite = tuple(StoredName(name, "h", "h") for name in names)
+    return LinearRow(names, (StoredName(f"attn.{stored}", "3h", "h"),), lite=lite)
 
 
-def stream(name: str) -> tuple[Linear, ...]:
+def stream(name: str) -> tuple[LinearRow, ...]:
     return (
         same(f"{name}_mod.1", f"{name}_mod.1", "6h", "h", chunks=6),
         same(f"{name}_mlp.net.0.proj", f"{name}_mlp.net.0.proj", "mlp", "h"),

@@ -3,15 +3,15 @@
 Block numbers follow from two resnets on the way down and three on the way up. GEGLU is (value, gate) in both.
 """
 
-from ..tables import Block, Linear, NameMap, Part, same
+from ..tables import Block, LinearRow, NameMap, StoredName, same
 
 LEVELS = range(4)
 
 TRANSFORMER = (
-    Linear(
+    LinearRow(
         ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-        (Part("attn1.to_qkv"),),
-        lite=(Part("attn1.to_q"), Part("attn1.to_k"), Part("attn1.to_v")),
+        (StoredName("attn1.to_qkv"),),
+        lite=(StoredName("attn1.to_q"), StoredName("attn1.to_k"), StoredName("attn1.to_v")),
         bias=False,
     ),
     same("attn1.to_out.0", "attn1.to_out.0"),

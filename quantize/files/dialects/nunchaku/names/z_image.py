@@ -4,17 +4,17 @@ Its fused input projection holds w3 (value) in the first half of the rows and w1
 ordinary here: 16 bit, not interleaved. Refiners may be stored in 16 bit under the same names, with q, k, v apart.
 """
 
-from ..tables import Block, Linear, NameMap, Part, same
+from ..tables import Block, LinearRow, NameMap, StoredName, same
 
-ATTENTION = tuple(Part(f"attention.to_{name}", "h", "h") for name in "qkv")
-GATED = (Part("feed_forward.w3", "mlp", "h"), Part("feed_forward.w1", "mlp", "h"))
+ATTENTION = tuple(StoredName(f"attention.to_{name}", "h", "h") for name in "qkv")
+GATED = (StoredName("feed_forward.w3", "mlp", "h"), StoredName("feed_forward.w1", "mlp", "h"))
 
 LINEARS = (
-    Linear(("attention.qkv",), (Part("attention.to_qkv", "3h", "h"),), lite=ATTENTION, bias=False),
+    LinearRow(("attention.qkv",), (StoredName("attention.to_qkv", "3h", "h"),), lite=ATTENTION, bias=False),
     same("attention.out", "attention.to_out.0", "h", "h", bias=False),
-    Linear(
+    LinearRow(
         ("feed_forward.w3", "feed_forward.w1"),
-        (Part("feed_forward.net.0.proj", "2mlp", "h"),),
+        (StoredName("feed_forward.net.0.proj", "2mlp", "h"),),
         lite=GATED,
         bias=False,
         plain="stored",

@@ -18,7 +18,7 @@ Reader = Callable[[], Any]
 
 
 @dataclass
-class Stored:
+class StoredFile:
     """A file by stored name without prefix, its tensors grouped into 4-bit layers and the rest.
 
     keys     name without prefix -> key in the file
@@ -58,12 +58,12 @@ class Stored:
         return self._cache[layer.name]
 
 
-def group(file: TensorFile, as_is: bool = False) -> Stored:
+def group(file: TensorFile, as_is: bool = False) -> StoredFile:
     """Sort the tensors of a file into layers. Raises CheckpointError for a part that belongs to no layer.
 
     as_is  such parts are ordinary tensors
     """
-    stored, name = Stored(file), file.path.name
+    stored, name = StoredFile(file), file.path.name
     prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in file)), "")
     for key in file:
         if not key.startswith(prefix):
@@ -93,14 +93,14 @@ def group(file: TensorFile, as_is: bool = False) -> Stored:
 
 
 @dataclass
-class Opened:
+class Draft:
     """What a Checkpoint is made of, collected linear by linear.
 
     lite   signed activations and modulation rows in natural order: Nunchaku Lite
     hints  stored layer -> logical (N, K) as the header has it, of padded layers
     """
 
-    stored: Stored
+    stored: StoredFile
     lite: bool
     sizes: Sizes
     hints: Mapping[str, tuple[int, int]]

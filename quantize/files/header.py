@@ -1,0 +1,86 @@
+"""The header's string table of a 4-bit file, whatever its dialect: where the model comes from.
+
+svdquant     JSON {"version": 1, "family", "pinned", "rank", "formats": {layer: format}, "source_hash"}
+unet_config  JSON, ComfyUI's model configuration as the writing host had it
+recipe       JSON, settings of the quantization
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+
+from ...kernels.layer import LayerSpec
+from ..families import FamilyError
+from ..families import detect as detect_family
+from .checkpoint import CheckpointError, Provenance
+from .tensor_file import TensorFile
+
+VERSION = 1
+OURS = ("svdquant", "unet_config", "recipe")
+
+
+def metadata_of(provenance: Provenance, specs: Mapping[str, LayerSpec]) -> dict[str, str]:
+    """The header's string table. Inverse: `provenance_of`."""
+    svdquant = {
+        "version": VERSION,
+        "family": provenance.family,
+        "pinned": list(provenance.pinned),
+        "rank": max((spec.rank for spec in specs.values()), default=0),
+        "formats": {name: spec.format for name, spec in specs.items()},
+        "source_hash": provenance.source_hash,
+    }
+    return {
+        "svdquant": json.dumps(svdquant),
+        "unet_config": json.dumps(dict(provenance.unet_config)),
+        "recipe": json.dumps(dict(provenance.recipe)),
+    }
+
+
+def provenance_of(file: TensorFile, weights: Iterable[str], family: str | None = None) -> Provenance:
+    """Read the header; where neither it nor the caller says it the family is found from the names of `weights`."""
+    try:
+        texts = (file.metadata.get(key, "{}") for key in ("svdquant", "unet_config", "recipe"))
+        svdquant, config, recipe = map(json.loads, texts)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file.path.name}: the metadata is not JSON ({error})") from error
+    _check_types(file, svdquant, config, recipe)
+    if svdquant.get("version", VERSION) > VERSION:
+        raise CheckpointError(
+            f"{file.path.name}: written as version {svdquant['version']} of the native checkpoint, this pack reads "
+            f"up to {VERSION}. Update the pack."
+        )
+    try:
+        family = family or svdquant.get("family") or detect_family(weights).name
+    except FamilyError as error:
+        raise CheckpointError(f"{file.path.name}: {error}") from error
+    return Provenance(family, config, tuple(svdquant.get("pinned", ())), recipe, svdquant.get("source_hash", ""))
+
+
+def _check_types(file: TensorFile, svdquant: object, config: object, recipe: object) -> None:
+    objects: dict[str, object] = {"svdquant": svdquant, "unet_config": config, "recipe": recipe}
+    kinds: dict[str, type] = dict.fromkeys(objects, dict)
+    if isinstance(svdquant, dict):
+        objects |= svdquant
+        kinds |= {"version": int, "family": str, "pinned": list, "formats": dict, "source_hash": str}
+    for key, kind in kinds.items():
+        if not isinstance(objects.get(key, kind()), kind):
+            raise CheckpointError(
+                f"{file.path.name}: {key} in the metadata is {objects[key]!r:.40}, needed {kind.__name__}"
+            )
+    pinned = objects.get("pinned")
+    if isinstance(pinned, list) and not all(isinstance(key, str) for key in pinned):
+        raise CheckpointError(f"{file.path.name}: pinned in the metadata holds more than names")
+
+
+def check_stated(file: TensorFile, specs: Mapping[str, LayerSpec]) -> None:
+    """Raise CheckpointError where the metadata states another format than a layer's tensors have."""
+    for name, stated in json.loads(file.metadata.get("svdquant", "{}")).get("formats", {}).items():
+        if name in specs and specs[name].format != stated:
+            raise CheckpointError(
+                f"{file.path.name}: layer {name!r}: the metadata says {stated}, its tensors are {specs[name].format}. "
+                "The header was edited or belongs to another file."
+            )
+
+
+def kept_metadata(file: TensorFile) -> dict[str, str]:
+    """Header strings that are not ours and do not repeat what the tensors of one dialect say."""
+    return {key: text for key, text in file.metadata.items() if key not in (*OURS, "_quantization_metadata")}
