@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .file import Statistics, StatisticsError
 
@@ -13,7 +14,7 @@ def merge(paths: Sequence[str | Path], target: str | Path) -> Statistics:
     """
     files = [Statistics.open(path) for path in paths]
     widths = {layer: entry.tokens.shape[1] for layer, entry in files[0].entries.items()}
-    runs: list[dict[str, object]] = []
+    runs: list[dict[str, Any]] = []
     for file in files:
         found = {layer: entry.tokens.shape[1] for layer, entry in file.entries.items()}
         if found != widths:
@@ -30,7 +31,7 @@ def merge(paths: Sequence[str | Path], target: str | Path) -> Statistics:
     return merged
 
 
-def describe(path: str | Path) -> dict[str, object]:
+def describe(path: str | Path) -> dict[str, Any]:
     """What a statistics file holds, as plain data."""
     file = Statistics.open(path)
     entries = file.entries.values()

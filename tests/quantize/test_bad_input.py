@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
-from svdquant_pack.quantize.calibration.tokens import Call
+from svdquant_pack.quantize.calibration.tokens import ModelCall
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.source import FileSource
 from svdquant_pack.quantize.maker.model import quantize_model
@@ -82,7 +82,7 @@ def damaged(tmp_path_factory):
             x[..., 70] = 0  # a dead channel
             x[..., 64:128] *= layer != "blocks.2.proj"  # a dead group
             x *= layer != "blocks.3.proj"  # a layer that gets nothing
-            made.entries[layer].observe(x, Call(step, 8), generator)
+            made.entries[layer].observe(x, ModelCall(step, 8), generator)
     return folder / "model.safetensors", made
 
 
@@ -142,7 +142,7 @@ def test_a_layer_too_large_for_memory_gets_a_block_diagonal_hessian(tmp_path):
         {"blocks.0.mlp.weight": torch.randn(128, k, generator=generator).bfloat16()}, tmp_path / "model.safetensors"
     )
     made = Statistics.create(tmp_path / "s.safetensors", {"blocks.0.mlp": k}, 1200, {"shared": {}})
-    made.entries["blocks.0.mlp"].observe(torch.randn(1, 1200, k, generator=generator), Call(0, 1), generator)
+    made.entries["blocks.0.mlp"].observe(torch.randn(1, 1200, k, generator=generator), ModelCall(0, 1), generator)
 
     def run(room: int) -> subprocess.CompletedProcess:
         arguments = [str(ROOT / "tests" / "conftest.py"), str(tmp_path), str(room)]

@@ -6,12 +6,11 @@ from safetensors.torch import load_file, save_file
 
 from svdquant_pack.kernels import LayerSpec
 from svdquant_pack.quantize.calibration.file import Statistics
-from svdquant_pack.quantize.calibration.tokens import Call
+from svdquant_pack.quantize.calibration.tokens import ModelCall
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.source import FileSource
-from svdquant_pack.quantize.maker.budget import Unit, eight_bits
-from svdquant_pack.quantize.maker.model import quantize_model
-from svdquant_pack.quantize.maker.ranks import HEADER
+from svdquant_pack.quantize.maker.decide import HEADER, Unit, eight_bits
+from svdquant_pack.quantize.maker.model import Target, quantize_model
 from svdquant_pack.quantize.maker.report import as_markdown, summarize
 from svdquant_pack.quantize.recipe import Recipe
 
@@ -42,7 +41,7 @@ def model(tmp_path_factory):
             x = torch.randn(1, 128, SIZE, generator=generator)
             if layer in (LOUD, ROUGH):
                 x *= spikes(x.shape, generator, 0.02, 20.0)
-            entry.observe(x, Call(step, 8), generator)
+            entry.observe(x, ModelCall(step, 8), generator)
         if layer == SURPRISE:
             held = entry.hold == 1
             entry.tokens[held] = (
@@ -105,8 +104,8 @@ def test_a_stopped_run_remembers_what_it_chose(model, tmp_path):
     recipe = Recipe.named("balanced", rank=16, adam_steps=8, rounds=2, start_rounds=1, fallback=LIMIT, act8_share=0.3)
     target = tmp_path / "target.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        quantize_model(FileSource(model[0]), target, recipe, stop, "cpu", model[1], resume=True)
-    report = quantize_model(FileSource(model[0]), target, recipe, None, "cpu", model[1], resume=True)
+        quantize_model(FileSource(model[0]), Target(target, resume=True), recipe, stop, "cpu", model[1])
+    report = quantize_model(FileSource(model[0]), Target(target, resume=True), recipe, None, "cpu", model[1])
     whole = run(model, tmp_path / "whole.safetensors")
     assert report.resumed == 9 and (report.eight, report.kept) == (whole.eight, whole.kept)
     assert target.read_bytes() == whole.path.read_bytes()
