@@ -139,7 +139,7 @@ class SourceReader:
         tensor = self.source.tensor(key)
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         self._digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        self._digest.update(raw.numpy())
+        self._digest.update(raw.numpy().data)
         if tensor.is_floating_point() and not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():
             raise QuantizeError(f"{self.source.name}: {key} holds NaN or Inf; repair or replace the source model")
         return tensor

@@ -20,7 +20,7 @@ from ..recipe import Recipe
 from . import lowrank
 from .inputs import LayerInput, Moments, gather, round_activation, shift_of, to_16bit
 from .layer import Dense, FittedLayer, Making
-from .rounding import WeightRounder, factorize
+from .rounding import WeightRounder, WeightScales, factorize
 from .smooth import from_spans
 
 PROBE = 1024  # calibration tokens on which two rounds of an alternation, or two candidates, are compared
@@ -41,6 +41,7 @@ class StoredBranch:
     residual  (N, K) = W smooth - L, what the 4-bit weight has to stand for
     """
 
+    smooth: torch.Tensor
     proj_down: torch.Tensor
     proj_up: torch.Tensor
     residual: torch.Tensor
@@ -50,18 +51,28 @@ class StoredBranch:
         """target (N, K) = W smooth"""
         down, up = branch
         proj_down, proj_up = to_16bit(down / smooth[:, None], dtype), to_16bit(up, dtype)
-        return cls(proj_down, proj_up, target - proj_up @ (proj_down * smooth[:, None]).T)
+        return cls(smooth, proj_down, proj_up, target - proj_up @ (proj_down * smooth[:, None]).T)
 
-    def bias(
-        self, dense: Dense, rounded: torch.Tensor, smooth: torch.Tensor, means: Moments | None = None
-    ) -> torch.Tensor | None:
-        """b + residual @ (E[z] - shift / smooth) - rounded @ E[zq]; without means only the shift comes off"""
-        if dense.bias is None:
-            return None
-        shift = shift_of(dense.spec, smooth.device) / smooth
-        if means is None:
-            return dense.bias - rounded @ shift
-        return dense.bias + self.residual @ (means.mean - shift) - rounded @ means.mean_rounded
+    def with_weight(
+        self,
+        rounded: torch.Tensor,
+        scales: WeightScales,
+        dense: Dense,
+        moments: Moments | None = None,
+        act_mean: torch.Tensor | None = None,
+    ) -> FittedLayer:
+        """The layer of this branch and a 4-bit weight, with the bias that completes them
+
+        bias = b + residual @ (E[z] - shift / smooth) - rounded @ E[zq]; without moments only the shift comes off
+        """
+        bias = dense.bias
+        if bias is not None:
+            shift = shift_of(dense.spec, bias.device) / self.smooth
+            if moments is None:
+                bias = bias - rounded @ shift
+            else:
+                bias = bias + self.residual @ (moments.mean - shift) - rounded @ moments.mean_rounded
+        return FittedLayer(self.smooth, rounded, scales, self.proj_down, self.proj_up, bias, act_mean)
 
 
 def data_free(dense: Dense, smooth: torch.Tensor, making: Making, search: bool = True) -> FittedLayer:
@@ -80,8 +91,7 @@ def data_free(dense: Dense, smooth: torch.Tensor, making: Making, search: bool =
         error = (stored.residual - rounded).norm().item()
         if best is not None and error >= best[0]:
             break
-        bias = stored.bias(dense, rounded, smooth)
-        best = error, FittedLayer(smooth, rounded, scales, stored.proj_down, stored.proj_up, bias)
+        best = error, stored.with_weight(rounded, scales, dense)
     assert best is not None
     return best[1]
 
@@ -121,8 +131,7 @@ def refine(
         least, best = error, (down, up)
     stored = StoredBranch.of(best, target, smooth, making.dtype)
     rounded, scales = rounder.on_grid(noise.wanted_of_rounded(stored.residual))
-    bias = stored.bias(dense, rounded, smooth, moments if recipe.bias_correction else None)
-    return FittedLayer(smooth, rounded, scales, stored.proj_down, stored.proj_up, bias, act_mean)
+    return stored.with_weight(rounded, scales, dense, moments if recipe.bias_correction else None, act_mean)
 
 
 def start(target: torch.Tensor, rank: int, recipe: Recipe, rounder: WeightRounder) -> Branch:
@@ -229,9 +238,7 @@ def svdquant(
     if recipe.name == "svdquant+gptq":
         rounder = replace(rounder, factors=factorize(gather(inputs, centred=False, rounded=False).raw))
     stored = StoredBranch.of(best, target, smooth, making.dtype)
-    rounded, scales = rounder.on_grid(stored.residual)
-    bias = stored.bias(dense, rounded, smooth)
-    return FittedLayer(smooth, rounded, scales, stored.proj_down, stored.proj_up, bias)
+    return stored.with_weight(*rounder.on_grid(stored.residual), dense)
 
 
 def grid_search(dense: Dense, tokens: torch.Tensor, dtype: torch.dtype, split: Split) -> torch.Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdquant_pack.kernels import LayerSpec
 from svdquant_pack.quantize.calibration.file import Statistics
 from svdquant_pack.quantize.calibration.tokens import ModelCall
 from svdquant_pack.quantize.cli.main import main
@@ -15,9 +16,11 @@ from svdquant_pack.quantize.files.source import FileSource
 from svdquant_pack.quantize.files.tensor_file import TensorFileError
 from svdquant_pack.quantize.maker import model as build
 from svdquant_pack.quantize.maker import plan
+from svdquant_pack.quantize.maker.group import LayerGroup, make_group
 from svdquant_pack.quantize.maker.model import BudgetError, Target, quantize_model
 from svdquant_pack.quantize.maker.plan import group_layers
 from svdquant_pack.quantize.maker.report import write_report
+from svdquant_pack.quantize.maths.layer import Dense, Making
 from svdquant_pack.quantize.recipe import Recipe
 
 SIZE = 128
@@ -134,6 +137,25 @@ def test_layers_that_share_an_input_share_the_smoothing(source, statistics, tmp_
         )
         assert torch.equal(q, k) and not torch.equal(q, mlp)
     assert len(group_layers(checkpoint.specs, family)) == 6
+
+
+def test_making_a_group_is_a_pure_function(source, statistics):
+    """The same arguments give the same bytes, and are left as they were; no file is needed."""
+    tensors, inputs = weights(), statistics.entry("blocks.1.attn.q")
+    spec = LayerSpec("int4", SIZE, SIZE, 16)
+    layers = [Dense(tensors[f"{name}.weight"], tensors[f"{name}.bias"], spec) for name in LAYERS[3:5]]
+    recipe = Recipe.named("balanced", rank=16, adam_steps=4, rounds=1, start_rounds=1, fallback=1e-3, target_size=10**6)
+    group, making = LayerGroup(layers, inputs, widen=True), Making(recipe, torch.bfloat16)
+    before = [tensor.clone() for tensor in (inputs.tokens, inputs.absmax, layers[0].weight, layers[0].bias)]
+    first, again = make_group(group, making), make_group(group, making)
+    after = (inputs.tokens, inputs.absmax, layers[0].weight, layers[0].bias)
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)) and layers[0].spec.act_bits == 4
+    for one, other in zip(first, again, strict=True):
+        assert one.layer.spec.act_bits == 8 and one.record["eight"].startswith("output error 0.")
+        assert all(torch.equal(one.layer[name], other.layer[name]) for name in one.layer.tensors)
+        assert torch.equal(one.bias, other.bias)
+        timeless = [{key: value for key, value in made.record.items() if key != "seconds"} for made in (one, other)]
+        assert timeless[0] == timeless[1]
 
 
 def test_auto_rank_takes_the_bytes_of_the_uniform_rank(source, statistics, tmp_path):

@@ -10,7 +10,7 @@ from svdquant_pack.quantize.calibration.tokens import ModelCall
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.source import FileSource
 from svdquant_pack.quantize.maker.decide import HEADER, Unit, eight_bits
-from svdquant_pack.quantize.maker.model import Target, quantize_model
+from svdquant_pack.quantize.maker.model import EightShare, Target, quantize_model
 from svdquant_pack.quantize.maker.report import as_markdown, summarize
 from svdquant_pack.quantize.recipe import Recipe
 
@@ -145,3 +145,12 @@ def test_a_sensitive_layer_is_one_of_the_worst_though_its_error_is_small():
     assert eight_bits(units, groups, 0.5, 1.0, 32) == {
         "e": "predicted to cost the model 6.0 times what the median layer costs it"
     }
+
+
+def test_the_share_falls_where_8_bit_layers_stay_in_16_bit_and_grows_where_others_join():
+    share = EightShare({"a": 40, "b": 30, "c": 30}, 0.5, frozenset("a"))
+    assert share.of("ab") == 0.7 and not share.has_room_for("b") and share.of("x") == 0
+    assert not share.after({"b": {}, "c": {}}).has_room_for("b")
+    freed = share.after({"a": {"kept": "output error 0.5 is above 0.1, with 8-bit activations too"}})
+    assert freed.has_room_for("b") and not freed.after({"c": {"eight": "output error"}}).has_room_for("b")
+    assert share.eight == frozenset("a") and not EightShare({}, 0.5, frozenset()).of("a")

@@ -101,6 +101,17 @@ def test_bias_correction_removes_the_mean_error(layer, bias):
     assert offsets[True] < 0.02 * offsets[False]
 
 
+@pytest.mark.parametrize("start_rounds", [0, 2])
+def test_zero_rounds_keep_the_branch_of_the_start(layer, bias, start_rounds):
+    dense = Dense(layer.weight, bias, spec_of(layer, "int4"))
+    errors = {}
+    for rounds in (0, 2):
+        making = Making(Recipe.named("balanced", rounds=rounds, start_rounds=start_rounds), BF16)
+        fit = refine(dense, searched(layer, dense.spec), layer.calibration, making)
+        errors[rounds] = output_errors(fit, dense, layer.test).total
+    assert errors[2] < errors[0] < 2 * errors[2]
+
+
 def test_a_layer_without_bias_stays_without(layer):
     spec = spec_of(layer, "nvfp4")
     fit = refine(Dense(layer.weight, None, spec), searched(layer, spec, 0), layer.calibration, BALANCED)
