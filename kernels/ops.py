@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import dispatch
+from .formats import FORMATS
 from .layer import Layer, LayerSpec, Lora
 
 NAMESPACE = "svdquant"
@@ -40,9 +41,9 @@ def linear(
 ) -> torch.Tensor:
     """The operator on a layer and x (M, K); arguments are right already."""
     spec, tensors = layer.spec, layer.tensors
-    return _operator(
+    return operator(
         x,
-        [tensors.get(name) for name in spec.fmt.part_names()],
+        [tensors.get(name) for name in spec.fmt.part_names],
         bias,
         *(lora or (None, None, None)),
         spec.format,
@@ -68,7 +69,7 @@ def _run(
     compute: str,
     activation: str,
 ) -> torch.Tensor:
-    names = _part_names(format)
+    names = FORMATS[format].part_names
     # kernels find an element by the shape alone; of the activation they know the stride
     parts = {name: part.contiguous() for name, part in zip(names, tensors, strict=True) if part is not None}
     n, half = parts["qweight"].shape
@@ -84,11 +85,6 @@ def _run(
 
 
 @cache
-def _part_names(format: str) -> tuple[str, ...]:
-    return dispatch.FORMATS[format].part_names()
-
-
-@cache
 def _spec(*fields: Any) -> LayerSpec:
     return LayerSpec(*fields)
 
@@ -99,7 +95,7 @@ def _fake(x: torch.Tensor, tensors: Sequence[torch.Tensor | None], *rest: Any) -
     return x.new_empty(x.shape[0], qweight.shape[0])
 
 
-_operator = register(
+operator = register(
     "linear",
     "(Tensor x, Tensor?[] tensors, Tensor? bias, Tensor? lora_down, Tensor? lora_up, Tensor? lora_strength, "
     "str format, SymInt[] act_unsigned, str act_rule, int act_bits, str compute, str activation) -> Tensor",

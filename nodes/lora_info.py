@@ -27,28 +27,28 @@ class SVDQuantLoraInfo:
         return {"ui": {"text": [text]}, "result": (text,)}
 
 
-def report(found: dict[str, Any] | None) -> str:
+def report(loras: dict[str, Any] | None) -> str:
     """The table of `describe_loras` as text."""
-    if found is None:
+    if loras is None:
         return "This MODEL is not 4-bit: ComfyUI adds LoRAs to its weights."
-    wrapped = ", ".join(found["beside"])
+    wrapped = ", ".join(loras["beside"])
     beside = [f"beside the layers: {wrapped} (ComfyUI adds it to what a layer gives)"] if wrapped else []
-    if not found["rows"]:
+    if not loras["rows"]:
         return "\n".join(["This MODEL has no LoRA.", *beside])
     head = ("", "strength", "kind", "4-bit layers", "other keys", "columns", "kept", "ms")
-    table = [head, *(_cells(row) for row in found["rows"])]
+    table = [head, *(_cells(row) for row in loras["rows"])]
     widths = [max(len(line[column]) for line in table) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
     lines.append(
-        f"total: {found['layers']} of {found['of']} 4-bit layers, {found['columns']} columns "
-        f"({found['widest']} in the widest layer), {found['bytes']:,} bytes"
+        f"total: {loras['layers']} of {loras['of']} 4-bit layers, {loras['columns']} columns "
+        f"({loras['widest']} in the widest layer), {loras['bytes']:,} bytes"
     )
-    for row in found["rows"]:
+    for row in loras["rows"]:
         if row["unknown"]:
             lines.append(f"{row['name']}: {len(row['unknown'])} keys found no place: {', '.join(row['unknown'][:10])}")
     lines += beside
-    if found["refused"]:
-        lines.append(f"cannot be applied: {found['refused']}")
+    if loras["refused"]:
+        lines.append(f"cannot be applied: {loras['refused']}")
     return "\n".join(lines)
 
 

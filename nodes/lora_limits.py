@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..kernels.layer import RANK_TILE
 from ..quantize.lora.fit import LoraLimits
 
 
@@ -25,9 +26,9 @@ class SVDQuantLoraLimits:
                     "INT",
                     {
                         "default": usual.max_rank,
-                        "min": 16,
+                        "min": RANK_TILE,
                         "max": 4096,
-                        "step": 16,
+                        "step": RANK_TILE,
                         "tooltip": "Columns that one patch may take in one layer.",
                     },
                 ),

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from .host.model import FASTER, describe_model
+from .host.describe import FASTER, describe_model
 
 
 class SVDQuantModelInfo:
@@ -24,26 +24,26 @@ class SVDQuantModelInfo:
         return {"ui": {"text": [text]}, "result": (text,)}
 
 
-def report(found: dict[str, Any] | None) -> str:
+def report(model: dict[str, Any] | None) -> str:
     """The table of `describe_model` as text."""
-    if found is None:
+    if model is None:
         return "This MODEL is not 4-bit: it was not loaded by SVDQuant Load Model."
     lines = [
-        f"file      {found['file']} ({found['dialect']} checkpoint)",
-        f"family    {found['family']}",
-        "layers    " + ", ".join(f"{count} {name}" for name, count in found["formats"].items()),
-        "rank      " + (", ".join(f"{rank} ({count} layers)" for rank, count in found["ranks"].items()) or "none"),
-        f"size      {found['bytes']:,} bytes; 16 bit {found['bytes_16bit']:,} ({found['ratio']:.2f}x)",
-        f"device    {found['device']}, {found['dtype'].removeprefix('torch.')}",
+        f"file      {model['file']} ({model['dialect']} checkpoint)",
+        f"family    {model['family']}",
+        "layers    " + ", ".join(f"{count} {name}" for name, count in model["formats"].items()),
+        "rank      " + (", ".join(f"{rank} ({count} layers)" for rank, count in model["ranks"].items()) or "none"),
+        f"size      {model['bytes']:,} bytes; 16 bit {model['bytes_16bit']:,} ({model['ratio']:.2f}x)",
+        f"device    {model['device']}, {model['dtype'].removeprefix('torch.')}",
     ]
-    layers = found["backends"].values()
+    layers = model["backends"].values()
     runs = Counter(f"{layer['backend']} {layer['compute']}" for layer in layers)
     lines.append("compute   " + ", ".join(sorted({layer["asked"] for layer in layers})))
     lines.append("backend   " + ", ".join(f"{name} ({count} layers)" for name, count in runs.items()))
     reasons = {name: reason for layer in layers for name, reason in layer["passed_over"].items()}
     lines += [f"not used  {name}: {reason}" for name, reason in sorted(reasons.items())]
-    if found["faster"]:
-        lines.append(f"faster    {FASTER.format(found['faster'])}")
+    if model["faster"]:
+        lines.append(f"faster    {FASTER.format(model['faster'])}")
     loras = [layer["lora_rank"] for layer in layers if layer["lora_rank"]]
     if loras:
         lines.append(f"lora      {len(loras)} layers, {max(loras)} columns at most")

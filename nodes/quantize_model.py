@@ -15,7 +15,8 @@ from ..quantize.maker.report import summarize, write_report
 from ..quantize.recipe import NAMED, WITH_BRANCH, Recipe
 from .calibrate import STATISTICS
 from .host.files import FOLDER, NO_FILE, find_or_raise, open_statistics, refuse_name, statistics_files, target
-from .host.model import ModelSource, load_model
+from .host.model import load_model
+from .host.source import ModelSource
 
 MODEL_INPUT = "(model input)"
 AUTO = "auto"

@@ -63,7 +63,7 @@ def with_prompt(workflow: Workflow, prompt: str, seed: int) -> dict[str, Any]:
 
 def _positive_texts(workflow: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Inputs of the nodes with a `text` from which some node's `positive` comes, through any number of nodes."""
-    found: list[dict[str, Any]] = []
+    texts: list[dict[str, Any]] = []
     links = [node["inputs"]["positive"] for node in workflow.values() if "positive" in node["inputs"]]
     seen: set[str] = set()
     while links:
@@ -73,9 +73,9 @@ def _positive_texts(workflow: Mapping[str, Any]) -> list[dict[str, Any]]:
         seen.add(str(link[0]))
         inputs = workflow[str(link[0])]["inputs"]
         if isinstance(inputs.get("text"), str):
-            found.append(inputs)
+            texts.append(inputs)
         links += [value for value in inputs.values() if isinstance(value, list)]
-    return found
+    return texts
 
 
 def calibrate(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..kernels import Choice, choose, svdquant_linear
+from ..kernels import Choice, Lora, choose, svdquant_linear
 from ..kernels.layer import BlobView, Layer, LayerSpec, from_blob, to_blob
 
 LowRank = tuple[torch.Tensor, torch.Tensor]
@@ -33,15 +33,10 @@ class PackedLinear:
         return Layer.known(self.spec, from_blob(blob, self.views))
 
     def forward(
-        self,
-        x: torch.Tensor,
-        blob: torch.Tensor,
-        bias: torch.Tensor | None,
-        lora: LowRank | None,
-        strength: torch.Tensor | None = None,
+        self, x: torch.Tensor, blob: torch.Tensor, bias: torch.Tensor | None, lora: Lora | None
     ) -> torch.Tensor:
-        """svdquant_linear of the layer in `blob`, which lies on the device of x; strength of each 16 LoRA columns."""
-        return svdquant_linear(x, self.layer(blob), bias, None if lora is None else (*lora, strength), self.compute)
+        """svdquant_linear of the layer in `blob`, which lies on the device of x."""
+        return svdquant_linear(x, self.layer(blob), bias, lora, self.compute)
 
     def passing(self) -> "PackedLinear":
         """The same layer for bytes that lie where they do for one call alone: nothing made from them may be kept."""

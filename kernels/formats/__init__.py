@@ -84,6 +84,10 @@ class Format:
     modes: ClassVar[tuple[Mode, ...]] = (Mode("cpu", "w4a4"), W16)
     spellings: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 
+    def __init__(self) -> None:
+        # every name that `parts` can give, in its order: the order in which the operator takes the tensors
+        self.part_names = tuple(self.parts(self.group_size, 2 * self.group_size, 1 if self.low_rank else 0))
+
     # -- storage
 
     def weight_parts(self, n: int, k: int) -> dict[str, TensorSpec]:
@@ -102,11 +106,6 @@ class Format:
             parts["act_mean"] = TensorSpec((k,), SIXTEEN_BIT, optional=True)
             parts["out_mean"] = TensorSpec((n,), (torch.float32,), optional=True)
         return MappingProxyType(parts)
-
-    @cache  # noqa: B019
-    def part_names(self) -> tuple[str, ...]:
-        """Every name that `parts` can give, in its order: the order in which operators take the tensors."""
-        return tuple(self.parts(self.group_size, 2 * self.group_size, 1))
 
     def encode_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The nearest codes to (N, K) float32 at absmax scales; `dtype` is that of 16-bit scales."""

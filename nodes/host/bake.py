@@ -9,13 +9,15 @@ from typing import Any
 import comfy.lora
 import torch
 
+from ...kernels.layer import Layer
 from ...quantize.calibration.file import Statistics, StatisticsError
 from ...quantize.files.checkpoint import Provenance
 from ...quantize.files.dialects import native
 from ...quantize.files.tensor_file import TensorInfo, TensorWriter
-from ...quantize.lora.bake import Baked, bake_layer
-from ...quantize.lora.terms import LoraError
-from .model import ATTACHMENT
+from ...quantize.lora.bake import BakedLayer, bake_layer
+from ...quantize.lora.deltas import LoraError
+from .describe import ATTACHMENT
+from .linear import SVDQuantLinear
 from .patcher import PREFIX, SVDQuantPatcher, layer_name
 
 Progress = Callable[[int, int, str], None]
@@ -46,32 +48,27 @@ def bake(
     """
     baked = _bake_layers(patcher, refit, progress, statistics)
     packed = {layer_name(key): module for key, module in patcher.packed_layers().items()}
-    specs, dense = {}, []
-    for name, module in packed.items():
-        if name in baked and baked[name].layer is None:
-            dense.append(name)
-        else:
-            specs[name] = baked[name].layer.spec if name in baked else module.packed.spec
+    dense = {name: entry.weight for name, entry in baked.items() if entry.weight is not None}
+
+    def layer_of(name: str) -> Layer:
+        taken = baked[name].layer if name in baked else None
+        return taken or packed[name].four_bit.layer(packed[name].weight.detach())
+
+    specs = {name: layer_of(name).spec for name in packed if name not in dense}
     dtype = _stored_dtype(patcher)
     rest = _rest(patcher, packed, dtype)
     plan = {name: TensorInfo.of(tensor) for name, tensor in rest.items()}
     plan |= {
         f"{name}.weight": TensorInfo((packed[name].out_features, packed[name].in_features), dtype) for name in dense
     }
-
-    def tensors(name: str) -> dict[str, torch.Tensor]:
-        module = packed[name]
-        layer = baked[name].layer if name in baked else module.packed.layer(module.weight.detach())
-        return native.encode_layer(name, layer)
-
     for name in specs:
-        plan |= {key: TensorInfo.of(tensor) for key, tensor in tensors(name).items()}
+        plan |= {key: TensorInfo.of(tensor) for key, tensor in native.encode_layer(name, layer_of(name)).items()}
     with TensorWriter(path, plan) as writer:
         for name in specs:
-            for key, tensor in tensors(name).items():
+            for key, tensor in native.encode_layer(name, layer_of(name)).items():
                 writer.write(key, tensor)
-        for name in dense:
-            writer.write(f"{name}.weight", baked[name].weight.to(dtype))
+        for name, weight in dense.items():
+            writer.write(f"{name}.weight", weight.to(dtype))
         for key, tensor in rest.items():
             writer.write(key, tensor)
         writer.metadata |= native.metadata_of(_provenance(patcher, refit), specs)
@@ -81,30 +78,33 @@ def bake(
 
 def _bake_layers(
     patcher: SVDQuantPatcher, refit: bool, progress: Progress | None, statistics: Statistics | None
-) -> dict[str, Baked]:
-    branches, baked = patcher.branches(), {}
-    for done, (key, branch) in enumerate(branches.items()):
+) -> dict[str, BakedLayer]:
+    everything = patcher.layer_loras()
+    baked: dict[str, BakedLayer] = {}
+    for done, (key, loras) in enumerate(everything.items()):
         name, module = layer_name(key), patcher.packed_layers()[key]
         if progress is not None:
-            progress(done, len(branches), name)
-        layer = module.packed.layer(module.weight.detach().cpu())
+            progress(done, len(everything), name)
+        layer = module.four_bit.layer(module.weight.detach().cpu())
         rank = layer.spec.rank if refit and layer.spec.rank else None
-        entry = None if statistics is None or rank is None else statistics.entry(name)
-        if entry is not None and entry.tokens.shape[1] != layer.spec.k:
-            raise StatisticsError(
-                f"{statistics.path.name}: layer {name!r} has {entry.tokens.shape[1]} channels, this model's has "
-                f"{layer.spec.k}: they are statistics of another model"
-            )
+        entry = None
+        if statistics is not None and rank is not None:
+            entry = statistics.entry(name)
+            if entry is not None and entry.tokens.shape[1] != layer.spec.k:
+                raise StatisticsError(
+                    f"{statistics.path.name}: layer {name!r} has {entry.tokens.shape[1]} channels, this model's has "
+                    f"{layer.spec.k}: they are statistics of another model"
+                )
         try:
-            baked[name] = bake_layer(layer, branch, rank, patcher.lora_limits(), patcher.load_device, entry)
+            baked[name] = bake_layer(layer, loras, rank, patcher.lora_limits(), patcher.load_device, entry)
         except LoraError as error:
             raise LoraError(f"{name}: {error}") from error
     return baked
 
 
-def _rest(patcher: SVDQuantPatcher, packed: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _rest(patcher: SVDQuantPatcher, packed: dict[str, SVDQuantLinear], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every tensor that is no part of a 4-bit layer, as sampling sees it; 16-bit wherever that loses nothing."""
-    found = {}
+    rest = {}
     for name, tensor in patcher.model.diffusion_model.state_dict().items():
         layer, _, suffix = name.rpartition(".")
         if layer in packed and suffix != "bias":
@@ -116,13 +116,13 @@ def _rest(patcher: SVDQuantPatcher, packed: dict[str, Any], dtype: torch.dtype) 
         if patches:
             tensor = comfy.lora.calculate_weight(patches, tensor.float().clone(), full)
         narrow = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        found[name] = narrow if patches or torch.equal(narrow.to(tensor.dtype), tensor) else tensor
-    return found
+        rest[name] = narrow if patches or torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+    return rest
 
 
 def _stored_dtype(patcher: SVDQuantPatcher) -> torch.dtype:
     """The 16-bit dtype of the 4-bit layers."""
-    views = (view for module in patcher.packed_layers().values() for view in module.packed.views)
+    views = (view for module in patcher.packed_layers().values() for view in module.four_bit.views)
     return next((view.dtype for view in views if view.name == "smooth_factor"), torch.bfloat16)
 
 

@@ -11,25 +11,24 @@ import torch
 
 from ...quantize.files.checkpoint import Checkpoint, CheckpointError
 from ...quantize.files.dialects.native import MARKER, SUFFIXES, encode_layer
-from ...quantize.linear import LowRank, PackedLinear
-from ...quantize.lora.branch import Branch, LoadedBranch
+from ...quantize.linear import PackedLinear
+from ...quantize.lora.loras import LayerLoras, LoadedLoras
 
-Base = comfy.ops.manual_cast.Linear
 SAVED = {MARKER, *SUFFIXES.values()} - {"weight"}  # state_dict names that are no attributes
 
 
-class SVDQuantLinear(Base):
+class SVDQuantLinear(comfy.ops.manual_cast.Linear):
     """A linear layer of ComfyUI's own model: 4-bit when `packed` is set, else exactly ComfyUI's.
 
-    packed       description of the bytes in `weight`, or None
-    branch       the user's LoRAs, as loaded
-    branch_stays whether they stay on the device of the activation when the weight does not
+    packed      description of the bytes in `weight`, or None
+    loras       the user's LoRAs on this layer
+    loras_stay  whether they stay on the device of the activation when the weight does not
     """
 
     packed: PackedLinear | None = None
-    branch: Branch | None = None
-    branch_stays = False
-    _loaded: LoadedBranch | None = None
+    loras: LayerLoras | None = None
+    loras_stay = False
+    _loaded: LoadedLoras | None = None
 
     def __init__(
         self,
@@ -49,33 +48,34 @@ class SVDQuantLinear(Base):
             zeros = torch.zeros(out_features, device=device, dtype=dtype)
             self.bias = torch.nn.Parameter(zeros, requires_grad=False)
 
+    @property
+    def four_bit(self) -> PackedLinear:
+        """`packed` of a layer that is known to have it."""
+        assert self.packed is not None, "this layer is 16-bit"
+        return self.packed
+
     def take(self, packed: PackedLinear, blob: torch.Tensor) -> None:
         """Become the 4-bit layer in `blob`."""
         self.packed = packed
         self.weight = torch.nn.Parameter(blob, requires_grad=False)
         self.weight_comfy_model_dtype = torch.uint8  # else newer hosts stage the bytes as if they were floats
 
-    @property
-    def lora(self) -> LowRank | None:
-        """(lora_down, lora_up) as loaded, strengths folded in."""
-        return None if self.branch is None else self.branch.columns(self.packed.spec)
-
-    def set_lora(self, branch: Branch | None) -> None:
+    def set_loras(self, loras: LayerLoras | None) -> None:
         """Replace the user's LoRAs. Factors that are on the device already stay there: only their strength changes.
 
         Plain attributes, not buffers: hosts back buffers up and put old ones back.
         """
-        self.__dict__["branch"], loaded = branch, self._loaded  # past Module's setter, whose checks cost more than this
+        self.__dict__["loras"], loaded = loras, self._loaded  # past Module's setter, whose checks cost more than this
         if loaded is None:
             return
-        if branch is not None and loaded.fits(branch):
-            loaded.follow(branch)
+        if loras is not None and loaded.fits(loras):
+            loaded.follow(loras)
         else:
             self._loaded = None
 
     def leave_device(self) -> None:
-        """Drop the branch's copy on a device that the weight has left."""
-        if not self.branch_stays and self._loaded is not None and self._loaded.device != self.weight.device:
+        """Drop the LoRAs' copy on a device that the weight has left."""
+        if not self.loras_stay and self._loaded is not None and self._loaded.device != self.weight.device:
             self._loaded = None
 
     def forward_comfy_cast_weights(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -87,20 +87,20 @@ class SVDQuantLinear(Base):
         try:
             # hosts stream offloaded weights through one buffer: its next bytes are another layer's
             own = blob.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
-            packed, loaded = self.packed if own else self.packed.passing(), self._branch_on(x)
+            packed, loaded = self.packed if own else self.packed.passing(), self._loras_on(x)
             if loaded is None:
                 return packed.forward(x, blob, bias, None)
             return loaded.forward(packed, x, blob, bias)
         finally:
             comfy.ops.uncast_bias_weight(self, blob, bias, stream)
 
-    def _branch_on(self, x: torch.Tensor) -> LoadedBranch | None:
-        branch, loaded = self.branch, self._loaded
-        if branch is None:
+    def _loras_on(self, x: torch.Tensor) -> LoadedLoras | None:
+        loras, loaded = self.loras, self._loaded
+        if loras is None:
             return None
         if loaded is None or loaded.device != x.device or loaded.dtype != x.dtype:
-            loaded = branch.on(x.device, x.dtype)
-            if self.branch_stays or self.weight.device == x.device:
+            loaded = loras.on(x.device, x.dtype)
+            if self.loras_stay or self.weight.device == x.device:
                 self._loaded = loaded
         return loaded
 

@@ -73,10 +73,10 @@ def refused_biases(patches: Mapping[str, Sequence[Any]], packed: Mapping[str, SV
     refused = []
     for bias in [key for key in patches if key.endswith(".bias")]:
         key = f"{bias.removesuffix('bias')}weight"
-        if key not in packed or packed[key].packed.spec.act_unsigned == (0, 0):
+        if key not in packed or packed[key].four_bit.spec.act_unsigned == (0, 0):
             continue
-        found = [Patch(*patch) for patch in patches[bias]]
-        kinds = {patch.kind for patch in found if patch.strength_model != 1 or patch.kind != "diff"}
+        named = [Patch(*patch) for patch in patches[bias]]
+        kinds = {patch.kind for patch in named if patch.strength_model != 1 or patch.kind != "diff"}
         if kinds:
             refused.append(f"{layer_name(key)}: its bias can be added to, not replaced or scaled ({min(kinds)})")
     return refused

@@ -3,8 +3,9 @@
 from collections import Counter
 from typing import Any
 
-from ...quantize.lora.terms import LoraError
-from .lora import Note
+from ...quantize.lora.deltas import LoraError
+from ...quantize.lora.loras import LayerLoras
+from ...quantize.lora.patched_weight import Note
 from .patcher import SVDQuantPatcher, layer_name
 
 
@@ -20,17 +21,17 @@ def describe_loras(patcher: Any) -> dict[str, Any] | None:
     if not isinstance(patcher, SVDQuantPatcher):
         return None
     notes: dict[str, list[Note]] = {}
-    refused, branches = None, {}
+    refused, loras = None, dict[str, LayerLoras]()
     try:
-        branches = patcher.branches(patcher.hooked_patches(), notes)
+        loras = patcher.layer_loras(patcher.hooked_patches(), notes)
     except LoraError as error:
         refused = str(error)
     packed = patcher.packed_layers()
     rows = []
     for index, group in enumerate(patcher.groups(), 1):
-        mine = {id(value) for value in group.values}
-        found = [(key, note) for key, entries in notes.items() for note in entries if id(note.value) in mine]
-        kinds = Counter(note.kind for _, note in found)
+        sources = {id(value) for value in group.values}
+        mine = [(key, note) for key, entries in notes.items() for note in entries if id(note.source) in sources]
+        kinds = Counter(note.kind for _, note in mine)
         rows.append(
             {
                 "name": f"{'hook LoRA' if group.hook else 'LoRA'} {index}",
@@ -38,11 +39,11 @@ def describe_loras(patcher: Any) -> dict[str, Any] | None:
                 "strength": group.strength,
                 "kinds": dict(kinds),
                 "layers": sorted({layer_name(key) for key in group.keys if key in packed}),
-                "applied": len({key for key, _ in found}),
+                "applied": len({key for key, _ in mine}),
                 "other": [key for key in group.keys if key not in packed],
-                "columns": sum(note.columns for _, note in found),
-                "kept": min((note.kept for _, note in found), default=1.0),
-                "milliseconds": sum(note.milliseconds for _, note in found),
+                "columns": sum(note.columns for _, note in mine),
+                "kept": min((note.kept for _, note in mine), default=1.0),
+                "milliseconds": sum(note.milliseconds for _, note in mine),
                 "unknown": list(group.unknown),
             }
         )
@@ -50,9 +51,9 @@ def describe_loras(patcher: Any) -> dict[str, Any] | None:
         "rows": rows,
         "beside": sorted(patcher.injections),
         "refused": refused,
-        "layers": len(branches),
+        "layers": len(loras),
         "of": len(packed),
-        "columns": sum(branch.rank for branch in branches.values()),
-        "widest": max((branch.rank for branch in branches.values()), default=0),
-        "bytes": 0 if refused else patcher.branch_bytes(),
+        "columns": sum(layer.rank for layer in loras.values()),
+        "widest": max((layer.rank for layer in loras.values()), default=0),
+        "bytes": 0 if refused else patcher.lora_bytes(),
     }

@@ -1,15 +1,20 @@
-"""Bridge: what the host's patches are, and what the host itself makes of one on a dense weight."""
+"""Bridge: the host's patches of a weight -> terms of quantize.lora, and from them the LoRAs of a 4-bit layer."""
 
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.lora
 import torch
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAdapterBase
 
-from ...quantize.lora.terms import WIDTH, LoraError, Offset
+from ...quantize.lora.deltas import LoraError, Offset
+from ...quantize.lora.loras import LayerLoras
+from ...quantize.lora.patched_weight import PatchedWeight
+from ...quantize.lora.store import FactorStore, PlainLoras
+from ...quantize.lora.terms import DenseDelta, Factors, LohaFactors, LokrFactors, LoraFactors, Term, WeightFunction
 
 MERGE = "a 4-bit model cannot be merged; merge the 16-bit models and quantize the result"
 
@@ -50,47 +55,66 @@ class Patch(NamedTuple):
         return (self.kind, *self.value[-1]) if isinstance(self.value[-1], tuple) else self.value
 
 
-def grouped(patches: Sequence[Patch]) -> list[list[Patch]]:
-    """Patches that change something, in order; LoRAs of a few columns for neighbouring slices share one block of them.
-
-    A block is a multiple of 16 columns wide and has one strength: q, k and v at rank 4 take 16 columns, not 48.
-    """
-    groups: list[list[Patch]] = []
-    for patch in patches:
-        if patch.idle:
-            continue
-        last = groups[-1] if groups else None
-        if last is not None and _may_join(last, patch):
-            last.append(patch)
-        else:
-            groups.append([patch])
-    return groups
+def known_loras(store: FactorStore, key: str, patches: Sequence[tuple[Any, ...]]) -> LayerLoras | None:
+    """What `loras_of` gave for this layer, at the strengths of now; None where more than strengths is new."""
+    identity = _plain_identity(patches)
+    return None if identity is None else store.at_strengths(key, identity, [patch[0] for patch in patches])
 
 
-def _may_join(group: list[Patch], patch: Patch) -> bool:
-    first = group[0]
-    if not all(_is_narrow_slice(member) for member in (first, patch)):
-        return False
-    same = (first.strength, alpha_factor(first.value)) == (patch.strength, alpha_factor(patch.value))
-    overlap = any(
-        member.offset[0] != patch.offset[0]
-        or max(member.offset[1], patch.offset[1]) < min(sum(member.offset[1:]), sum(patch.offset[1:]))
-        for member in group
-    )
-    return same and not overlap
+def loras_of(weight: PatchedWeight, patches: Sequence[tuple[Any, ...]]) -> LayerLoras | None:
+    """All patches of a layer together. Raises LoraError naming the kind of patch that cannot be applied."""
+    named, identity = [Patch(*patch) for patch in patches], _plain_identity(patches)
+    loras = weight.loras([_term(patch, weight.key) for patch in named if not patch.idle])
+    if identity is not None and loras is not None:
+        alphas = tuple(alpha_factor(patch[1]) for patch in patches)
+        sources = [tensor for patch in patches for tensor in patch[1].weights[:2]]
+        weight.store.remember(weight.key, PlainLoras(identity, loras.deltas, alphas), sources)
+    return loras
 
 
-def _is_narrow_slice(patch: Patch) -> bool:
-    if type(patch.value) is not LoRAAdapter or patch.offset is None or patch.function is not None:
-        return False
-    mid, magnitude, reshape = lora_extras(patch.value)
-    rank = patch.value.weights[1].shape[0]
-    return patch.strength_model == 1 and rank % WIDTH != 0 and mid is None and magnitude is None and reshape is None
+def _plain_identity(patches: Sequence[tuple[Any, ...]]) -> tuple[object, ...] | None:
+    """What tells plain LoRAs of a whole weight apart beside their strengths; None if one is anything else."""
+    identity: list[object] = []
+    for strength, value, strength_model, offset, function in patches:
+        if type(value) is not LoRAAdapter or offset is not None or function is not None:
+            return None
+        up, down, alpha, *extras = value.weights
+        if strength == 0 or strength_model != 1 or any(extra is not None for extra in extras):
+            return None
+        identity += id(up), id(down), alpha
+    return tuple(identity)
 
 
-def lora_extras(value: LoRAAdapter) -> tuple[Any, Any, Any]:
-    """(mid, DoRA magnitude, new shape)"""
-    return (*value.weights[3:], None, None, None)[:3]
+def _term(patch: Patch, key: str) -> Term:
+    if isinstance(patch.value, list):
+        raise LoraError(f"the patch of kind {patch.kind!r}: {MERGE}")
+    form = _form(patch, key) if patch.strength != 0 or patch.kind == "set" else None
+    identity, tensors = patch.identity(), patch.tensors()
+    return Term(patch.value, patch.kind, identity, tensors, patch.strength, patch.strength_model, patch.offset, form)
+
+
+def _form(patch: Patch, key: str) -> Factors | DenseDelta | WeightFunction:
+    """What quantize.lora can make factors of; what has none of its own forms goes through the host's arithmetic."""
+    if is_exact(patch):
+        return _factors(patch)
+    if is_linear(patch):
+        whole = patch._replace(strength=1.0, strength_model=1.0)
+        return DenseDelta(partial(host_weight, whole, key), patch.kind == "model_as_lora")
+    return WeightFunction(partial(host_weight, patch._replace(strength_model=1.0), key))
+
+
+def _factors(patch: Patch) -> Factors:
+    value, weights = patch.value, patch.value.weights
+    alpha, magnitude = alpha_factor(value), magnitude_of(value)
+    if isinstance(value, LoHaAdapter):
+        return LohaFactors((weights[0], weights[1]), (weights[3], weights[4]), alpha, magnitude)
+    if isinstance(value, LoKrAdapter):
+        left = (weights[3], weights[4]) if weights[0] is None else (weights[0],)
+        right = (weights[5], weights[6]) if weights[1] is None else (weights[1],)
+        return LokrFactors(left, right, alpha, magnitude)
+    up, down = weights[:2]
+    mid, _, new_shape = (*weights[3:], None, None, None)[:3]
+    return LoraFactors(up, down, mid, alpha, magnitude, new_shape, patch.function)
 
 
 def magnitude_of(value: Any) -> torch.Tensor | None:
@@ -113,18 +137,25 @@ def alpha_factor(value: WeightAdapterBase) -> float:
 def is_exact(patch: Patch) -> bool:
     value = patch.value
     if type(value) is LoRAAdapter:
-        return patch.function is None or (magnitude_of(value) is None and _moves_rows(patch))
+        if patch.function is None:
+            return True
+        return magnitude_of(value) is None and _moves_rows(patch.function, value.weights[0].shape[0])
     if type(value) is LoHaAdapter:
         return patch.function is None and value.weights[5] is None
     return type(value) is LoKrAdapter and patch.function is None and value.weights[7] is None
 
 
-def _moves_rows(patch: Patch) -> bool:
-    """Whether function(up @ down) = function(up) @ down, tried on random factors of the patch's height."""
+def _moves_rows(function: Callable[[torch.Tensor], torch.Tensor], height: int) -> bool:
+    """Whether function(up @ down) = function(up) @ down, tried on random factors of this height.
+
+    The host hands over a bare function, in practice one that swaps halves of the rows; nothing says what it does. If
+    the equation holds for random factors it holds for all, but for a set of functions of measure zero: any mixing of
+    columns or any nonlinear step shows on them. Where it does not hold, the host's own arithmetic is used instead.
+    """
     generator = torch.Generator().manual_seed(0)
-    up = torch.randn(patch.value.weights[0].shape[0], 2, generator=generator)
+    up = torch.randn(height, 2, generator=generator)
     down = torch.randn(2, 5, generator=generator)
-    return torch.allclose(patch.function(up @ down), patch.function(up.clone()) @ down, rtol=1e-4, atol=1e-5)
+    return torch.allclose(function(up @ down), function(up.clone()) @ down, rtol=1e-4, atol=1e-5)
 
 
 def is_linear(patch: Patch) -> bool:
@@ -136,7 +167,7 @@ def is_linear(patch: Patch) -> bool:
     )
 
 
-def host_weight(patch: Patch, weight: torch.Tensor, key: str, original: torch.Tensor | None) -> torch.Tensor:
+def host_weight(patch: Patch, key: str, weight: torch.Tensor, original: torch.Tensor | None = None) -> torch.Tensor:
     """The host's own arithmetic on a dense weight. Raises LoraError with the host's words where it only logs them."""
     with _complaints() as said:
         try:

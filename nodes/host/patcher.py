@@ -1,88 +1,87 @@
-"""Bridge: a ModelPatcher under which a LoRA becomes columns of the low-rank branch.
+"""Bridge: a ModelPatcher under which a LoRA becomes columns beside those of the low-rank branch.
 
 The host never sees the patches of 4-bit layers while it loads: it would try to add dense deltas to packed bytes.
-What it does see are the 16-bit layers, which it patches as ever, and the memory of the branches.
+What it does see are the 16-bit layers, which it patches as ever, and the memory of the LoRAs.
 """
 
 import contextlib
 import logging
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...quantize.linear import LowRank
-from ...quantize.lora.branch import Branch
+from ...quantize.lora.deltas import LoraError
 from ...quantize.lora.fit import LoraLimits
-from ...quantize.lora.terms import LoraError
+from ...quantize.lora.loras import LayerLoras
+from ...quantize.lora.patched_weight import Note, PatchedWeight
 from .linear import SVDQuantLinear
-from .lora import Note, PartStore, branch_of
 from .lora_groups import PREFIX, PatchGroup, group_of, hook_group, layer_name, refused_biases, warn_of_unknown
-from .patch import MERGE, Patch
+from .patch import MERGE, Patch, known_loras, loras_of
+from .state import LoadSnapshot, ModelState
 
 LIMITS = "svdquant_lora_limits"  # attachment
 LOGGER = logging.getLogger("svdquant")
 
 
-@dataclass(frozen=True, eq=False)
-class Shown:
-    """What is loaded at the moment: the host's view of the patches, and the bytes of the branches."""
+class SVDQuantPatcher(ModelPatcher):
+    """In front of whichever ModelPatcher class the host has made. Apply with `adopt`, never construct.
 
-    patches: Mapping[str, list[Any]]
-    rest: tuple[Any, ...]
-    nbytes: int
-
-
-class SVDQuantPatcher:
-    """Mixin in front of whichever ModelPatcher class the host has made. Apply with `adopt`.
-
-    State that belongs to the layers lies on the model, which all clones share: `svdquant_layers`, `svdquant_parts`
-    (factored patches), `svdquant_shown` (what is loaded), `svdquant_room` (bytes of branches in the count of a partly
-    loaded model) and `svdquant_hooked` (branches behind those of hooks).
+    What belongs to the layers lies on the model, which all clones share: `ModelState`.
     """
 
+    patches: dict[str, list[Any]]  # the host's: weight key -> patches
     svdquant_groups: tuple[PatchGroup, ...] = ()
     _counted: tuple[Any, int] | None = None
-    _resolved: tuple[Any, dict[str, Branch]] | None = None
+    _resolved: tuple[Any, dict[str, LayerLoras]] | None = None
     _cloning = False
     _reported: frozenset[str] = frozenset()
 
-    def packed_layers(self) -> dict[str, SVDQuantLinear]:
-        """weight key -> 4-bit layer of the model, found once by `adopt`."""
-        return self.model.svdquant_layers
+    @property
+    def _state(self) -> ModelState:
+        return self.model.svdquant
 
-    # -- patches to branches
+    def packed_layers(self) -> Mapping[str, SVDQuantLinear]:
+        """weight key -> 4-bit layer of the model."""
+        return self._state.layers
 
-    def branches(
+    # -- patches to LoRAs of layers
+
+    def layer_loras(
         self, more: Mapping[str, list[Any]] | None = None, notes: dict[str, list[Note]] | None = None
-    ) -> dict[str, Branch]:
-        """weight key -> all active patches of a 4-bit layer as one branch, `more` after the patcher's own.
+    ) -> dict[str, LayerLoras]:
+        """weight key -> all active patches of a 4-bit layer, `more` after the patcher's own.
 
         raises  LoraError that names every layer with a patch that cannot be applied: nothing is dropped in silence
         """
         own = not more and notes is None
         if own and self._resolved is not None and self._resolved[0] == self.patches_uuid:
             return self._resolved[1]
-        made, refused, more = {}, [], more or {}
-        limits, store = self.lora_limits(), self.model.svdquant_parts
+        loras: dict[str, LayerLoras] = {}
+        refused: list[str] = []
+        limits, store = self.lora_limits(), self._state.store
         for key, module in self.packed_layers().items():
             patches = self.patches.get(key, ())
-            if key in more:
+            if more and key in more:
                 patches = [*patches, *more[key]]
             if not patches:
                 continue
-            said = None if notes is None else notes.setdefault(key, [])
-            try:
-                branch = branch_of(key, module, patches, store, limits, self.load_device, said)
-            except LoraError as error:
-                refused.append(f"{layer_name(key)}: {error}")
-                continue
-            if branch is not None:
-                made[key] = branch
+            # first of all, and with nothing built for it: this is every change of a strength
+            layer = known_loras(store, key, patches) if notes is None else None
+            if layer is None:
+                weight = PatchedWeight(key, module.four_bit, module.weight, store, limits, self.load_device)
+                try:
+                    layer = loras_of(weight, patches)
+                except LoraError as error:
+                    refused.append(f"{layer_name(key)}: {error}")
+                    continue
+                if notes is not None:
+                    notes[key] = weight.notes
+            if layer is not None:
+                loras[key] = layer
         refused += refused_biases(self.patches, self.packed_layers())
         if refused:
             rest = f" (and {len(refused) - 5} more layers)" if len(refused) > 5 else ""
@@ -92,20 +91,15 @@ class SVDQuantPatcher:
                 + rest
             )
         if own:
-            self._resolved = self.patches_uuid, made
-        return made
+            self._resolved = self.patches_uuid, loras
+        return loras
 
-    def low_rank_patches(self) -> dict[str, LowRank]:
-        """weight key -> (lora_down, lora_up) of all active patches of a 4-bit layer, strengths folded in."""
-        layers = self.packed_layers()
-        return {key: branch.columns(layers[key].packed.spec) for key, branch in self.branches().items()}
-
-    def _show(self, branches: Mapping[str, Branch]) -> None:
-        streamed = getattr(self, "is_dynamic", bool)()  # then every weight stays off the device, a branch must not
+    def _show(self, loras: Mapping[str, LayerLoras]) -> None:
+        streamed = getattr(self, "is_dynamic", bool)()  # then every weight stays off the device, the LoRAs must not
         for key, module in self.packed_layers().items():
-            module.set_lora(branches.get(key))
-            if module.branch_stays != streamed:
-                module.branch_stays = streamed
+            module.set_loras(loras.get(key))
+            if module.loras_stay != streamed:
+                module.loras_stay = streamed
 
     # -- adding patches
 
@@ -165,49 +159,50 @@ class SVDQuantPatcher:
             self.patches = everything
 
     def load(self, device_to: Any = None, lowvram_model_memory: float = 0, *args: Any, **kwargs: Any) -> Any:
-        branches = self.branches()  # may refuse: before anything has changed
-        if branches and kwargs.get("force_patch_weights"):
+        loras, state = self.layer_loras(), self._state  # may refuse: before anything has changed
+        if loras and kwargs.get("force_patch_weights"):
             LOGGER.warning(
                 "LoRAs of 4-bit layers are not part of the weights: a file saved by ComfyUI will not have them. "
                 "SVDQuant Bake LoRA writes a file that has."
             )
-        room = self.branch_bytes()
-        before = {key: module.branch for key, module in self.packed_layers().items()}
-        self._restore_hooked()
-        self._show(branches)
-        self.model.model_loaded_weight_memory -= self.model.svdquant_room  # hosts differ in who starts from nothing
-        self.model.svdquant_room = 0
+        room = self.lora_bytes()
+        before = {key: module.loras for key, module in self.packed_layers().items()}
+        self._take_hooked_off()
+        self._show(loras)
+        self.model.model_loaded_weight_memory -= state.room  # hosts differ in who starts from nothing
+        state.room = 0
         budget = max(lowvram_model_memory - room, 0.1) if lowvram_model_memory else 0
         try:
             with self._hidden_patches():
                 result = super().load(device_to, budget, *args, **kwargs)
         except BaseException:
-            self._show({key: branch for key, branch in before.items() if branch is not None})
+            self._show({key: layer for key, layer in before.items() if layer is not None})
             raise
         if self.model.model_lowvram:  # a whole load has counted them already, as part of model_size
             self.model.model_loaded_weight_memory += room
-            self.model.svdquant_room = room
-        self.model.svdquant_shown = self._now()
+            state.room = room
+        state.snapshot = self._now()
         return result
 
     def partially_load(
         self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False, **kwargs: Any
     ) -> Any:
-        """Where only branches differ from what is loaded, no weight is moved: they are swapped in place."""
-        shown = self.model.svdquant_shown
-        if shown is not None and not force_patch_weights and self._only_branches_differ(shown):
-            branches = self.branches()
+        """Where only LoRAs of 4-bit layers are other than loaded, no weight is moved: they are swapped in place."""
+        state = self._state
+        before = state.snapshot
+        if before is not None and not force_patch_weights and self._only_loras_differ(before):
+            loras = self.layer_loras()
             self.unpatch_hooks()
-            self._show(branches)
+            self._show(loras)
             now = self._now()
-            self.model.model_loaded_weight_memory += now.nbytes - shown.nbytes
+            self.model.model_loaded_weight_memory += now.nbytes - before.nbytes
             if self.model.model_lowvram:
-                self.model.svdquant_room += now.nbytes - shown.nbytes
-            self.model.svdquant_shown = now
+                state.room += now.nbytes - before.nbytes
+            state.snapshot = now
             self.model.current_weight_patches_uuid = self.patches_uuid
         return super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights, **kwargs)
 
-    def _now(self) -> Shown:
+    def _now(self) -> LoadSnapshot:
         packed = self.packed_layers()
         patches = {key: list(patches) for key, patches in self.patches.items() if key not in packed}
         rest = (
@@ -215,16 +210,16 @@ class SVDQuantPatcher:
             self.force_cast_weights,
             dict(self.weight_wrapper_patches),
         )
-        return Shown(patches, rest, self.branch_bytes())
+        return LoadSnapshot(patches, rest, self.lora_bytes())
 
-    def _only_branches_differ(self, shown: Shown) -> bool:
+    def _only_loras_differ(self, before: LoadSnapshot) -> bool:
         loaded = self.model.current_weight_patches_uuid
         if loaded is None or loaded == self.patches_uuid:
             return False
         now = self._now()
-        if now.rest != shown.rest or now.patches.keys() != shown.patches.keys():
+        if now.rest != before.rest or now.patches.keys() != before.patches.keys():
             return False
-        return all(_same_patches(now.patches[key], shown.patches[key]) for key in now.patches)
+        return all(_same_patches(now.patches[key], before.patches[key]) for key in now.patches)
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
         with self._hidden_patches():
@@ -240,43 +235,46 @@ class SVDQuantPatcher:
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> Any:
         result = super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
-            self.model.svdquant_hooked.clear()
-            self.model.svdquant_shown, self.model.svdquant_room = None, 0
+            state = self._state
+            state.unhooked.clear()
+            state.snapshot, state.room = None, 0
             self._show({})
         return result
 
     # -- hooks
 
     def patch_hooks(self, hooks: Any) -> Any:
-        packed, branches = self.packed_layers(), {}
+        packed = self.packed_layers()
+        loras: dict[str, LayerLoras | None] = {}
         if hooks is not None:
             combined = self.get_combined_hook_patches(hooks)
             hooked = {key: patches for key, patches in combined.items() if key in packed}
             if hooked:
-                everything = self.branches(hooked)  # may refuse: before anything has changed
-                branches = {key: everything.get(key) for key in hooked}
-        self._restore_hooked()
+                everything = self.layer_loras(hooked)  # may refuse: before anything has changed
+                loras = {key: everything.get(key) for key in hooked}
+        self._take_hooked_off()
         result = super().patch_hooks(hooks)
-        for key, branch in branches.items():
-            self.model.svdquant_hooked[key] = packed[key].branch
-            packed[key].set_lora(branch)
+        for key, layer in loras.items():
+            self._state.unhooked[key] = packed[key].loras
+            packed[key].set_loras(layer)
         return result
 
     def patch_hook_weight_to_device(self, hooks: Any, combined_patches: Any, key: str, *args: Any, **kw: Any) -> Any:
         if key in self.packed_layers():
-            return None  # patch_hooks has its branch
+            return None  # patch_hooks has its LoRAs
         return super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kw)
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         if not whitelist_keys_set:
-            self._restore_hooked()
+            self._take_hooked_off()
         super().unpatch_hooks(whitelist_keys_set)
 
-    def _restore_hooked(self) -> None:
-        packed, hooked = self.packed_layers(), self.model.svdquant_hooked
-        for key, branch in hooked.items():
-            packed[key].set_lora(branch)
-        hooked.clear()
+    def _take_hooked_off(self) -> None:
+        """Give every layer that has a hook's LoRAs what it had before."""
+        packed, unhooked = self.packed_layers(), self._state.unhooked
+        for key, loras in unhooked.items():
+            packed[key].set_loras(loras)
+        unhooked.clear()
 
     def groups(self) -> list[PatchGroup]:
         """What was added, in order; registered hooks last."""
@@ -284,7 +282,8 @@ class SVDQuantPatcher:
 
     def hooked_patches(self) -> dict[str, list[Any]]:
         """weight key -> the patches of all registered hooks on a 4-bit layer."""
-        packed, hooked = self.packed_layers(), {}
+        packed = self.packed_layers()
+        hooked: dict[str, list[Any]] = {}
         for patches in self.hook_patches.values():
             for key in patches.keys() & packed.keys():
                 hooked.setdefault(key, []).extend(patches[key])
@@ -292,20 +291,20 @@ class SVDQuantPatcher:
 
     # -- memory
 
-    def branch_bytes(self) -> int:
-        """Bytes of the branches on the device, those of all hooks included; counted once per set of patches."""
+    def lora_bytes(self) -> int:
+        """Bytes of the LoRAs of 4-bit layers on the device, all hooks' included; counted once per set of patches."""
         if self._counted is None or self._counted[0] != self.patches_uuid:
             dtype = getattr(self.model, "manual_cast_dtype", None) or self.model.get_dtype()
-            nbytes = sum(branch.numel for branch in self.branches(self.hooked_patches()).values()) * dtype.itemsize
+            nbytes = sum(loras.numel for loras in self.layer_loras(self.hooked_patches()).values()) * dtype.itemsize
             self._counted = self.patches_uuid, nbytes
         return self._counted[1]
 
     def model_size(self) -> int:
-        """Weights and branches: what the host makes room for."""
-        return super().model_size() + (0 if self._cloning else self.branch_bytes())
+        """Weights and LoRAs: what the host makes room for."""
+        return super().model_size() + (0 if self._cloning else self.lora_bytes())
 
     def memory_required(self, input_shape: Any) -> Any:
-        return super().memory_required(input_shape) + self.branch_bytes()
+        return super().memory_required(input_shape) + self.lora_bytes()
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
         self._cloning = True  # the clone is to start from the size of the weights alone
@@ -336,21 +335,19 @@ def _same_patches(left: list[Any], right: list[Any]) -> bool:
 
 
 @cache
-def _patcher_class(base: type) -> type:
+def _patcher_class(base: type[ModelPatcher]) -> type[SVDQuantPatcher]:
     return type(f"SVDQuant{base.__name__}", (SVDQuantPatcher, base), {})
 
 
-def adopt(patcher: ModelPatcher) -> ModelPatcher:
-    """Put SVDQuantPatcher in front of the patcher's own class, whatever class the host chose."""
+def adopt(patcher: ModelPatcher) -> SVDQuantPatcher:
+    """Put SVDQuantPatcher in front of the patcher's own class, whatever class the host chose.
+
+    The host makes patchers itself, in loaders and in `clone`, and takes no class for them; a wrapper around one would
+    not be the object that the host holds on to. So the object stays and its class is replaced by a subclass of it,
+    which adds methods and no data of its own: everything that the object holds remains valid.
+    """
     if not isinstance(patcher, SVDQuantPatcher):
-        patcher.__class__ = _patcher_class(type(patcher))
-    model = patcher.model
-    if not hasattr(model, "svdquant_layers"):
-        model.svdquant_layers = {
-            f"{name}.weight": module
-            for name, module in model.named_modules()
-            if isinstance(module, SVDQuantLinear) and module.packed is not None
-        }
-        model.svdquant_parts, model.svdquant_shown, model.svdquant_hooked = PartStore(), None, {}
-        model.svdquant_room = 0
+        patcher.__class__ = _patcher_class(patcher.__class__)
+    if not hasattr(patcher.model, "svdquant"):
+        patcher.model.svdquant = ModelState.of(patcher.model)
     return patcher

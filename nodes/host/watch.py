@@ -20,7 +20,7 @@ from ...quantize.calibration.tokens import ModelCall
 from ...quantize.families import detect
 from ...quantize.maker.plan import plan_layers
 from ...quantize.recipe import Recipe
-from .model import ModelSource
+from .source import ModelSource
 
 KEY = "svdquant_calibrate"
 NOISE = 0.01  # relative size of what is added to a layer's output to see what the model makes of it
@@ -59,8 +59,8 @@ class Collector:
             raise StatisticsError(f"{source.name}: no linear layer of family {family.name} can become 4-bit")
         if again and path.exists():
             statistics = Statistics.open(path, writable=True)
-            found = {layer: entry.tokens.shape[1] for layer, entry in statistics.entries.items()}
-            if found != plan.inputs:
+            stored = {layer: entry.tokens.shape[1] for layer, entry in statistics.entries.items()}
+            if stored != plan.inputs:
                 raise StatisticsError(f"{path.name}: holds statistics of another model; choose another name")
             return cls(statistics, sensitivity)
         metadata = {"family": family.name, "model": source.name, "shared": plan.shared_inputs, "runs": []}
@@ -74,15 +74,15 @@ class Collector:
         watched.add_wrapper_with_key(kinds.APPLY_MODEL, KEY, self._apply_model)
         return watched
 
-    def _outer_sample(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        runs = self.statistics.metadata.setdefault("runs", [])
+    def _outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        runs: Any = self.statistics.metadata.setdefault("runs", [])
         self._generator.manual_seed(len(runs))
         result = executor(*args, **kwargs)
         sigmas = next((arg for arg in args[3:4] if isinstance(arg, torch.Tensor)), torch.zeros(1))
         self.statistics.add_run(id=uuid.uuid4().hex, steps=len(sigmas) - 1)
         return result
 
-    def _apply_model(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         options = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else {})
         call = _call(options, len(args[0]))
         model = executor.class_obj.diffusion_model

@@ -1,1 +1,1 @@
-"""A user's LoRAs as columns of the low-rank branch."""
+"""A user's LoRAs on 4-bit layers: columns beside those of the low-rank branch. Knows nothing of any host."""

@@ -4,18 +4,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...kernels.layer import Layer
+from ...kernels.layer import RANK_TILE, Layer
 from ..calibration.tokens import InputStatistics
 from ..linear import LowRank
-from .branch import Branch
+from .deltas import Columns
 from .fit import LoraLimits, fit
-from .terms import WIDTH, Columns
+from .loras import LayerLoras
 
 UNSEEN = 0.1  # weight of a channel's size beside the kept tokens: what none of them shows still counts a little
 
 
 @dataclass(frozen=True)
-class Baked:
+class BakedLayer:
     """A layer with its LoRAs inside.
 
     layer  the new layer; None where the format has no low-rank branch and `weight` has to be stored in its place
@@ -30,12 +30,12 @@ class Baked:
 
 def bake_layer(
     layer: Layer,
-    branch: Branch,
+    loras: LayerLoras,
     rank: int | None,
     limits: LoraLimits,
     device: torch.device | str = "cpu",
     entry: InputStatistics | None = None,
-) -> Baked:
+) -> BakedLayer:
     """proj_up' @ proj_down'.T = proj_up @ proj_down.T + delta
 
     rank    None: as many columns as base and LoRAs have. A number: the branch of that rank with the least error on
@@ -46,8 +46,8 @@ def bake_layer(
     """
     spec = layer.spec
     if not spec.fmt.low_rank:
-        return Baked(None, branch.dense_weight(layer.dense_weight()), 0.0)
-    extra, lost = _columns(layer, branch, limits, device)
+        return BakedLayer(None, loras.dense_weight(layer.dense_weight()), 0.0)
+    extra, lost = _columns(layer, loras, limits, device)
     base = _base(layer)
     down, up = (torch.cat(pair, 1) for pair in zip(base, extra, strict=True))
     if rank is not None and rank < down.shape[1]:
@@ -60,7 +60,7 @@ def bake_layer(
     factors = {"proj_down": down.to(dtype).contiguous(), "proj_up": up.to(dtype).contiguous()}
     order = spec.fmt.parts(new.n, new.k, new.rank)
     tensors = {**layer.tensors, **factors}
-    return Baked(Layer(new, {name: tensors[name] for name in order if name in tensors}), None, lost)
+    return BakedLayer(Layer(new, {name: tensors[name] for name in order if name in tensors}), None, lost)
 
 
 def _base(layer: Layer) -> LowRank:
@@ -69,15 +69,15 @@ def _base(layer: Layer) -> LowRank:
     return layer["proj_down"].float(), layer["proj_up"].float()
 
 
-def _columns(layer: Layer, branch: Branch, limits: LoraLimits, device: torch.device | str) -> tuple[LowRank, float]:
-    """(lora_down, lora_up) of the whole branch and the share of its energy that they miss."""
-    simple = branch.rows is None and branch.cols is None
-    if simple and all(isinstance(part, Columns) for part in branch.parts):
-        return branch.columns(layer.spec), 0.0
+def _columns(layer: Layer, loras: LayerLoras, limits: LoraLimits, device: torch.device | str) -> tuple[LowRank, float]:
+    """(lora_down, lora_up) of all LoRAs and the share of their energy that they miss."""
+    simple = loras.rows is None and loras.cols is None
+    if simple and all(isinstance(delta, Columns) for delta in loras.deltas):
+        return loras.columns(layer.spec), 0.0
     moved = Layer(layer.spec, {name: tensor.to(device) for name, tensor in layer.tensors.items()})
     weight = moved.dense_weight()
-    found = fit(branch.dense_weight(weight) - weight, limits)
-    return (found.part.down, found.part.up), 1 - found.kept
+    nearest, kept = fit(loras.dense_weight(weight) - weight, limits)
+    return (nearest.down, nearest.up), 1 - kept
 
 
 def _seen(down: torch.Tensor, layer: Layer, entry: InputStatistics | None, fitting: bool = False) -> torch.Tensor:
@@ -102,8 +102,8 @@ def _best(factors: LowRank, seen: torch.Tensor, rank: int) -> LowRank:
     new_up = q_up @ u[:, :rank]
     new_down = down @ (up.T @ new_up)
     even = (new_down.norm(dim=0) / new_up.norm(dim=0)).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    missing = rank + -rank % WIDTH - new_up.shape[1]
-    return tuple(torch.nn.functional.pad(side, (0, missing)) for side in (new_down / even, new_up * even))
+    pad = (0, rank + -rank % RANK_TILE - new_up.shape[1])
+    return torch.nn.functional.pad(new_down / even, pad), torch.nn.functional.pad(new_up * even, pad)
 
 
 def _energy(left: torch.Tensor, up: torch.Tensor) -> float:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .terms import WIDTH, Columns, Kron, LoraError, Offset, check_finite, columns_of, plain, span
+from ...kernels.layer import RANK_TILE
+from .deltas import Columns, Delta, Kron, LoraError, Offset, check_finite, columns_of, plain, span
 
 NOTHING = 1e-6  # share of a delta's energy that is rounding: columns that hold no more than it are left out
 KRON_COLUMNS = 64  # a Kronecker product of at most this rank is faster as columns of the fused kernel
@@ -15,7 +16,7 @@ LOHA_COLUMNS = 512  # a Hadamard product of at most this rank is kept exact
 class LoraLimits:
     """How far a patch without an exact form may be approximated.
 
-    max_rank  columns that one patch may take in one layer, a multiple of 16
+    max_rank  columns that one patch may take in one layer, a multiple of RANK_TILE
     max_lost  share of the patch's energy ||delta||^2 that may be lost in a layer; above it the patch is refused
     """
 
@@ -23,25 +24,17 @@ class LoraLimits:
     max_lost: float = 0.02
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A dense delta as columns. kept is the share of ||delta||^2 in them."""
-
-    part: Columns
-    kept: float
-
-
-def fit(delta: torch.Tensor, limits: LoraLimits, seed: int = 0) -> Fit:
+def fit(delta: torch.Tensor, limits: LoraLimits, seed: int = 0) -> tuple[Columns, float]:
     """up @ down.T ~ delta (N, K), the best columns of the least rank that loses nothing, or of limits.max_rank
 
+    returns (columns, share of ||delta||^2 in them)
     raises  LoraError when more than limits.max_lost of the energy would be lost, or for NaN or Inf
     """
     check_finite(delta)
     n, k = delta.shape
     total = delta.double().square().sum().item()
     if total == 0:
-        empty = torch.zeros(k, WIDTH), torch.zeros(n, WIDTH)
-        return Fit(Columns(*empty), 1.0)
+        return Columns(torch.zeros(k, RANK_TILE), torch.zeros(n, RANK_TILE)), 1.0
     for rank in sorted({min(48, limits.max_rank), limits.max_rank}):
         u, s, v = _svd(delta, rank, seed)
         held = s.double().square().cumsum(0)
@@ -56,14 +49,14 @@ def fit(delta: torch.Tensor, limits: LoraLimits, seed: int = 0) -> Fit:
     enough = int((held[-1] - held > NOTHING * total).sum().item()) + 1
     width = min(rank, enough, len(s))
     root = s[:width].sqrt()
-    pad = (0, -width % WIDTH)
+    pad = (0, -width % RANK_TILE)
     down, up = (torch.nn.functional.pad(side[:, :width] * root, pad).cpu() for side in (v, u))
-    return Fit(Columns(down, up), 1 - lost)
+    return Columns(down, up), 1 - lost
 
 
 def _svd(delta: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(u, s, v) with at least `rank` singular values where the matrix has them; the same seed gives the same bits"""
-    width = rank + WIDTH
+    width = rank + RANK_TILE
     if 2 * width >= min(delta.shape):
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
         return u, s, vh.T
@@ -78,10 +71,10 @@ def hadamard(
     offset: Offset | None,
     shape: tuple[int, int],
     limits: LoraLimits,
-) -> Fit:
+) -> tuple[Columns, float]:
     """(a1 @ b1) * (a2 @ b2) as columns: row-wise products of a1 with a2, column-wise of b1 with b2 (LoHa)
 
-    Exact while r1 * r2 is at most LOHA_COLUMNS, else truncated.
+    Exact while r1 * r2 is at most LOHA_COLUMNS, else truncated. returns (columns, share of the energy in them)
     """
     (a1, b1), (a2, b2) = (tuple(map(plain, pair)) for pair in (first, second))
     rows, cols = span(offset, shape)
@@ -95,14 +88,14 @@ def hadamard(
     if ranks[0] * ranks[1] <= LOHA_COLUMNS:
         up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
         down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
-        return Fit(columns_of([(up, down, offset)], shape), 1.0)
-    found = fit((a1 @ b1) * (a2 @ b2), limits)
-    return Fit(columns_of([(found.part.up, found.part.down.T, offset)], shape), found.kept)
+        return columns_of([(up, down, offset)], shape), 1.0
+    nearest, kept = fit((a1 @ b1) * (a2 @ b2), limits)
+    return columns_of([(nearest.up, nearest.down.T, offset)], shape), kept
 
 
 def kronecker(
     left: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...], offset: Offset | None, shape: tuple[int, int]
-) -> Columns | Kron:
+) -> Delta:
     """kron(left, right), each one factor or a product of two (LoKr); exact in either form
 
     raises  LoraError if the product does not have the shape of the (part of the) weight
@@ -111,9 +104,9 @@ def kronecker(
     rows, cols = span(offset, shape)
     check_finite(*left, *right)
     inner = [pair[0].shape[1] == pair[1].shape[0] for pair in (left, right) if len(pair) == 2]
-    found = left[0].shape[0] * right[0].shape[0], left[-1].shape[1] * right[-1].shape[1]
-    if not all(inner) or found != (rows[1], cols[1]):
-        raise LoraError(f"LoKr factors give {found}, needed {(rows[1], cols[1])}: it was trained for another model")
+    product = left[0].shape[0] * right[0].shape[0], left[-1].shape[1] * right[-1].shape[1]
+    if not all(inner) or product != (rows[1], cols[1]):
+        raise LoraError(f"LoKr factors give {product}, needed {(rows[1], cols[1])}: it was trained for another model")
     sides = [_two_factors(side) for side in (left, right)]
     if sides[0][0].shape[1] * sides[1][0].shape[1] <= KRON_COLUMNS:
         up, down = (torch.kron(sides[0][i].float(), sides[1][i].float()) for i in (0, 1))
@@ -125,7 +118,7 @@ def kronecker(
 def _two_factors(side: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """A product of two matrices as it is; one matrix beside the smaller identity that leaves it unchanged."""
     if len(side) == 2:
-        return side
+        return side[0], side[1]
     n, k = side[0].shape
     eye = torch.eye(min(n, k), dtype=side[0].dtype, device=side[0].device)
     return (side[0], eye) if k <= n else (eye, side[0])
@@ -147,7 +140,8 @@ def dora(magnitude: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor | No
     weight     (N, K) float32 as it is before this patch; delta (n, k), needed for (1, k) only
     raises     LoraError where the factors would not be a diagonal of the layer
     """
-    rows, cols = span(offset, tuple(weight.shape))
+    n, k = weight.shape
+    rows, cols = span(offset, (n, k))
     part = weight[rows[0] : sum(rows), cols[0] : sum(cols)]
     magnitude = plain(magnitude)
     if not magnitude.isfinite().all():
@@ -163,6 +157,7 @@ def dora(magnitude: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor | No
     if values.shape[0] == 1 and values.numel() == cols[1]:
         if rows[1] != weight.shape[0]:
             raise LoraError("a DoRA magnitude of input channels on a part of the output channels has no exact form")
+        assert delta is not None, "a magnitude of input channels is over the norm of weight + delta"
         factor = torch.ones(weight.shape[1], device=weight.device)
         factor[cols[0] : sum(cols)] = values.flatten() / ((part + delta).norm(dim=0) + tiny)
         return Dora(None, factor)

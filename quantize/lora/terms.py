@@ -1,194 +1,178 @@
-"""One patch of a weight in factored form: columns of a low-rank branch, or a Kronecker product."""
+"""One patch of a weight as its file gives it, whatever host has read it: a term of W' = W + sum_i strength_i * delta_i.
 
-from collections.abc import Sequence
+What a delta is made of decides how it gets into factored form:
+
+    LoraFactors     columns, exact (LoRA, LoCon)
+    LohaFactors     columns, exact up to a rank (LoHa)
+    LokrFactors     a Kronecker product, or columns where those are few; exact (LoKr)
+    DenseDelta      the nearest columns, made once for all strengths (full changes of a weight)
+    WeightFunction  the nearest columns of f(W) - W at this very strength (set, OFT, BOFT, GLoRA)
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
-from torch.nn.functional import pad as zero_pad
 
-WIDTH = 16  # columns come in blocks of a tensor-core tile
-HALF = (torch.bfloat16, torch.float16, torch.float32)
+from ...kernels.layer import RANK_TILE
+from .deltas import Delta, LoraError, Offset, columns_of, plain
+from .fit import LoraLimits, hadamard, kronecker
 
-Offset = tuple[int, int, int]
-"""(dim, start, length): the rows (dim 0) or columns (dim 1) of a fused weight that a patch is for"""
-
-
-class LoraError(ValueError):
-    """A patch cannot be applied to a 4-bit layer. The message says why."""
-
-
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """A factor as a matrix in a dtype that every backend takes: fp8 becomes bf16, which holds all its values."""
-    if not isinstance(tensor, torch.Tensor):
-        raise LoraError(f"a factor is of type {type(tensor).__name__}, needed a tensor")
-    if tensor.ndim > 2:
-        if tensor.shape[2:].numel() != 1:
-            raise LoraError(f"a factor has shape {tuple(tensor.shape)}: it is of a convolution, the layer is linear")
-        tensor = tensor.flatten(1)
-    if tensor.dtype in HALF:
-        return tensor
-    return tensor.to(torch.bfloat16 if tensor.is_floating_point() and tensor.itemsize == 1 else torch.float32)
-
-
-def check_finite(*factors: torch.Tensor) -> None:
-    """Raise LoraError if a factor holds NaN or Inf."""
-    for factor in factors:
-        # a sum is NaN or Inf if a term is, and reads the factor once without a mask of its size
-        if not factor.sum(dtype=torch.float32).isfinite() and not factor.isfinite().all():
-            raise LoraError("the LoRA holds NaN or Inf")
-
-
-def scaled(weight: torch.Tensor, rows: torch.Tensor | None, cols: torch.Tensor | None) -> torch.Tensor:
-    """diag(rows) @ weight @ diag(cols)"""
-    if rows is not None:
-        weight = weight * rows.to(weight)[:, None]
-    return weight if cols is None else weight * cols.to(weight)
-
-
-def span(offset: Offset | None, shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((first row, rows), (first column, columns)) of the part of an (N, K) weight that a patch is for
-
-    raises  LoraError if that part is not inside the weight
-    """
-    found = [(0, shape[0]), (0, shape[1])]
-    if offset is not None:
-        dim, start, length = offset
-        if dim not in (0, 1) or start < 0 or length < 1 or start + length > shape[dim]:
-            raise LoraError(f"the LoRA is for the part {tuple(offset)} of a weight of shape {tuple(shape)}")
-        found[dim] = (start, length)
-    return found[0], found[1]
+Rows = Callable[[torch.Tensor], torch.Tensor]
+"""A rearrangement of a matrix's rows"""
 
 
 @dataclass(frozen=True, eq=False)
-class Columns:
-    """delta = up @ down.T. down (K, R), up (N, R), in the dtype of the file; R a multiple of 16."""
+class LoraFactors:
+    """delta = alpha * move_rows(up) @ mid @ down
 
-    down: torch.Tensor
+    up         (n, r), down (r, k), mid (r, r) or None
+    alpha      the file's alpha over r
+    magnitude  of a DoRA, see `fit.dora`
+    new_shape  of a LoRA that widens its weight
+    """
+
     up: torch.Tensor
+    down: torch.Tensor
+    mid: torch.Tensor | None
+    alpha: float
+    magnitude: torch.Tensor | None
+    new_shape: Sequence[int] | None
+    move_rows: Rows | None
 
-    @cached_property
-    def rank(self) -> int:
-        return self.down.shape[1]
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is up @ down and nothing more."""
+        extras = (self.mid, self.magnitude, self.new_shape, self.move_rows)
+        return all(extra is None for extra in extras)
 
-    @cached_property
-    def numel(self) -> int:
-        return self.down.numel() + self.up.numel()
-
-    def dense(self, n: int, k: int) -> torch.Tensor:
-        """(N, K) float32"""
-        return self.up.float() @ self.down.float().T
-
-    def scaled(self, rows: torch.Tensor | None, cols: torch.Tensor | None) -> "Columns":
-        """diag(rows) @ delta @ diag(cols)"""
-        up = self.up if rows is None else self.up.float() * rows.to(self.up.device)[:, None]
-        down = self.down if cols is None else self.down.float() * cols.to(self.down.device)[:, None]
-        return Columns(down, up)
+    def matrices(self, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(up, down) without alpha. Raises LoraError if it is for a weight of another shape than (N, K)."""
+        up, down = self.up, self.down
+        if self.new_shape is not None and tuple(self.new_shape) != shape:
+            raise LoraError(
+                f"the LoRA widens the weight from {shape} to {tuple(self.new_shape)}; a 4-bit weight is fixed"
+            )
+        if self.mid is not None:
+            down = plain(self.mid).float() @ plain(down).float()
+        if self.move_rows is not None:
+            up = self.move_rows(plain(up))
+        return up, down
 
 
 @dataclass(frozen=True, eq=False)
-class Kron:
-    """delta[rows, cols] = diag(row_factor) @ kron(left, right[0] @ right[1] ...) @ diag(col_factor)
+class LohaFactors:
+    """delta = alpha * (a1 @ b1) * (a2 @ b2), first = (a1, b1), second = (a2, b2)"""
 
-    left   (a, b); right: one factor (c, d), or two (c, r) and (r, d). rows (start, a*c), cols (start, b*d)
+    first: tuple[torch.Tensor, torch.Tensor]
+    second: tuple[torch.Tensor, torch.Tensor]
+    alpha: float
+    magnitude: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class LokrFactors:
+    """delta = alpha * kron(left, right), each one matrix or two to multiply; None where the file lacks one"""
+
+    left: tuple[torch.Tensor | None, ...]
+    right: tuple[torch.Tensor | None, ...]
+    alpha: float
+    magnitude: torch.Tensor | None
+
+    def matrices(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """(left, right). Raises LoraError if one is not there."""
+        left, right = (tuple(one for one in side if one is not None) for side in (self.left, self.right))
+        if (len(left), len(right)) != (len(self.left), len(self.right)):
+            raise LoraError("the LoKr file lacks a factor of this layer")
+        return left, right
+
+
+@dataclass(frozen=True, eq=False)
+class DenseDelta:
+    """delta (N, K) at strength 1 by the host's own arithmetic
+
+    of            (zeros (N, K), W or None) -> delta
+    reads_weight  whether it needs the model's own weight W (N, K) float32, as it is without any patch
     """
 
-    left: torch.Tensor
-    right: tuple[torch.Tensor, ...]
-    rows: tuple[int, int]
-    cols: tuple[int, int]
-    row_factor: torch.Tensor | None = None
-    col_factor: torch.Tensor | None = None
-
-    rank = 0  # it takes no columns
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        factors = (self.row_factor, self.col_factor)
-        return (self.left, *self.right, *(factor for factor in factors if factor is not None))
-
-    @property
-    def numel(self) -> int:
-        return sum(tensor.numel() for tensor in self.tensors)
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Kron":
-        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(device=device, dtype=dtype)
-
-        right = tuple(map(move, self.right))
-        return Kron(move(self.left), right, self.rows, self.cols, move(self.row_factor), move(self.col_factor))
-
-    def dense(self, n: int, k: int) -> torch.Tensor:
-        """(N, K) float32"""
-        right = self.right[0].float()
-        for factor in self.right[1:]:
-            right = right @ factor.float()
-        delta = scaled(torch.kron(self.left.float(), right), self.row_factor, self.col_factor)
-        return _placed(delta, self.rows, self.cols, (n, k))
-
-    def scaled(self, rows: torch.Tensor | None, cols: torch.Tensor | None) -> "Kron":
-        """diag(rows) @ delta @ diag(cols), with vectors of the whole layer"""
-        row = None if rows is None else rows[self.rows[0] : sum(self.rows)]
-        col = None if cols is None else cols[self.cols[0] : sum(self.cols)]
-        row = self.row_factor if row is None else row if self.row_factor is None else row * self.row_factor
-        col = self.col_factor if col is None else col if self.col_factor is None else col * self.col_factor
-        return Kron(self.left, self.right, self.rows, self.cols, row, col)
-
-    def add_to(self, y: torch.Tensor, x: torch.Tensor, scale: float) -> torch.Tensor:
-        """y + scale * x @ delta.T, without forming delta. x (..., K), y (..., N)"""
-        x = x.narrow(-1, *self.cols)
-        if self.col_factor is not None:
-            x = x * self.col_factor
-        inner = x.unflatten(-1, (self.left.shape[1], -1))  # (..., b, d)
-        for factor in reversed(self.right):
-            inner = inner @ factor.T
-        delta = (self.left @ inner).flatten(-2)  # (..., a, c)
-        if self.row_factor is not None:
-            delta = delta * self.row_factor
-        if self.rows == (0, y.shape[-1]):
-            return y + scale * delta
-        y = y.clone()
-        y.narrow(-1, *self.rows).add_(delta, alpha=scale)
-        return y
+    of: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+    reads_weight: bool
 
 
-def _placed(part: torch.Tensor, rows: tuple[int, int], cols: tuple[int, int], shape: tuple[int, int]) -> torch.Tensor:
-    """`part` inside zeros of `shape`."""
-    (top, height), (left, width) = rows, cols
-    return zero_pad(part, (left, shape[1] - left - width, top, shape[0] - top - height))
+@dataclass(frozen=True, eq=False)
+class WeightFunction:
+    """W' = f(W), strength included, of the weight as the patches before have left it; may write into its argument"""
+
+    of: Callable[[torch.Tensor], torch.Tensor]
 
 
-def columns_of(
-    factors: Sequence[tuple[torch.Tensor, torch.Tensor, Offset | None]], shape: tuple[int, int], pad: int = WIDTH
-) -> Columns:
-    """One block of columns for several (up (n, r), down (r, k), offset) on an (N, K) weight
+Factors = LoraFactors | LohaFactors | LokrFactors
 
-    The width is a multiple of `pad`. The factors are copied: a block never keeps a LoRA file in memory.
-    raises  LoraError if factors do not fit the weight or hold NaN or Inf
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """W' = own * W + strength * delta, in the rows or columns of `offset`
+
+    source    the host's object, by which a report finds the term again
+    kind      what messages call it
+    identity  equal for two terms that differ in strength and own alone
+    tensors   the file's: what is made of them is kept for as long as they live
+    own       factor of the model's own weight, 1 for every LoRA
+    form      what the delta is made of; None where only `own` acts
     """
-    checked = []
-    for up, down, offset in factors:
-        up, down = plain(up), plain(down)
-        rows, cols = span(offset, shape)
-        if up.ndim != 2 or down.ndim != 2 or up.shape != (rows[1], down.shape[0]) or down.shape[1] != cols[1]:
-            raise LoraError(
-                f"LoRA factors {tuple(up.shape)} and {tuple(down.shape)}, needed ({rows[1]}, r) and (r, {cols[1]}): "
-                "it was trained for another model"
-            )
-        check_finite(up, down)
-        checked.append((up, down, rows[0], cols[0]))
-    width = sum(up.shape[1] for up, *_ in checked)
-    width += -width % pad
-    dtypes = {tensor.dtype for up, down, *_ in checked for tensor in (up, down)}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    alone = len(checked) == 1 and width == checked[0][0].shape[1]
-    whole = alone and (checked[0][0].shape[0], checked[0][1].shape[1]) == tuple(shape)
-    make = torch.empty if whole else torch.zeros
-    block = Columns(make(shape[1], width, dtype=dtype), make(shape[0], width, dtype=dtype))
-    first = 0
-    for up, down, row, col in checked:
-        last = first + up.shape[1]
-        block.down[col : col + down.shape[1], first:last] = down.T
-        block.up[row : row + up.shape[0], first:last] = up
-        first = last
-    return block
+
+    source: object
+    kind: str
+    identity: tuple[object, ...]
+    tensors: Sequence[torch.Tensor]
+    strength: float
+    own: float
+    offset: Offset | None
+    form: Factors | DenseDelta | WeightFunction | None
+
+
+def factored(group: Sequence[Term], shape: tuple[int, int], limits: LoraLimits) -> tuple[Delta, float]:
+    """(delta of terms that share a block, without alpha; share of its energy that is kept) on an (N, K) weight"""
+    form, offset = group[0].form, group[0].offset
+    if isinstance(form, LohaFactors):
+        return hadamard(form.first, form.second, offset, shape, limits)
+    if isinstance(form, LokrFactors):
+        return kronecker(*form.matrices(), offset, shape), 1.0
+    forms = [(term.form, term.offset) for term in group]
+    return columns_of([(*f.matrices(shape), o) for f, o in forms if isinstance(f, LoraFactors)], shape), 1.0
+
+
+def grouped(terms: Sequence[Term]) -> list[list[Term]]:
+    """Terms in order; LoRAs of a few columns for neighbouring slices share one block of them.
+
+    A block is a multiple of RANK_TILE columns wide and has one strength: q, k and v at rank 4 take 16 columns, not 48.
+    """
+    groups: list[list[Term]] = []
+    for term in terms:
+        if groups and _may_join(groups[-1], term):
+            groups[-1].append(term)
+        else:
+            groups.append([term])
+    return groups
+
+
+def _may_join(group: list[Term], term: Term) -> bool:
+    block = _block_of(term)
+    if block is None or block != _block_of(group[0]):
+        return False
+    return all(_lie_apart(member.offset, term.offset) for member in group)
+
+
+def _block_of(term: Term) -> tuple[float, float] | None:
+    """(strength, alpha) of a slice's LoRA of a few columns, what a block has one of; None for any other term"""
+    form = term.form
+    if not isinstance(form, LoraFactors) or not form.is_plain or term.offset is None or term.own != 1:
+        return None
+    return None if form.down.shape[0] % RANK_TILE == 0 else (term.strength, form.alpha)
+
+
+def _lie_apart(one: Offset | None, other: Offset | None) -> bool:
+    """Whether two slices are of the same dimension and do not overlap."""
+    if one is None or other is None or one[0] != other[0]:
+        return False
+    return max(one[1], other[1]) >= min(sum(one[1:]), sum(other[1:]))

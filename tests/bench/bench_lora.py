@@ -141,7 +141,7 @@ def measure(shapes: dict[str, tuple[int, int]], rank: int) -> dict[str, float]:
     def materialize() -> None:
         for module in patcher.packed_layers().values():
             if module._loaded is None:
-                module._loaded = module.branch.on(cpu, torch.bfloat16)
+                module._loaded = module.loras.on(cpu, torch.bfloat16)
 
     def show(model) -> None:
         model.partially_load(cpu, 1e32)
@@ -175,7 +175,7 @@ def errors_by_kind() -> list[tuple[str, float, float]]:
         file = {f"layer.{name}": tensor for name, tensor in tensors_of(kind, base, 0).items()}
         patched, notes = patcher.clone(), {}
         patched.add_patches(comfy.lora.load_lora(file, {"layer": key}), 0.8)
-        found = patched.branches(notes=notes)[key].dense_weight(base)
+        found = patched.layer_loras(notes=notes)[key].dense_weight(base)
         wanted = comfy.lora.calculate_weight(patched.patches[key], base.clone(), key)
         lost = 1 - min(note.kept for note in notes[key])
         bound = EXACT if kind in EXACT_KINDS else max(lost**0.5, 1e-3)

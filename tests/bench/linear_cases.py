@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 
 from svdquant_pack.kernels import FORMATS, Layer, LayerSpec
-from svdquant_pack.kernels.backends import Backend, Call, discover, kitchen
+from svdquant_pack.kernels.backends import Backend, KernelCall, discover, kitchen
 from svdquant_pack.kernels.backends.reference import linear as reference
-from svdquant_pack.kernels.dispatch import arch_of, refusal
+from svdquant_pack.kernels.dispatch import arch_of, fault_of
 from svdquant_pack.quantize.cli.tune import MODULATION, SHAPES
 
 ROWS = (1, 16, 64, 256, 1024, 4608, 9216)
@@ -112,12 +112,12 @@ def ways(case: Case, data: Data) -> Iterator[Way]:
     x, bias = data.x, data.bias
     yield Way("torch", "16bit", lambda: F.linear(x, data.dense.to(x.dtype), bias), lambda: data.exact)
     arch, capability = arch_of(x.device)
-    for backend in sorted(discover()[0].values(), key=lambda backend: -backend.priority):
+    for backend in discover()[0].values():
         for mode in MODES:
-            call = Call(case.format, x.device, x.dtype, mode, capability, arch, case.m)
+            call = KernelCall(case.format, x.device, x.dtype, mode, capability, arch, case.m)
             if backend.name == "reference" and (mode in EMULATED or x.device.type != "cpu"):
                 continue
-            if refusal(backend, call) is None:
+            if not isinstance(backend.claims(call), str) and fault_of(backend, call) is None:
                 yield _layer_way(backend, mode, data)
     if x.device.type == "cuda":
         if capability is not None and capability > kitchen.LAST and case.format == "int4" and kitchen.missing() is None:
@@ -146,17 +146,16 @@ def _layer_way(backend: Backend, mode: str, data: Data) -> Way:
 
 def _vendor_ways(data: Data) -> Iterator[Way]:
     """torch's own 8-bit products on weights that were expanded beforehand, without branch: the fastest they can be."""
-    from svdquant_pack.kernels import expand_weight, quantize_activation
+    from svdquant_pack.kernels.backends.triton import launch, layers
 
     x, layer = data.x, data.layer
     if not layer.spec.fmt.low_rank or x.shape[0] <= 16:
         return
-    parts = (layer["qweight"], layer["wscales"], layer.tensors.get("wtscale"), layer.tensors.get("wcscales"))
     for name, codes, dtype in (("_int_mm", "int8_row", torch.int8), ("_scaled_mm", "fp8_row", torch.float8_e4m3fn)):
         if dtype != torch.int8 and (x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) < (8, 9)):
             continue
-        weight, scales = expand_weight(*parts, format=layer.spec.format, dtype=dtype)
-        act, act_scales, _ = quantize_activation(x, None, None, codes=codes)
+        weight, scales = layers.expanded(layer, dtype)
+        act, act_scales, _ = launch.quantize(x, None, None, codes, (0, 0))
         # of the codes: rounding an activation that is not smoothed is no fault of the product
         exact = (checked_rows(act).float() * checked_rows(act_scales)[:, None]) @ (weight.float() * scales[:, None]).T
 
@@ -171,33 +170,34 @@ def _vendor_ways(data: Data) -> Iterator[Way]:
 
 
 def _steps(data: Data) -> Iterator[Way]:
-    """Quantization with the down-projection, expansion, and the product alone, of the best backend of each."""
-    from svdquant_pack.kernels import eight_bit, expand_weight, linear_w8a8, quantize_activation, stages
+    """Quantization with the down-projection, expansion, and the product alone, by Triton's kernels."""
+    from svdquant_pack.kernels.backends.triton import launch, layers
 
     x, layer, spec = data.x, data.layer, data.layer.spec
     if not spec.fmt.low_rank:
         return
-    smooth, down, up = layer["smooth_factor"], layer["proj_down"], layer["proj_up"]
-    parts = (layer["qweight"], layer["wscales"], layer.tensors.get("wtscale"), layer.tensors.get("wcscales"))
+    down, up = layer["proj_down"], layer["proj_up"]
     for codes in ("int8_row", "int8_group"):
 
         def quantize(codes=codes) -> torch.Tensor:
-            return quantize_activation(x, smooth, down, codes=codes)[2]
+            return layers.quantized(x, layer, codes)[2]
 
-        yield Way("best", codes, quantize, lambda: data.checked.float() @ down.float(), "quantize+down")
-    weight, scales = expand_weight(*parts, format=spec.format)
-    act, act_scales, branch_act = quantize_activation(x, smooth, down, codes="int8_row")
+        yield Way("triton", codes, quantize, lambda: data.checked.float() @ down.float(), "quantize+down")
+    weight, scales = layers.expanded(layer, torch.int8)
+    act, act_scales, branch_act = layers.quantized(x, layer, "int8_row")
+    branches = launch.Branches(branch_act, up, bias=data.bias)
 
     def expand() -> torch.Tensor:
-        return expand_weight(*parts, format=spec.format)[0]
+        return layers.expanded(layer, torch.int8)[0]
 
     def product() -> torch.Tensor:
-        return linear_w8a8(act, act_scales, weight, scales, branch_act, up, data.bias, dtype=x.dtype)
+        return launch.multiply_w8(act, act_scales, weight, scales, branches, x.dtype)
 
     def exact() -> torch.Tensor:
-        sides = [checked_rows(side) for side in (act, act_scales, branch_act)]
-        return stages.linear_w8a8(*sides[:2], weight, scales, sides[2], up, data.bias, "", torch.float32)
+        rows, row_scales, columns = (checked_rows(side).double() for side in (act, act_scales, branch_act))
+        y = (rows @ weight.double().T) * row_scales[:, None] * scales.double()
+        return (y + columns @ up.double().T + data.bias.double()).float()
 
-    wanted = eight_bit.expand_rows(spec.format, layer.tensors)[0]
-    yield Way("best", "int8", expand, lambda: checked_rows(wanted), "expand")
-    yield Way("best", "w8a8", product, exact, "product")
+    wanted = spec.fmt.expand_rows(layer.tensors)[0]
+    yield Way("triton", "int8", expand, lambda: checked_rows(wanted), "expand")
+    yield Way("triton", "w8a8", product, exact, "product")

@@ -12,12 +12,9 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import machine_code
-
-if TYPE_CHECKING:
-    from svdquant_pack.kernels.backends.cases import CompileCase
+from .cases import CompileCase
 
 KIB = 1024
 SHARED_LIMIT = {  # bytes one block may have
@@ -66,7 +63,7 @@ def register_limit(target: str) -> int:
     return REGISTER_LIMIT.get(target, 255)
 
 
-def compile_case(case: "CompileCase", target: str) -> Compiled:
+def compile_case(case: CompileCase, target: str) -> Compiled:
     """Compile one case for one target. Compiler errors come back in `error`, everything else raises."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -90,7 +87,7 @@ def compile_case(case: "CompileCase", target: str) -> Compiled:
     return _measure_amd(kernel.asm["amdgcn"], kernel.metadata.shared, case.expect.get(target, ""))
 
 
-def _source(case: "CompileCase") -> object:
+def _source(case: CompileCase) -> object:
     from triton.compiler import ASTSource
 
     function = case.kernel

@@ -22,7 +22,7 @@ Job = tuple[str, str]  # case name, target
 class Listing:
     """The triton that will compile, what there is to compile, and why nothing is.
 
-    cases  {name: {"targets", "expect", "allow_spills", "async_marker"}} as in CompileCase
+    cases  {name: {"kernel": its name, "targets", "expect", "allow_spills", "async_marker"}} as in CompileCase
     """
 
     triton: str = ""
@@ -53,7 +53,7 @@ def _greeting(worker: subprocess.Popen) -> dict:
 
 @cache
 def listing() -> Listing:
-    """The cases of every kernel module, asked of a worker: this process never imports triton."""
+    """The cases of every kernel, asked of a worker: this process never imports triton."""
     worker = _start()
     with worker.stdin, worker.stdout:
         answer = _greeting(worker)

@@ -1,5 +1,8 @@
 """Every shipped kernel variant, compiled for every GPU it is shipped for, without having one."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
 from svdquant_pack.tests.codegen import budgets, cross, pool
@@ -8,7 +11,7 @@ from svdquant_pack.tests.codegen import budgets, cross, pool
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "job" in metafunc.fixturenames:
         listing = pool.listing()
-        skip = pytest.mark.skip(reason=listing.missing or "no kernel module has compile cases")
+        skip = pytest.mark.skip(reason=listing.missing or "there are no compile cases")
         jobs = [pytest.param(job, id="-".join(job)) for job in listing.jobs] or [pytest.param(None, marks=skip)]
         metafunc.parametrize("job", jobs)
 
@@ -40,6 +43,21 @@ def test_machine_code_is_what_is_meant(job, case, compiled):
     if case["async_marker"] and target == "sm_90":
         assert code.in_flight, "the main loop waits for all tensor-core instructions in every step"
     assert (why := budgets.complaint(pool.listing().triton, *job, code.loop)) is None, why
+
+
+def kernels(path: Path) -> list[str]:
+    """Names of the functions in a file that a program is started with: compiled ones that ask for their number."""
+    functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    compiled = [node for node in functions if any("jit" in ast.unparse(each) for each in node.decorator_list)]
+    return [node.name for node in compiled if ".program_id(" in ast.unparse(node)]
+
+
+def test_every_kernel_has_compile_cases():
+    if pool.listing().missing:
+        pytest.skip(pool.listing().missing)
+    backends = Path(__file__).resolve().parents[2] / "kernels" / "backends"
+    written = {name for path in backends.glob("*/*.py") for name in kernels(path)}
+    assert written == {case["kernel"] for case in pool.listing().cases.values()}, "see triton_cases.py, gluon_cases.py"
 
 
 def test_a_spill_that_is_allowed_has_a_reason_and_a_target():

@@ -3,13 +3,12 @@
 A process of its own because the interpreter tests switch triton into another mode for the whole process, because the
 compiler is not thread-safe, and because PYTHONPATH can then name another triton.
 
-    (first line out)  {"triton": version, "cases": {name: {"targets": [...], "expect": {...}, ...}}}
+    (first line out)  {"triton": version, "cases": {name: {"kernel": "gemm_w4", "targets": [...], ...}}}
                       or {"missing": why there is no triton}
     case target       {"error": ..., "registers": ..., ...}
 """
 
 import dataclasses
-import importlib
 import importlib.util
 import json
 import os
@@ -17,23 +16,18 @@ import sys
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
-BACKENDS = ("triton", "gluon")
 TOLD = ("targets", "expect", "allow_spills", "async_marker")  # what the tests need to know of a case
 
 
 def compile_cases() -> dict:
-    """{name: CompileCase} of every module of the kernel folders that has any."""
+    """{name: CompileCase} of every kernel; for the processes that may import triton"""
+    from svdquant_pack.tests.codegen import gluon_cases, triton_cases
+
     cases = {}
-    root = Path(__file__).resolve().parents[2] / "kernels" / "backends"
-    for backend in BACKENDS:
-        for path in sorted((root / backend).glob("*.py")):
-            if path.stem == "__init__":
-                continue
-            module = importlib.import_module(f"svdquant_pack.kernels.backends.{backend}.{path.stem}")
-            for case in getattr(module, "compile_cases", list)():
-                if case.name in cases:
-                    raise ValueError(f"two compile cases are called {case.name!r}")
-                cases[case.name] = case
+    for case in (*triton_cases.cases(), *gluon_cases.cases()):
+        if case.name in cases:
+            raise ValueError(f"two compile cases are called {case.name!r}")
+        cases[case.name] = case
     return cases
 
 
@@ -52,6 +46,8 @@ def main() -> None:
 
     cases = compile_cases()
     told = {name: {field: getattr(case, field) for field in TOLD} for name, case in cases.items()}
+    for name, case in cases.items():
+        told[name]["kernel"] = case.kernel.fn.__name__
     answers.write(json.dumps({"triton": triton.__version__, "cases": told}) + "\n")
     for line in sys.stdin:
         name, target = line.split()

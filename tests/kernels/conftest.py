@@ -4,6 +4,7 @@ because TRITON_INTERPRET is read when a kernel is imported, and other tests comp
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,6 +27,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def same_numbers_each_time() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_in_new_memory() -> Iterator[None]:
+    """torch.empty, new_empty and empty_like give NaN, and of integers the largest, whoever calls them.
+
+    A kernel that forgets an element would else pass whenever an earlier result lies in the memory it is given.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @pytest.fixture

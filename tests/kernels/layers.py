@@ -2,7 +2,7 @@
 
 import torch
 
-from svdquant_pack.kernels import FORMATS, Layer, LayerSpec
+from svdquant_pack.kernels import FORMATS, Layer, LayerSpec, stages
 from svdquant_pack.kernels.layer import mean_term
 
 
@@ -40,3 +40,18 @@ def random_layer(
         tensors["act_mean"] = mean.to(dtype)
         tensors["out_mean"] = mean_term(fmt.decode_weight(tensors), tensors["smooth_factor"], tensors["act_mean"])
     return Layer(LayerSpec(format, n, k, rank, act_unsigned, act_bits=act_bits), tensors)
+
+
+class RowSteps:
+    """The steps before a product of int8 rows, by their definition."""
+
+    @staticmethod
+    def quantized(x: torch.Tensor, layer: Layer, codes: str) -> tuple[torch.Tensor, ...]:
+        tensors = layer.tensors
+        return stages.quantize_activation(
+            x, tensors["smooth_factor"], tensors.get("proj_down"), codes, layer.spec.act_unsigned
+        )
+
+    @staticmethod
+    def expanded(layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return layer.spec.fmt.expand_rows(layer.tensors, dtype)

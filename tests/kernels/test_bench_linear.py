@@ -31,7 +31,7 @@ def test_every_way_has_its_own_right_answer(format):
     case = linear_cases.Case("any", "any", format, 70, 64, 128)
     data = linear_cases.make_data(case, torch.device("cpu"), torch.float32)
     found = list(linear_cases.ways(case, data))
-    assert found[0].mode == "16bit" and len(found) >= 3
+    assert found[0].mode == "16bit" and len(found) >= (2 if format == "awq_w4a16" else 3)
     for way in found:
         y = linear_cases.checked_rows(way.run())
         assert linear_cases.error_of(y, way.wanted()) <= linear_cases.TOLERANCE

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svdquant_pack.kernels import FORMATS
-from svdquant_pack.kernels.formats import by_group, int4, nvfp4
-from svdquant_pack.kernels.packing import sign_extend, unpack
+from svdquant_pack.kernels.formats import by_group, nvfp4
+from svdquant_pack.kernels.packing import pack, sign_extend, unpack
 
-ACTIVATIONS = [fmt for fmt in FORMATS.values() if fmt.quantize_activation]
+ACTIVATIONS = [fmt for fmt in FORMATS.values() if fmt.low_rank]
+INT4 = FORMATS["int4"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -65,8 +66,8 @@ def test_a_dead_group_decodes_to_zero(fmt):
 
 def test_int4_reads_all_sixteen_codes():
     codes = torch.arange(64).remainder(16)[None].to(torch.uint8)
-    tensors = {"qweight": int4.pack(codes), "wscales": torch.ones(1, 1)}
-    assert torch.equal(int4.decode_weight(tensors)[0, :16], torch.tensor([*range(8), *range(-8, 0)]).float())
+    tensors = {"qweight": pack(codes), "wscales": torch.ones(1, 1)}
+    assert torch.equal(INT4.decode_weight(tensors)[0, :16], torch.tensor([*range(8), *range(-8, 0)]).float())
 
 
 def test_nvfp4_reads_all_sixteen_codes():
@@ -86,7 +87,7 @@ def test_e2m1_rounds_to_nearest_even(value):
 
 def test_int4_activation_rule_is_the_stated_one():
     x = sample(2, 16, 128).bfloat16()
-    nibbles, ascales = int4.quantize_activation(x)
+    nibbles, ascales = INT4.quantize_activation(x)
     groups = x.float().view(16, 2, 64)
     exact = groups.abs().amax(-1) / 7
     assert torch.equal(ascales, exact.bfloat16())
@@ -97,16 +98,16 @@ def test_int4_activation_rule_is_the_stated_one():
 def test_unsigned_channels_use_the_codes_0_to_15():
     x = torch.rand(5, 192)
     x[:, :64] -= 0.5
-    nibbles, ascales = int4.quantize_activation(x, (64, 192))
+    nibbles, ascales = INT4.quantize_activation(x, (64, 192))
     assert nibbles[:, 64:].max() == 15
     torch.testing.assert_close(ascales[:, 1:], x[:, 64:].view(5, 2, 64).amax(-1) / 15)
-    decoded = int4.decode_activation(nibbles, ascales, (64, 192))
+    decoded = INT4.decode_activation(nibbles, ascales, (64, 192))
     assert ((decoded - x).abs() <= 0.5001 * ascales.repeat_interleave(64, 1)).all()
 
 
 def test_nvfp4_activation_scale_is_stored_as_e4m3_and_saturates():
     x = torch.cat([sample(3, 4, 32), torch.full((4, 32), 1e6)], 1)
-    nibbles, ascales = nvfp4.quantize_activation(x)
+    nibbles, ascales = FORMATS["nvfp4"].quantize_activation(x)
     assert ascales.dtype == torch.float8_e4m3fn and ascales[:, 2:].float().eq(448).all()
     assert (nibbles[:, 32:] == 7).all()
     exact = (x.view(4, 4, 16).abs().amax(-1) / 6).clamp_max(448)
@@ -135,5 +136,5 @@ def test_k_that_is_not_whole_groups_is_refused(fmt):
 
 
 def test_unpack_is_used_consistently():
-    encoded = int4.encode_weight(torch.eye(64), torch.float32)
+    encoded = INT4.encode_weight(torch.eye(64), torch.float32)
     assert sign_extend(unpack(encoded["qweight"])).diagonal().eq(7).all()

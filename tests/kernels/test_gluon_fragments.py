@@ -10,13 +10,12 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon", reason="needs a triton with Gluon")
 
-from svdquant_pack.kernels import stages
-from svdquant_pack.kernels.backends import Call
+from svdquant_pack.kernels import FORMATS, stages
+from svdquant_pack.kernels.backends import KernelCall
 from svdquant_pack.kernels.backends import gluon as backend
 from svdquant_pack.kernels.backends.gluon import int4_linear, int4_mma, verify
-from svdquant_pack.kernels.backends.gluon.fragments import Fragments, pack_fragments, unpack_fragments
+from svdquant_pack.kernels.backends.gluon.fragments import COLUMNS, TILE, WORDS, Fragments, pack_fragments
 from svdquant_pack.kernels.backends.reference import linear as reference_linear
-from svdquant_pack.kernels.formats.int4 import decode_activation
 from svdquant_pack.kernels.packing import pack, sign_extend, unpack
 from svdquant_pack.tests.kernels import gluon_emulator as emulator
 from svdquant_pack.tests.kernels.layers import random_layer
@@ -27,6 +26,15 @@ def random_weight(n: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int
     codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(k // 64, n, generator=generator) + 0.5).to(dtype)
     return pack(codes), scales
+
+
+def unpack_fragments(fragments: Fragments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fragment order to natural order: (qweight (N, K/2) int8, wscales (K/64, N)). Inverse of `pack_fragments`."""
+    tiles, groups = fragments.codes.shape[:2]
+    words = fragments.codes.unflatten(3, (TILE, WORDS)).permute(0, 2, 5, 3, 1, 4)  # tile pair half n group t
+    qweight = words.reshape(tiles * COLUMNS, groups * WORDS).view(torch.int8)
+    wscales = fragments.scales.permute(0, 3, 2, 4, 1).reshape(tiles * COLUMNS, groups)
+    return qweight[: fragments.n], wscales[: fragments.n].T.contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -118,7 +126,7 @@ def test_the_emulated_kernel_is_the_exact_product(monkeypatch, act_unsigned, pac
     weight = pack_fragments(qweight, wscales) if packed else (qweight, wscales)
     out = torch.full((m, n), float("nan"), dtype=dtype)
     int4_linear.int4_gemm(pack(codes), ascales, weight, None, None, None, out, act_unsigned)
-    act = decode_activation(codes, ascales.T, act_unsigned).double()
+    act = FORMATS["int4"].decode_activation(codes, ascales.T, act_unsigned).double()
     decoded = sign_extend(unpack(qweight)).double() * wscales[0].double()[:, None]
     assert torch.equal(out, (act @ decoded.T).half())
 
@@ -193,26 +201,26 @@ CUDA = torch.device("cuda", 0)
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (Call("nvfp4", CUDA, torch.float16, "w4a4", (8, 9)), "this layer is nvfp4"),
-        (Call("int4", CUDA, torch.float16, "w16", (8, 9)), "not w16"),
-        (Call("int4", torch.device("cpu"), torch.float16, "w4a4"), "needs an NVIDIA GPU"),
-        (Call("int4", CUDA, torch.float16, "w4a4", (9, 0)), "this GPU has 9.0"),
-        (Call("int4", CUDA, torch.float16, "w4a4", (12, 0)), "this GPU has 12.0"),
-        (Call("int4", CUDA, torch.float16, "w4a4", (7, 0)), "this GPU has 7.0"),
-        (Call("int4", CUDA, torch.bfloat16, "w4a4", (7, 5)), "not torch.bfloat16"),
-        (Call("int4", CUDA, torch.float32, "w4a4", (8, 6)), "not torch.float32"),
+        (KernelCall("nvfp4", CUDA, torch.float16, "w4a4", (8, 9)), "this layer is nvfp4"),
+        (KernelCall("int4", CUDA, torch.float16, "w16", (8, 9)), "not w16"),
+        (KernelCall("int4", torch.device("cpu"), torch.float16, "w4a4"), "needs an NVIDIA GPU"),
+        (KernelCall("int4", CUDA, torch.float16, "w4a4", (9, 0)), "this GPU has 9.0"),
+        (KernelCall("int4", CUDA, torch.float16, "w4a4", (12, 0)), "this GPU has 12.0"),
+        (KernelCall("int4", CUDA, torch.float16, "w4a4", (7, 0)), "this GPU has 7.0"),
+        (KernelCall("int4", CUDA, torch.bfloat16, "w4a4", (7, 5)), "not torch.bfloat16"),
+        (KernelCall("int4", CUDA, torch.float32, "w4a4", (8, 6)), "not torch.float32"),
     ],
     ids=str,
 )
 def test_a_call_it_cannot_run_is_refused_with_a_reason(call, reason):
-    assert reason in backend.refuses(call)
+    assert reason in backend.claims(call)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9)], ids=str)
 def test_int4_tensor_cores_are_accepted(capability):
-    assert backend.refuses(Call("int4", CUDA, torch.float16, "w4a4", capability)) is None
+    assert backend.claims(KernelCall("int4", CUDA, torch.float16, "w4a4", capability)) == backend.CLAIM
 
 
 def test_without_gluon_the_reason_is_kept(monkeypatch):
     monkeypatch.setattr(backend, "missing", lambda: "triton is not installed")
-    assert backend.refuses(Call("int4", CUDA, torch.float16, "w4a4", (8, 9))) == "triton is not installed"
+    assert backend.claims(KernelCall("int4", CUDA, torch.float16, "w4a4", (8, 9))) == "triton is not installed"

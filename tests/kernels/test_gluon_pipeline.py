@@ -7,14 +7,13 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon", reason="needs a triton with Gluon")
 
-from svdquant_pack.kernels import stages
-from svdquant_pack.kernels.backends import Call
+from svdquant_pack.kernels.backends import KernelCall
 from svdquant_pack.kernels.backends import gluon as backend
 from svdquant_pack.kernels.backends.gluon import int8_async, verify
 from svdquant_pack.kernels.backends.gluon.int8_linear import int8_linear
 from svdquant_pack.kernels.backends.reference import linear as reference_linear
 from svdquant_pack.tests.kernels import gluon_emulator, gluon_hopper_emulator
-from svdquant_pack.tests.kernels.layers import random_layer
+from svdquant_pack.tests.kernels.layers import RowSteps, random_layer
 
 
 def emulated(monkeypatch, copies_late: bool, reads_late: bool, multiprocessors: int) -> None:
@@ -114,11 +113,11 @@ def test_the_emulated_layer_agrees_with_the_reference(monkeypatch, format, m, n,
     factors = torch.randn(192, lora, generator=generator) / 14, torch.randn(n, lora, generator=generator)
     bias = torch.randn(n, generator=generator)
     extra = factors if lora else None
-    y = int8_linear(x, layer, bias, extra, stages.STAGES)
+    y = int8_linear(x, layer, bias, extra, RowSteps)
     expected = reference_linear(x, layer, bias, extra, "w4a8-jit")
     # the branch is rounded to half precision between its factors, which the reference does not do
     assert torch.allclose(y.float(), expected.float(), rtol=2**-9, atol=2**-7)
-    assert int8_linear(x[:0], layer, bias, extra, stages.STAGES).shape == (0, n)
+    assert int8_linear(x[:0], layer, bias, extra, RowSteps).shape == (0, n)
 
 
 def test_a_wrong_variant_never_computes_for_a_user(monkeypatch):
@@ -132,7 +131,7 @@ def test_a_wrong_variant_never_computes_for_a_user(monkeypatch):
     layer = random_layer("int4", 128, 128, 16, dtype=torch.bfloat16)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="is wrong by"):
-            int8_linear(torch.ones(3, 128, dtype=torch.float16), layer, None, None, stages.STAGES)
+            int8_linear(torch.ones(3, 128, dtype=torch.float16), layer, None, None, RowSteps)
 
 
 CUDA = torch.device("cuda", 0)
@@ -141,24 +140,24 @@ CUDA = torch.device("cuda", 0)
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (Call("awq_w4a16", CUDA, torch.float16, "w4a8-jit", (9, 0)), "this layer is awq_w4a16"),
-        (Call("int4", CUDA, torch.float16, "w4a8-jit", (8, 9)), "this GPU has 8.9"),
-        (Call("int4", CUDA, torch.float16, "w4a8-jit", (10, 0)), "this GPU has 10.0"),
-        (Call("int4", CUDA, torch.float32, "w4a8-jit", (9, 0)), "not torch.float32"),
-        (Call("int4", CUDA, torch.float16, "fp8", (9, 0)), "not fp8"),
+        (KernelCall("awq_w4a16", CUDA, torch.float16, "w4a8-jit", (9, 0)), "which awq_w4a16 has not"),
+        (KernelCall("int4", CUDA, torch.float16, "w4a8-jit", (8, 9)), "this GPU has 8.9"),
+        (KernelCall("int4", CUDA, torch.float16, "w4a8-jit", (10, 0)), "this GPU has 10.0"),
+        (KernelCall("int4", CUDA, torch.float32, "w4a8-jit", (9, 0)), "not torch.float32"),
+        (KernelCall("int4", CUDA, torch.float16, "fp8", (9, 0)), "not fp8"),
     ],
     ids=str,
 )
 def test_a_call_it_cannot_run_is_refused_with_a_reason(call, reason):
-    assert reason in backend.refuses(call)
+    assert reason in backend.claims(call)
 
 
 @pytest.mark.parametrize("format", ["int4", "nvfp4"])
 def test_hopper_is_accepted(format):
-    assert backend.refuses(Call(format, CUDA, torch.bfloat16, "w4a8-jit", (9, 0))) is None
+    assert backend.claims(KernelCall(format, CUDA, torch.bfloat16, "w4a8-jit", (9, 0))) == backend.CLAIM
 
 
 def test_hopper_without_the_steps_before_the_product_is_refused(monkeypatch):
-    monkeypatch.setattr(backend, "discover", lambda: ({}, {"triton": "not available"}))
-    call = Call("int4", CUDA, torch.bfloat16, "w4a8-jit", (9, 0))
-    assert backend.refuses(call) == "needs the triton kernels to quantize"
+    monkeypatch.setattr(backend.triton, "claims", lambda call: "Triton's kernels are off")
+    call = KernelCall("int4", CUDA, torch.bfloat16, "w4a8-jit", (9, 0))
+    assert backend.claims(call) == "Triton's kernels are off"

@@ -10,14 +10,14 @@ import torch
 pytest.importorskip("triton.experimental.gluon", reason="needs a triton with Gluon")
 
 from svdquant_pack.kernels import Layer, stages, svdquant_linear
-from svdquant_pack.kernels.backends import Call
+from svdquant_pack.kernels.backends import KernelCall
 from svdquant_pack.kernels.backends import gluon as backend
 from svdquant_pack.kernels.backends.gluon import int4_linear, int8_async, int8_linear
 from svdquant_pack.kernels.backends.gluon.fragments import pack_fragments
 from svdquant_pack.kernels.backends.reference import linear as reference_linear
-from svdquant_pack.kernels.dispatch import refusal
+from svdquant_pack.kernels.dispatch import fault_of
 from svdquant_pack.kernels.packing import pack
-from svdquant_pack.tests.kernels.layers import random_layer
+from svdquant_pack.tests.kernels.layers import RowSteps, random_layer
 
 GPU = torch.cuda.is_available() and torch.version.hip is None
 CAPABILITY = torch.cuda.get_device_capability() if GPU else (0, 0)
@@ -121,17 +121,17 @@ def test_int8_layer_agrees_with_the_reference(format):
     layer = random_layer(format, 512, 384, 32, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(2)
     x, bias = torch.randn(333, 384, generator=generator).bfloat16(), torch.randn(512, generator=generator)
-    y = int8_linear.int8_linear(x.cuda(), there(layer), bias.cuda(), None, stages.STAGES)
+    y = int8_linear.int8_linear(x.cuda(), there(layer), bias.cuda(), None, RowSteps)
     assert relative(y, reference_linear(x, layer, bias, None, "w4a8-jit")) < 4 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("compute", ["w4a4", "w4a8-jit"])
 def test_where_it_is_not_refused_the_self_test_passes(compute):
     device, dtype = torch.device("cuda", torch.cuda.current_device()), DTYPES[-1]
-    call = Call("int4", device, dtype, compute, CAPABILITY)
-    if reason := backend.refuses(call):
-        pytest.skip(reason)
-    assert refusal(backend.BACKEND, call) is None
+    call = KernelCall("int4", device, dtype, compute, CAPABILITY)
+    if isinstance(claim := backend.claims(call), str):
+        pytest.skip(claim)
+    assert fault_of(backend.BACKEND, call) is None
     layer = random_layer("int4", 512, 384, 32, dtype=dtype)
     x = torch.randn(1024, 384, generator=torch.Generator().manual_seed(3)).to(dtype)
     y = svdquant_linear(x.cuda(), there(layer), compute=compute)

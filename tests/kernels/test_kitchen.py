@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from svdquant_pack.kernels import stages
-from svdquant_pack.kernels.backends import Call, kitchen, reference
+from svdquant_pack.kernels.backends import KernelCall, kitchen, reference
 from svdquant_pack.kernels.formats import GELU_SHIFT
 from svdquant_pack.kernels.packing import sign_extend, unpack
 from svdquant_pack.tests.kernels.layers import random_layer
@@ -57,8 +57,10 @@ def test_both_multiply_the_same_codes_alike(dtype, unsigned):
     theirs = ck.scaled_mm_svdquant_w4a4(
         qact, layer["qweight"], ascales, layer["wscales"], branch_act, layer["proj_up"], bias, act_unsigned=unsigned
     )
-    ours = stages.linear_w4(
-        qact, ascales, weight, branch_act, layer["proj_up"], bias, "int4", channels, "", torch.float64
+    fmt = layer.spec.fmt
+    act = fmt.decode_activation(unpack(qact), ascales.T, channels).double()
+    ours = (
+        act @ fmt.decode_weight(weight).double().T + branch_act.double() @ layer["proj_up"].double().T + bias.double()
     )
     error = (theirs.double() - ours).norm() / ours.norm()
     assert error <= {torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]  # its output is rounded, and its branch too
@@ -84,10 +86,10 @@ def test_the_backend_is_the_layer(dtype, rank, lora_rank, unsigned):
     assert kitchen.linear(x[:0], layer, bias, lora, "w4a4").shape == (0, 128)
 
 
-def call(device_type="cuda", capability=(8, 9), **changes) -> Call:
+def call(device_type="cuda", capability=(8, 9), **changes) -> KernelCall:
     device = torch.device(device_type)
     values = {"format": "int4", "dtype": BF16, "compute": "w4a4"} | changes
-    return Call(device=device, capability=capability, arch=f"sm_{capability[0]}{capability[1]}", **values)
+    return KernelCall(device=device, capability=capability, arch=f"sm_{capability[0]}{capability[1]}", **values)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +107,8 @@ def call(device_type="cuda", capability=(8, 9), **changes) -> Call:
 )
 def test_it_refuses_without_the_package_too(found, reason):
     if found.device.type == "cpu":
-        found = Call("int4", CPU, BF16, "w4a4")
-    assert reason in kitchen.refuses(found)
+        found = KernelCall("int4", CPU, BF16, "w4a4")
+    assert reason in kitchen.claims(found)
 
 
 def test_it_says_why_without_a_gpu():
@@ -114,5 +116,5 @@ def test_it_says_why_without_a_gpu():
     kitchen.missing.cache_clear()
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    reason = kitchen.refuses(call())
+    reason = kitchen.claims(call())
     assert "not installed" in reason or "CUDA" in reason

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from svdquant_pack.kernels import FORMATS, Layer, LayerError, LayerSpec, choose, svdquant_linear
+from svdquant_pack.kernels.dispatch import candidates
 from svdquant_pack.kernels.formats import GELU_SHIFT
 from svdquant_pack.kernels.layer import check_values, from_blob, shifted_bias_term, to_blob
-from svdquant_pack.kernels.modes import candidates
 from svdquant_pack.quantize.files.dialects import stock_layer
 from svdquant_pack.tests.kernels.layers import random_layer
 
@@ -27,7 +27,7 @@ def formula(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, rounded: b
         if centred:
             shift -= layer["act_mean"].double()
         act = ((x64 + shift) / layer["smooth_factor"].double()).to(x.dtype)
-    if rounded and fmt.quantize_activation:
+    if rounded and fmt.low_rank:
         flat = act.reshape(-1, spec.k)
         codes, ascales = fmt.quantize_activation(flat, spec.act_unsigned)
         act = fmt.decode_activation(codes, ascales, spec.act_unsigned).view(act.shape)
@@ -87,9 +87,9 @@ def test_a_layer_for_8_bit_activations_gets_them(format):
     x, mode = torch.randn(9, 256), {"int4": "w4a8", "nvfp4": "w4a8-jit"}[format]
     assert torch.equal(svdquant_linear(x, wide), svdquant_linear(x, layer, compute=mode))
     assert not torch.equal(svdquant_linear(x, wide), svdquant_linear(x, layer))
-    assert choose(format, x.device, x.dtype, act_bits=8).compute == mode
+    assert choose(wide.spec, x.device, x.dtype).compute == mode
     for arch in ("sm_75", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"):
-        assert all(rule.compute != "w4a4" for rule in candidates(format, arch, "auto", 4096, act_bits=8))
+        assert "w4a4" not in candidates(format, arch, "auto", 4096, act_bits=8)
 
 
 @pytest.mark.parametrize("channels", [(0, 256), (64, 256), (64, 192)])
@@ -165,28 +165,52 @@ def test_a_blob_holds_every_tensor(format):
         assert (again[name].data_ptr() - blob.data_ptr()) % 256 == 0
 
 
-def broken(change) -> tuple[LayerSpec, dict[str, torch.Tensor]]:
-    layer = random_layer("int4", dtype=torch.bfloat16)
-    tensors = dict(layer.tensors)
-    return change(tensors, layer.spec) or layer.spec, tensors
-
-
-BROKEN = {
-    "missing": (lambda t, s: t.pop("wscales") is None or None, "wscales is missing"),
-    "shape": (lambda t, s: t.update(wscales=t["wscales"][:1]), r"wscales has shape \(1, 96\).*needs \(4, 96\)"),
-    "dtype": (lambda t, s: t.update(qweight=t["qweight"].int()), "qweight has dtype int32, needed int8"),
-    "extra": (lambda t, s: t.update(wtscale=torch.ones(())), "wtscale is not a tensor of a int4 layer"),
-    "rank": (lambda t, s: t.update(proj_up=t["proj_up"][:, :8]), r"proj_up has shape \(96, 8\)"),
-    "group": (lambda t, s: LayerSpec("int4", 96, 250, 16), "K=250 is not a multiple of the int4 group of 64"),
-    "range": (lambda t, s: LayerSpec("int4", 96, 256, 16, (32, 256)), "whole groups of 64"),
+BROKEN = {  # what is changed in the tensors of a layer -> what the error says
+    "missing": ("int4", lambda t: t.pop("wscales"), "wscales is missing"),
+    "too few groups": ("int4", lambda t: t.update(wscales=t["wscales"][:1]), r"wscales has shape \(1, 96\).*\(4, 96\)"),
+    "scales of one row": ("nvfp4", lambda t: t.update(wscales=t["wscales"][:1]), r"wscales has shape \(1, 96\)"),
+    "zeros of one group": ("awq_w4a16", lambda t: t.update(wzeros=t["wzeros"][:1]), r"wzeros has shape \(1, 96\)"),
+    "channel scale": ("nvfp4", lambda t: t.update(wcscales=torch.ones(1)), r"wcscales has shape \(1,\)"),
+    "tensor scale": ("nvfp4", lambda t: t.update(wtscale=torch.ones(1)), r"wtscale has shape \(1,\).*needs \(\)"),
+    "dtype": ("int4", lambda t: t.update(qweight=t["qweight"].int()), "qweight has dtype int32, needed int8"),
+    "dtype of scales": ("int4", lambda t: t.update(wscales=t["wscales"].double()), "wscales has dtype float64"),
+    "extra": ("int4", lambda t: t.update(wtscale=torch.ones(())), "wtscale is not a tensor of a int4 layer"),
+    "rank": ("int4", lambda t: t.update(proj_up=t["proj_up"][:, :8]), r"proj_up has shape \(96, 8\)"),
+    "smoothing": ("int4", lambda t: t.update(smooth_factor=t["smooth_factor"][:9]), r"smooth_factor has shape \(9,\)"),
+    "one mean": ("int4", lambda t: t.update(act_mean=t["smooth_factor"]), "act_mean and out_mean belong together"),
+    "device": ("int4", lambda t: t.update(wscales=t["wscales"].to("meta")), "wscales on meta: a layer lies on one"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_tensors_that_do_not_fit_are_named(name):
-    change, message = BROKEN[name]
+def test_a_layer_is_valid_or_cannot_exist(name):
+    format, change, message = BROKEN[name]
+    layer = random_layer(format, rank=16 if FORMATS[format].low_rank else 0, dtype=torch.bfloat16)
+    tensors = dict(layer.tensors)
+    change(tensors)
     with pytest.raises(LayerError, match=message):
-        check_layer(*broken(change))
+        Layer(layer.spec, tensors)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (("int3", 96, 256), "format is 'int3', known are"),
+        (("int4", 96, 250, 16), "K=250 is not a multiple of the int4 group of 64"),
+        (("int4", -1, 256), "N=-1, K=256, rank 0: needed numbers that are not negative"),
+        (("int4", 96, 256, -16), "rank -16: needed"),
+        (("awq_w4a16", 96, 256, 16), "has no low-rank branch"),
+        (("int4", 96, 256, 16, (32, 256)), "whole groups of 64"),
+        (("int4", 96, 256, 16, (128, 64)), "whole groups of 64"),
+        (("nvfp4", 96, 256, 16, (0, 64)), "unsigned channels 0:64 are not defined for nvfp4"),
+        (("int4", 96, 256, 16, (0, 0), "four_six"), "'four_six' is unknown to int4"),
+        (("int4", 96, 256, 16, (0, 0), "absmax", 6), "activations in 6 bit: int4 has 4 or 8"),
+        (("awq_w4a16", 96, 256, 0, (0, 0), "absmax", 8), "awq_w4a16 has 16"),
+    ],
+)
+def test_a_spec_that_contradicts_itself_cannot_be_made(fields, message):
+    with pytest.raises(LayerError, match=message):
+        LayerSpec(*fields)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +225,6 @@ def test_bad_values_are_named(name, value):
 
 
 def test_choose_gives_a_reason_for_everything_it_passes_over():
-    choice = choose("int4", torch.device("cpu"), torch.float32)
+    choice = choose(LayerSpec("int4", 64, 64), torch.device("cpu"), torch.float32)
     assert choice.backend.name == "reference" and choice.compute == "w4a4"
     assert all(isinstance(reason, str) and reason for reason in choice.passed_over.values())

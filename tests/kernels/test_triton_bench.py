@@ -4,7 +4,6 @@ import pytest
 import torch
 
 pytest.importorskip("svdquant_pack.kernels.backends.triton.launch")
-from svdquant_pack.kernels.dispatch import stage
 from svdquant_pack.tests.bench import linear_cases
 
 
@@ -13,7 +12,6 @@ from svdquant_pack.tests.bench import linear_cases
 def test_steps_and_vendor_products(format, dtype, device):
     case = linear_cases.Case("any", "any", format, 70, 64, 128)
     data = linear_cases.make_data(case, device, dtype)
-    assert stage("linear_w8a8", format, device, dtype, "w4a8-jit").__module__.endswith(("triton", "gluon"))
     steps, vendor = list(linear_cases._steps(data)), list(linear_cases._vendor_ways(data))
     assert [way.stage for way in steps] == ["quantize+down", "quantize+down", "expand", "product"]
     assert [way.mode for way in vendor][:1] == ["_int_mm"]

@@ -1,9 +1,9 @@
-"""Triton's expansion of 4-bit weights gives the bytes of kernels/eight_bit.py."""
+"""Triton's expansion of 4-bit weights gives the bytes of the formats."""
 
 import pytest
 import torch
 
-from svdquant_pack.kernels import FORMATS, eight_bit
+from svdquant_pack.kernels import FORMATS
 from svdquant_pack.kernels.formats import GELU_SHIFT
 
 launch = pytest.importorskip("svdquant_pack.kernels.backends.triton.launch")
@@ -32,7 +32,7 @@ def expand(format, weight, dtype, device, **arguments):
 def test_int8_rows_bit_for_bit(format, shape, device):
     weight = weight_of(format, *shape)
     codes, scales = expand(format, weight, torch.int8, device)
-    wanted, row_scales = eight_bit.expand_rows(format, weight)
+    wanted, row_scales = FORMATS[format].expand_rows(weight)
     if device.type == "cpu":
         assert torch.equal(codes, wanted)
     else:  # a fused multiply-add may decide a tie otherwise
@@ -48,7 +48,7 @@ def test_fp8_rows(format, shape, device):
         pytest.skip("this GPU has no fp8")
     weight = weight_of(format, *shape)
     codes, scales = expand(format, weight, torch.float8_e4m3fn, device)
-    wanted, row_scales = eight_bit.expand_rows(format, weight, torch.float8_e4m3fn)
+    wanted, row_scales = FORMATS[format].expand_rows(weight, torch.float8_e4m3fn)
     assert (codes.float() != wanted.float()).float().mean() <= 1e-3
     torch.testing.assert_close(scales, row_scales, rtol=1e-6, atol=0)
 

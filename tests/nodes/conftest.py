@@ -56,7 +56,7 @@ def demo_model(demo_file):
 @pytest.fixture(scope="session")
 def checkpoints(demo_model, tmp_path_factory) -> dict[str, Path]:
     """format -> 4-bit checkpoint of the demo model at rank 16."""
-    from svdquant_pack.nodes.host.model import ModelSource
+    from svdquant_pack.nodes.host.source import ModelSource
     from svdquant_pack.quantize.maker.model import quantize_model
     from svdquant_pack.quantize.recipe import Recipe
 

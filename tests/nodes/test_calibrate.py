@@ -13,7 +13,8 @@ from svdquant_pack.nodes.bake_lora import SVDQuantBakeLora
 from svdquant_pack.nodes.calibrate import SVDQuantCalibrate
 from svdquant_pack.nodes.host.bake import bake
 from svdquant_pack.nodes.host.files import SUFFIX
-from svdquant_pack.nodes.host.model import ModelSource, load_model, load_pinned_model
+from svdquant_pack.nodes.host.model import load_model, load_pinned_model
+from svdquant_pack.nodes.host.source import ModelSource
 from svdquant_pack.nodes.host.watch import Collector
 from svdquant_pack.nodes.quantize_model import MODEL_INPUT, NO_FILE, SVDQuantQuantizeModel
 from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError

@@ -8,7 +8,8 @@ pytest.importorskip("comfy.lora", reason="no ComfyUI: set COMFYUI_PATH")
 
 import folder_paths
 
-from svdquant_pack.nodes.host.model import ModelSource, load_pinned_model
+from svdquant_pack.nodes.host.model import load_pinned_model
+from svdquant_pack.nodes.host.source import ModelSource
 from svdquant_pack.nodes.load_model import SVDQuantLoadModel
 from svdquant_pack.quantize.files.checkpoint import CheckpointError
 from svdquant_pack.quantize.files.convert import TARGETS, convert_file

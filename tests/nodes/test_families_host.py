@@ -12,8 +12,9 @@ pytest.importorskip("comfy.lora", reason="no ComfyUI: set COMFYUI_PATH")
 import comfy.lora
 
 from svdquant_pack.kernels.formats import GELU_SHIFT
-from svdquant_pack.nodes.host.model import ModelSource, load_model, load_pinned_model
+from svdquant_pack.nodes.host.model import load_model, load_pinned_model
 from svdquant_pack.nodes.host.patcher import layer_name
+from svdquant_pack.nodes.host.source import ModelSource
 from svdquant_pack.quantize.families import FAMILIES, detect
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.maker.model import quantize_model

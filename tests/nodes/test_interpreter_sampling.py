@@ -31,7 +31,8 @@ def test_the_demo_model_in_the_interpreter():
 def test_triton_paints_the_pictures_of_the_reference(checkpoints, monkeypatch, format):
     from svdquant_pack.kernels import dispatch
     from svdquant_pack.kernels.backends import discover, reference
-    from svdquant_pack.nodes.host.model import describe_model, load_model
+    from svdquant_pack.nodes.host.describe import describe_model
+    from svdquant_pack.nodes.host.model import load_model
     from svdquant_pack.tests.kernels import interpreter_shim
     from svdquant_pack.tests.nodes.sampling import pictures
 

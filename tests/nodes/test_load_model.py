@@ -12,8 +12,10 @@ import comfy.sd
 import comfy.utils
 
 from svdquant_pack.kernels import COMPUTES
-from svdquant_pack.nodes.host import model as comfy_model
-from svdquant_pack.nodes.host.model import ModelSource, describe_model, load_model
+from svdquant_pack.nodes.host import describe
+from svdquant_pack.nodes.host.describe import describe_model
+from svdquant_pack.nodes.host.model import load_model
+from svdquant_pack.nodes.host.source import ModelSource
 from svdquant_pack.nodes.model_info import SVDQuantModelInfo
 from svdquant_pack.nodes.registry import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from svdquant_pack.quantize import linear
@@ -131,7 +133,7 @@ def test_a_file_for_another_gpu_runs_and_says_which_one_would_be_faster(
     caplog.set_level(logging.INFO, "svdquant")
     fitting = SVDQuantModelInfo().describe(load_model(str(checkpoints[format])))["result"][0]
     assert "faster" not in fitting + caplog.text
-    monkeypatch.setattr(comfy_model, "arch_of", lambda device: (arch, None))
+    monkeypatch.setattr(describe, "arch_of", lambda device: (arch, None))
     patcher = load_model(str(checkpoints[format]))
     said = f"runs, but a file of this model in {other} would be faster"
     assert caplog.text.count(said) == 1 and said in SVDQuantModelInfo().describe(patcher)["result"][0]

@@ -14,7 +14,7 @@ import comfy.utils
 from svdquant_pack.nodes.host.model import load_model, load_pinned_model
 from svdquant_pack.nodes.host.patcher import layer_name
 from svdquant_pack.quantize.files.open import open_checkpoint
-from svdquant_pack.quantize.lora.branch import LoraError
+from svdquant_pack.quantize.lora.deltas import LoraError
 from svdquant_pack.quantize.lora.fit import LoraLimits
 from svdquant_pack.tests.nodes.sampling import LORAS, forward, relative
 
@@ -40,9 +40,15 @@ def pair(request, checkpoints, demo_file):
     return load_model(str(checkpoints[request.param]), compute="w16"), dense
 
 
-def branches(patcher) -> dict[str, int]:
-    """layer -> width of its LoRA columns, of those that have any."""
-    return {layer_name(k): m.lora[0].shape[1] for k, m in patcher.packed_layers().items() if m.lora is not None}
+def loaded(patcher) -> list[str]:
+    """4-bit layers that have LoRAs."""
+    return [layer_name(key) for key, module in patcher.packed_layers().items() if module.loras is not None]
+
+
+def columns(patcher) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """weight key -> (lora_down, lora_up) of all active LoRAs of a 4-bit layer, strengths folded in."""
+    layers = patcher.packed_layers()
+    return {key: loras.columns(layers[key].packed.spec) for key, loras in patcher.layer_loras().items()}
 
 
 def assert_same_layers(four_bit, dense) -> None:
@@ -67,7 +73,7 @@ def test_a_stock_lora_is_exact_in_every_layer(pair, spelling, strength):
     moved = forward(four_bit)
     assert relative(moved, forward(dense)) < EXACT
     assert_same_layers(four_bit, dense)
-    assert len(branches(four_bit)) == 20, "every attention and MLP layer of the four blocks"
+    assert len(loaded(four_bit)) == 20, "every attention and MLP layer of the four blocks"
     assert relative(moved, forward(pair[0])) > 0.05, "the LoRA changes the picture"
 
 
@@ -90,7 +96,7 @@ def test_a_removed_lora_leaves_no_trace(checkpoints, format):
     strong = with_lora(plain, SPELLINGS[0], 1.0)
     assert not torch.equal(forward(strong), before)
     assert torch.equal(forward(plain), before), "the clone's LoRA stays with the clone"
-    assert not branches(plain)
+    assert not loaded(plain)
     comfy.model_management.unload_all_models()
     assert torch.equal(forward(plain), before)
     assert all(torch.equal(module.weight, stored[key]) for key, module in plain.packed_layers().items())
@@ -106,7 +112,7 @@ def test_a_lora_adds_its_exact_delta_to_a_layer_that_rounds_its_activations(chec
         comfy.model_management.load_models_gpu([patcher])
         results.append({key: module(inputs[key]) for key, module in patcher.packed_layers().items()})
     checked = 0
-    for key, (down, up) in strong.low_rank_patches().items():
+    for key, (down, up) in columns(strong).items():
         delta = inputs[key] @ down @ up.T
         assert relative(results[1][key] - results[0][key], delta) < EXACT, key
         checked += 1
@@ -114,7 +120,7 @@ def test_a_lora_adds_its_exact_delta_to_a_layer_that_rounds_its_activations(chec
 
 
 def test_half_loaded_is_the_same_model(checkpoints, caplog):
-    """Partly offloaded layers keep their branch, and the host never tries to patch packed bytes."""
+    """Partly offloaded layers keep their LoRAs, and the host never tries to patch packed bytes."""
     patcher = with_lora(load_model(str(checkpoints["int4"])), SPELLINGS[1], 0.7)
     whole = forward(patcher)
     comfy.model_management.unload_all_models()
@@ -123,16 +129,16 @@ def test_half_loaded_is_the_same_model(checkpoints, caplog):
         patcher.partially_unload(patcher.offload_device, 200_000)
     packed = patcher.packed_layers().values()
     assert not any(module.weight_function for module in packed)
-    assert len(branches(patcher)) == 20
+    assert len(loaded(patcher)) == 20
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert torch.equal(forward(patcher), whole)
 
 
-def test_memory_of_the_branch_is_asked_for(checkpoints):
+def test_memory_of_the_loras_is_asked_for(checkpoints):
     plain = load_model(str(checkpoints["int4"]))
     strong = with_lora(plain, SPELLINGS[0], 1.0)
     shape = (1, 16, 8, 8)
-    factors = sum(2 * (down.numel() + up.numel()) for down, up in strong.low_rank_patches().values())
+    factors = sum(2 * (down.numel() + up.numel()) for down, up in columns(strong).values())
     assert strong.memory_required(shape) - plain.memory_required(shape) >= 0.9 * factors
 
 

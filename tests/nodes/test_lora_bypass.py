@@ -61,7 +61,7 @@ def test_a_plain_lora_is_the_same_through_either_loader(pair, bypass):
 def test_it_adds_to_a_loaded_lora_and_follows_its_changes(pair, bypass):
     weights = dense_weights(*pair)
     below, above = lora_of(("lora", "dora_out"), weights, 1), lora_of(ADDING, weights, 2)
-    for strength in (0.3, 0.9):  # the second only swaps branches in place
+    for strength in (0.3, 0.9):  # the second only swaps LoRAs in place
         four_bit, dense = (bypass(with_file(patcher, below, strength), above, 0.5) for patcher in pair)
         assert relative(forward(four_bit), forward(dense)) < EXACT
     assert relative(forward(with_file(pair[0], below, 0.9)), forward(with_file(pair[1], below, 0.9))) < EXACT

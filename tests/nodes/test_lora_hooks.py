@@ -12,7 +12,7 @@ from svdquant_pack.nodes.demo import SVDQuantDemoDecode, SVDQuantDemoPrompt
 from svdquant_pack.nodes.host.lora_report import describe_loras
 from svdquant_pack.nodes.host.model import load_model
 from svdquant_pack.quantize.files.open import open_checkpoint
-from svdquant_pack.quantize.lora.terms import LoraError
+from svdquant_pack.quantize.lora.deltas import LoraError
 from svdquant_pack.tests.nodes.lora_files import dense_of, dense_weights, lora_of, with_file
 from svdquant_pack.tests.nodes.sampling import LORAS, relative
 
@@ -49,7 +49,7 @@ def prompt():
 
 
 def assert_hooks_gone(patcher) -> None:
-    assert not patcher.model.svdquant_hooked
+    assert not patcher.model.svdquant.unhooked
     assert patcher.current_hooks is None
     assert not patcher.svdquant_groups, "what a run registers does not add up"
 
@@ -127,14 +127,14 @@ def test_a_lora_masked_to_a_part_of_the_picture(pair):
 
 
 def test_a_change_of_a_scheduled_strength_makes_no_factor_anew(pair, monkeypatch):
-    from svdquant_pack.nodes.host import lora as comfy_lora
+    from svdquant_pack.quantize.lora import terms
 
     file = lora_of(("lora",), dense_weights(*pair))
     hooks = hook_of(file, 1.0, ((0.0, 0.1), (0.2, 0.4), (0.5, 0.9)))
     positive = comfy.hooks.set_hooks_for_conditioning(prompt(), hooks)
     made = []
-    original = comfy_lora.columns_of
-    monkeypatch.setattr(comfy_lora, "columns_of", lambda *args: made.append(args) or original(*args))
+    original = terms.columns_of
+    monkeypatch.setattr(terms, "columns_of", lambda *args: made.append(args) or original(*args))
     sample(pair[0], positive, prompt())
     assert len(made) == len(pair[0].packed_layers())
 
@@ -149,7 +149,9 @@ def test_memory_of_hook_loras_is_counted(pair):
     found = describe_loras(patcher)
     assert [row["name"] for row in found["rows"]] == ["hook LoRA 1"]
     assert found["rows"][0]["applied"] == found["of"]
-    assert patcher.model_size() - before == 4 * sum(b.numel for b in with_file(pair[0], file, 1.0).branches().values())
+    assert patcher.model_size() - before == 4 * sum(
+        b.numel for b in with_file(pair[0], file, 1.0).layer_loras().values()
+    )
 
 
 def test_a_hook_that_cannot_be_applied_is_refused_by_name(pair):

@@ -5,10 +5,11 @@ import torch
 
 pytest.importorskip("comfy.lora", reason="no ComfyUI: set COMFYUI_PATH")
 
-from svdquant_pack.nodes.host.model import ModelSource, load_model, load_pinned_model
+from svdquant_pack.nodes.host.model import load_model, load_pinned_model
+from svdquant_pack.nodes.host.source import ModelSource
 from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.lora.deltas import LoraError
 from svdquant_pack.quantize.lora.fit import LoraLimits
-from svdquant_pack.quantize.lora.terms import LoraError
 from svdquant_pack.quantize.maker.model import quantize_model
 from svdquant_pack.quantize.recipe import Recipe
 from svdquant_pack.tests.nodes import zoo
@@ -64,7 +65,7 @@ def test_strength_0_is_the_model_itself(pair):
     zero = pair[0].clone()
     zero.add_patches({key: ("diff", (weight,)) for key, weight in dense_weights(*pair).items()}, 0.0)
     zero = with_file(zero, lora, 0.0)
-    assert not zero.branches()
+    assert not zero.layer_loras()
 
 
 @pytest.mark.parametrize("order", [0, 3])
@@ -82,7 +83,7 @@ def test_two_files_with_the_same_keys_add_up(pair):
     assert first.keys() == second.keys()
     patched = [with_file(with_file(patcher, first, 0.8), second, -0.3) for patcher in pair]
     assert_equal_and_moved(pair, patched, EXACT)
-    assert all(branch.rank == 32 for branch in patched[0].branches().values())
+    assert all(loras.rank == 32 for loras in patched[0].layer_loras().values())
 
 
 def test_slices_of_fused_weights(pair):
@@ -90,7 +91,7 @@ def test_slices_of_fused_weights(pair):
     assert len(lora) > 3 * 10
     patched = [with_file(patcher, lora, 1.3) for patcher in pair]
     assert max(layer_errors(*patched).values()) < EXACT
-    widths = {key: branch.rank for key, branch in patched[0].branches().items()}
+    widths = {key: loras.rank for key, loras in patched[0].layer_loras().items()}
     # q, k and v at rank 4 share a block of 16 columns; linear1 also has a name for the three of them together
     assert all(width == (32 if "linear1" in key else 16) for key, width in widths.items())
 
@@ -169,13 +170,13 @@ def test_a_full_change_is_kept_to_the_stated_energy_or_refused(pair):
     strict = with_file(pair[0], lora, 1.0)
     strict.set_lora_limits(LoraLimits(max_rank=32))
     with pytest.raises(LoraError, match=r"double_blocks\.0\.img_attn\.\w+: .*'diff'.* keep \d+\.\d% .*at least 98.0%"):
-        strict.branches()
+        strict.layer_loras()
     loose = with_file(pair[0], lora, 1.0)
     loose.set_lora_limits(LoraLimits(max_rank=64, max_lost=0.99))
     notes = {}
-    for key, branch in loose.branches(notes=notes).items():
+    for key, loras in loose.layer_loras(notes=notes).items():
         delta = lora[key.removesuffix(".weight") + ".diff"]
-        found = branch.dense_weight(weights[key]) - weights[key]
+        found = loras.dense_weight(weights[key]) - weights[key]
         lost = ((found - delta).norm() / delta.norm()).square().item()
         assert lost == pytest.approx(1 - notes[key][0].kept, abs=0.02)
         assert 0.01 < lost < 0.99

@@ -15,8 +15,8 @@ from svdquant_pack.nodes.host.model import load_model
 from svdquant_pack.nodes.lora_info import SVDQuantLoraInfo
 from svdquant_pack.nodes.lora_limits import SVDQuantLoraLimits
 from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.lora.deltas import LoraError
 from svdquant_pack.quantize.lora.fit import LoraLimits
-from svdquant_pack.quantize.lora.terms import LoraError
 from svdquant_pack.tests.nodes.lora_files import as_file, lora_of, slices_of, tensors_of, with_file
 from svdquant_pack.tests.nodes.sampling import forward, relative
 
@@ -51,7 +51,7 @@ def test_the_report_has_a_row_per_lora(plain, weights, demo_model):
     assert len(found["rows"][1]["layers"]) == len(weights)
     assert found["rows"][1]["other"] == ["diffusion_model.img_in.bias", "diffusion_model.img_in.weight"]
     assert found["layers"] == found["of"] == len(weights)
-    assert found["columns"] == sum(branch.rank for branch in second.branches().values())
+    assert found["columns"] == sum(loras.rank for loras in second.layer_loras().values())
     text = text_of(second)
     assert "LoRA 1" in text and "-0.25" in text and "total:" in text
     assert text_of(plain) == "This MODEL has no LoRA."
@@ -238,7 +238,7 @@ def test_a_missing_up_is_logged_by_name_and_the_rest_applied(plain, caplog):
     file[f"{other}.lora_down.weight"] = made["lora_down.weight"]
     patched = with_file(plain, file, 1.0)
     assert f"lora key not loaded: {other}.lora_down.weight" in caplog.text
-    assert len(patched.branches()) == 1
+    assert len(patched.layer_loras()) == 1
 
 
 def test_the_same_file_twice_counts_twice(plain, weights):

@@ -11,7 +11,7 @@ pytest.importorskip("comfy.lora", reason="no ComfyUI: set COMFYUI_PATH")
 import comfy.model_management
 
 from svdquant_pack.nodes.host.model import load_model
-from svdquant_pack.quantize.lora.terms import LoraError
+from svdquant_pack.quantize.lora.deltas import LoraError
 from svdquant_pack.tests.nodes.lora_files import KINDS, lora_of, with_file
 from svdquant_pack.tests.nodes.sampling import forward, relative
 
@@ -32,8 +32,8 @@ def weights(checkpoints):
 
 
 def loaded(patcher):
-    """4-bit layers that have a branch."""
-    return [module for module in patcher.packed_layers().values() if module.branch is not None]
+    """4-bit layers that have LoRAs."""
+    return [module for module in patcher.packed_layers().values() if module.loras is not None]
 
 
 def test_on_off_on_is_bit_equal(plain, weights):
@@ -52,7 +52,7 @@ def test_clones_share_weights_and_no_lora(plain, weights):
     assert not torch.equal(forward(first), alone)
     assert torch.equal(forward(second), alone)
     assert torch.equal(forward(third), forward(first))
-    assert not plain.branches()
+    assert not plain.layer_loras()
 
 
 def test_order_of_loras_does_not_matter(plain, weights):
@@ -66,13 +66,13 @@ def test_a_change_of_strength_touches_no_factor(plain, weights):
     file = lora_of(("lora", "lokr", "loha"), weights)
     weak, strong = (with_file(plain, file, strength) for strength in (0.3, 0.9))
     forward(weak)
-    before = [(m.branch.parts, m._loaded.down, m._loaded.up, m._loaded.krons) for m in loaded(weak)]
+    before = [(m.loras.deltas, m._loaded.down, m._loaded.up, m._loaded.krons) for m in loaded(weak)]
     places = [module.weight.data_ptr() for module in loaded(weak)]
-    entries = len(plain.model.svdquant_parts)
+    entries = len(plain.model.svdquant.store)
     output = forward(strong)
-    assert len(plain.model.svdquant_parts) == entries
-    for (parts, down, up, krons), module in zip(before, loaded(strong), strict=True):
-        assert all(one is other for one, other in zip(parts, module.branch.parts, strict=True))
+    assert len(plain.model.svdquant.store) == entries
+    for (deltas, down, up, krons), module in zip(before, loaded(strong), strict=True):
+        assert all(one is other for one, other in zip(deltas, module.loras.deltas, strict=True))
         assert module._loaded.down is down and module._loaded.up is up and module._loaded.krons is krons
     assert [module.weight.data_ptr() for module in loaded(strong)] == places, "no weight was moved"
     fresh = with_file(plain, {name: tensor.clone() for name, tensor in file.items()}, 0.9)
@@ -94,8 +94,8 @@ def test_a_lora_on_16bit_layers_too_is_swapped_as_a_whole(plain, weights):
 
 def test_memory_is_in_the_size_that_the_host_makes_room_for(plain, weights):
     strong = with_file(plain, lora_of(KINDS, weights), 1.0)
-    branches = sum(branch.numel for branch in strong.branches().values())
-    assert strong.model_size() == plain.model_size() + 4 * branches  # float32 on a CPU
+    numbers = sum(loras.numel for loras in strong.layer_loras().values())
+    assert strong.model_size() == plain.model_size() + 4 * numbers  # float32 on a CPU
     assert strong.clone().model_size() == strong.model_size()
     assert with_file(strong, lora_of(("lora",), weights, 1), 1.0).model_size() > strong.model_size()
     forward(strong)
@@ -113,7 +113,7 @@ def test_half_loaded_is_the_same_model_with_every_kind(plain, weights, caplog):
         strong.partially_unload(strong.offload_device, 200_000)
     assert not any(module.weight_function for module in strong.packed_layers().values())
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert plain.model.svdquant_room == strong.branch_bytes() <= strong.loaded_size() < strong.model_size()
+    assert plain.model.svdquant.room == strong.lora_bytes() <= strong.loaded_size() < strong.model_size()
     assert torch.equal(forward(strong), whole)
     strong.detach()
     assert strong.loaded_size() == 0
@@ -124,11 +124,11 @@ def test_what_a_file_needs_is_freed_with_it(plain, weights):
     forward(plain)
     strong = with_file(plain, lora_of(KINDS, weights), 0.7)
     forward(strong)
-    assert len(plain.model.svdquant_parts) > 0
+    assert len(plain.model.svdquant.store) > 0
     forward(plain)
     del strong
     gc.collect()
-    assert len(plain.model.svdquant_parts) == 0
+    assert len(plain.model.svdquant.store) == 0
     assert not loaded(plain)
 
 
@@ -152,14 +152,14 @@ def test_200_cycles_leave_no_memory(plain, weights):
             del strong
             sizes.append(alive())
     assert sizes[0] == sizes[1]
-    assert len(plain.model.svdquant_parts) == 0
+    assert len(plain.model.svdquant.store) == 0
 
 
 class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("where", ["branches", "host"])
+@pytest.mark.parametrize("where", ["factors", "host"])
 def test_interrupted_loading_leaves_the_model_as_before(plain, weights, monkeypatch, where):
     first = with_file(plain, lora_of(("lora",), weights, 0), 1.0)
     before = forward(first)
@@ -169,12 +169,12 @@ def test_interrupted_loading_leaves_the_model_as_before(plain, weights, monkeypa
 
     def stop(*args, **kwargs):
         calls.append(args)
-        if len(calls) > (8 if where == "branches" else 0):
+        if len(calls) > (8 if where == "factors" else 0):
             raise Stopped
         return original(*args, **kwargs)
 
-    if where == "branches":
-        from svdquant_pack.nodes.host import lora as place
+    if where == "factors":
+        from svdquant_pack.quantize.lora import terms as place
 
         original = place.columns_of
         monkeypatch.setattr(place, "columns_of", stop)
@@ -221,7 +221,7 @@ def test_merges_are_refused_by_name(plain, demo_model, checkpoints):
     ):
         with pytest.raises(LoraError, match="4-bit model cannot be merged; merge the 16-bit models"):
             merge()
-    assert not plain.branches()
+    assert not plain.layer_loras()
 
 
 def test_saving_says_that_the_loras_are_missing(plain, weights, caplog):

@@ -76,9 +76,10 @@ def _number(call: KernelCall) -> str:
 def linear(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, compute: str) -> torch.Tensor:
     """The whole layer on x (M, K), the formula of the reference backend. Returns (M, N) in the dtype of x."""
     if compute == "w4a8-jit":
+        from ..triton import layers
         from .int8_linear import int8_linear
 
-        return int8_linear(x, layer, bias, lora)
+        return int8_linear(x, layer, bias, lora, layers)
     from .int4_linear import int4_linear
 
     return int4_linear(x, layer, bias, lora)

@@ -3,7 +3,8 @@
 A warp works on 64 output channels. Lane l multiplies column l // 4 of each 8 columns and, of each group of 64 input
 channels, the sixteen channels from 16 * (l % 4) on. Which sixteen is free as long as weight and activation agree: the
 sum over a group does not care about order. This choice makes a lane's share 8 neighbouring bytes of the natural order,
-so that the activation needs no packing at all.
+so that the activation needs no packing at all. Used where N is odd, as the order pads it, and where the caller of
+`int4_linear` has put the weight in this order before.
 """
 
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def _pad_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def pack_fragments(qweight: torch.Tensor, wscales: torch.Tensor) -> Fragments:
-    """Natural order to fragment order. Inverse: `unpack_fragments`.
+    """Natural order to fragment order.
 
     qweight  (N, K/2) int8, low nibble = even column
     wscales  (K/64, N), any float dtype
@@ -57,12 +58,3 @@ def pack_fragments(qweight: torch.Tensor, wscales: torch.Tensor) -> Fragments:
     codes = words.permute(0, 4, 1, 3, 5, 2).flatten(3, 4)
     scales = _pad_rows(wscales.T.contiguous()).view(-1, COLUMNS // TILE, 4, 2, wscales.shape[0])  # tile nt t e g
     return Fragments(codes.contiguous(), scales.permute(0, 4, 2, 1, 3).contiguous(), n)
-
-
-def unpack_fragments(fragments: Fragments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fragment order to natural order: (qweight (N, K/2) int8, wscales (K/64, N)). Inverse of `pack_fragments`."""
-    tiles, groups = fragments.codes.shape[:2]
-    words = fragments.codes.unflatten(3, (TILE, WORDS)).permute(0, 2, 5, 3, 1, 4)  # tile pair half n group t
-    qweight = words.reshape(tiles * COLUMNS, groups * WORDS).view(torch.int8)
-    wscales = fragments.scales.permute(0, 3, 2, 4, 1).reshape(tiles * COLUMNS, groups)
-    return qweight[: fragments.n], wscales[: fragments.n].T.contiguous()

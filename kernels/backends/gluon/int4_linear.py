@@ -7,7 +7,6 @@ import triton.language as tl
 from ...formats import GELU_SHIFT
 from ...layer import Layer, Lora
 from ...packing import pack
-from ..cases import CompileCase
 from . import GROUP_SIZE, verify
 from .branch import side_by_side
 from .fragments import Fragments, pack_fragments
@@ -202,22 +201,3 @@ def int4_linear(
         qact, ascales = quantize(x, layer["smooth_factor"], spec.act_unsigned, spec.act_rule, mean)
         int4_gemm(qact, ascales, weight or natural, branch_act, up, bias, out, layer.spec.act_unsigned)
     return out[:, :n]
-
-
-def compile_cases() -> list[CompileCase]:
-    """The quantizer; Ampere and Turing differ in the type of x alone."""
-    pointers = {"smooth": "*bf16", "mean": "*bf16", "qact": "*i8"}
-    numbers = dict.fromkeys(("M", "K", "stride", "first_unsigned", "stop_unsigned"), "i32")
-    return [
-        CompileCase(
-            name=f"gluon-int4-quantize-{dtype}",
-            kernel=quantize_kernel,
-            signature={**pointers, **numbers, "x": f"*{dtype}", "ascales": f"*{dtype}"},
-            constexprs={"MEAN": True, "SHIFT": GELU_SHIFT, "SIGNED_EXTREME": True, "ROWS": QUANTIZE_ROWS},
-            num_warps=4,
-            num_stages=1,
-            targets=targets,
-            undivisible=("M", "stride", "first_unsigned", "stop_unsigned"),
-        )
-        for dtype, targets in (("bf16", ("sm_80", "sm_86", "sm_89")), ("fp16", ("sm_75",)))
-    ]

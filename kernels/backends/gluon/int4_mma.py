@@ -9,13 +9,11 @@ Operand order inside a lane: PTX ISA, "Matrix Fragments for mma.m16n8k64" and "f
 """
 
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..cases import CompileCase
 from .fragments import COLUMNS
 from .tile_order import tile_position
 
@@ -280,34 +278,3 @@ def compile_time(
         "TURING": turing,
         "WS": KINDS[scales],
     }
-
-
-def compile_cases() -> list[CompileCase]:
-    """Kinds of groups, orders of the weight and tilings, with bias; Turing in half precision, it has no other."""
-    kinds = {"signed": (0, 0), "unsigned": (0, 1024), "mixed": (512, 1024)}
-    variants = [
-        *((LARGE, kind, packed, turing) for kind, packed, turing in product(kinds, (True, False), (False, True))),
-        *((SMALL, kind, False, False) for kind in kinds),
-        (SMALL, "signed", False, True),
-    ]
-    return [_case(tiling, kind, kinds[kind], packed, turing) for tiling, kind, packed, turing in variants]
-
-
-def _case(tiling: Tiling, kind: str, act_unsigned: tuple[int, int], packed: bool, turing: bool) -> CompileCase:
-    dtype = torch.float16 if turing else torch.bfloat16
-    signature = dict.fromkeys(("qact", "codes", "branch_act", "proj_up"), "*i64")
-    signature |= dict.fromkeys(("wscales", "bias", "out"), "*i32")
-    signature |= dict.fromkeys(("M", "N", "K", "R", "first_unsigned", "stop_unsigned"), "i32")
-    targets = ("sm_75",) if turing else ("sm_80", "sm_86", "sm_89")
-    words = ("gluon-int4", kind, f"{tiling.rows}x{tiling.columns}", "packed" if packed else "natural")
-    return CompileCase(
-        name="-".join(words) + "-turing" * turing,
-        kernel=int4_mma_kernel,
-        signature={**signature, "ascales": "*" + KINDS[dtype]},
-        constexprs=compile_time(tiling, 1024, act_unsigned, dtype, packed, True, turing),
-        num_warps=tiling.warps,
-        num_stages=1,
-        targets=targets,
-        expect=dict.fromkeys(targets, "IMMA.8832" if turing else "IMMA.16864"),
-        undivisible=("M", "first_unsigned", "stop_unsigned"),
-    )

@@ -23,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..cases import CompileCase
 from .tile_order import tile_position
 
 # two names that changed after triton 3.6
@@ -31,7 +30,7 @@ block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 INSTRUCTION_COLUMNS = 128  # of one int8 instruction; 256 is refused by the compiler
 SLICE = 32  # columns of the branch that are multiplied at a time; more of them spill registers
-TYPES = {torch.bfloat16: (gl.bfloat16, "bf16"), torch.float16: (gl.float16, "fp16")}
+TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @dataclass(frozen=True)
@@ -193,17 +192,16 @@ def compile_time(tiling: Tiling, branch: bool, bias: bool) -> dict[str, object]:
     }
 
 
-def blocks(tiling: Tiling, dtype: torch.dtype) -> dict[str, tuple[list[int], object, str]]:
-    """{descriptor argument: (shape of a copied block, its order in shared memory, name of its type)}"""
+def blocks(tiling: Tiling, dtype: torch.dtype) -> dict[str, tuple[list[int], object]]:
+    """{descriptor argument: (shape of a copied block, its order in shared memory)}"""
     shapes = {
-        "a_desc": ([tiling.rows, tiling.depth], gl.int8, "i8"),
-        "w_desc": ([tiling.columns, tiling.depth], gl.int8, "i8"),
-        "act_desc": ([tiling.rows, SLICE], *TYPES[dtype]),
-        "up_desc": ([tiling.columns, SLICE], *TYPES[dtype]),
+        "a_desc": ([tiling.rows, tiling.depth], gl.int8),
+        "w_desc": ([tiling.columns, tiling.depth], gl.int8),
+        "act_desc": ([tiling.rows, SLICE], TYPES[dtype]),
+        "up_desc": ([tiling.columns, SLICE], TYPES[dtype]),
     }
     return {
-        name: (block, gl.NVMMASharedLayout.get_default_for(block, type_), text)
-        for name, (block, type_, text) in shapes.items()
+        name: (block, gl.NVMMASharedLayout.get_default_for(block, type_)) for name, (block, type_) in shapes.items()
     }
 
 
@@ -233,7 +231,7 @@ def int8_gemm(
     tensors = {"a_desc": a8, "w_desc": w8} | ({"act_desc": branch_act, "up_desc": proj_up} if branch else {})
     descriptors = {
         name: TensorDescriptor.from_tensor(tensors[name], block, layout) if name in tensors else None
-        for name, (block, layout, _) in blocks(tiling, out.dtype).items()
+        for name, (block, layout) in blocks(tiling, out.dtype).items()
     }
     tiles = -(-m // tiling.rows) * -(-n // tiling.columns)
     programs = torch.cuda.get_device_properties(a8.device).multi_processor_count * (1 if tiling is WIDE else 2)
@@ -252,32 +250,3 @@ def int8_gemm(
             num_warps=tiling.warps,
         )
     return out
-
-
-def compile_cases() -> list[CompileCase]:
-    """Both tilings with and without a branch."""
-    return [
-        _case(name, tiling, branch) for name, tiling in (("wide", WIDE), ("square", SQUARE)) for branch in (False, True)
-    ]
-
-
-def _case(name: str, tiling: Tiling, branch: bool) -> CompileCase:
-    signature = {
-        argument: f"tensordesc<{text}{block},{layout!r}>"
-        for argument, (block, layout, text) in blocks(tiling, torch.bfloat16).items()
-        if branch or argument in ("a_desc", "w_desc")
-    }
-    signature |= {"a_scale": "*fp32", "w_scale": "*fp32", "bias": "*bf16", "out": "*bf16"}
-    signature |= dict.fromkeys(("M", "N", "K", "R"), "i32")
-    return CompileCase(
-        name=f"gluon-int8-async-{name}" + "-branch" * branch,
-        kernel=int8_async_kernel,
-        signature=signature,
-        constexprs=compile_time(tiling, branch, True) | ({} if branch else {"act_desc": None, "up_desc": None}),
-        num_warps=tiling.warps,
-        num_stages=1,
-        targets=("sm_90",),
-        expect={"sm_90": "IGMMA"},
-        async_marker=True,
-        undivisible=("M",),
-    )

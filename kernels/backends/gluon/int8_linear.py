@@ -1,5 +1,7 @@
 """A whole layer around the asynchronous int8 kernel: activations int8 per row, the weight expanded to int8 rows."""
 
+from typing import Protocol
+
 import torch
 
 from ...layer import Layer, Lora
@@ -8,15 +10,23 @@ from .branch import side_by_side
 from .int8_async import int8_gemm, tiling_of
 
 
-def int8_linear(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
-    """One layer on x (M, K), w4a8-jit; torch's allocator hands out the same scratch memory to every call's weight."""
-    from ..triton import launch
+class RowSteps(Protocol):
+    """What is done before the product: codes with one scale per row, of the activation and of the weight."""
 
+    def quantized(
+        self, x: torch.Tensor, layer: Layer, codes: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]: ...
+
+    def expanded(self, layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def int8_linear(
+    x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, steps: RowSteps
+) -> torch.Tensor:
+    """One layer on x (M, K), w4a8-jit; torch's allocator hands out the same scratch memory to every call's weight."""
     spec = layer.spec
-    proj_down = layer["proj_down"] if spec.rank else None
-    qact, ascales, act = launch.quantize(x, layer["smooth_factor"], proj_down, "int8_row", spec.act_unsigned)
-    scales = launch.channel_scales_of(layer.tensors)
-    weight, row_scales = launch.expand(spec.format, layer.tensors, torch.int8, scales)
+    qact, ascales, act = steps.quantized(x, layer, "int8_row")
+    weight, row_scales = steps.expanded(layer, torch.int8)
     pairs = [(act, layer["proj_up"])] if spec.rank else []
     if lora is not None:
         pairs.append((x @ lora[0].to(x.dtype), lora[1]))

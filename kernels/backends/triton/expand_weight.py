@@ -7,9 +7,7 @@ row scale needs no look at the codes, so expansion is one pass that keeps no sta
 import triton
 import triton.language as tl
 
-from ..cases import TARGETS, CompileCase
 from .codes import GELU_SHIFT, from_e2m1, from_e4m3, interleave, round_bits
-from .tiles import launch_options, shipped
 
 
 @triton.jit
@@ -117,39 +115,3 @@ def expand_weight(
             tl.store(target, w.to(weight.dtype.element_ty), mask=inside & (k < K)[None, :])
     if SHIFT:
         tl.store(shift + rn, total * GELU_SHIFT, mask=rn < N)
-
-
-FLAVOURS = {  # what is read and written: signature, flags
-    "int4-int8": ({"wscales": "*bf16", "weight": "*i8"}, {"NVFP4": False, "UNIT": 15, "SMOOTH": False}),
-    "nvfp4-int8": ({"wscales": "*u8", "weight": "*i8"}, {"NVFP4": True, "UNIT": 20, "SMOOTH": False}),
-    "int4-fp16": ({"wscales": "*fp16", "weight": "*fp16"}, {"NVFP4": False, "UNIT": 0, "SMOOTH": True}),
-    "nvfp4-bf16": ({"wscales": "*u8", "weight": "*bf16"}, {"NVFP4": True, "UNIT": 0, "SMOOTH": True}),
-}
-
-
-def compile_cases() -> list[CompileCase]:
-    """int8 and 16-bit weights of both formats in every shipped setting; no tensor cores, so Turing too"""
-    signature = {"qweight": "*i8", "wzeros": "*bf16", "smooth_factor": "*bf16"}
-    signature |= dict.fromkeys(("channel_scales", "row_scales", "shift"), "*fp32")
-    signature |= dict.fromkeys(("N", "K", "unsigned_start", "unsigned_stop"), "i32")
-    cases = []
-    for name, options, targets in shipped("expand_weight", TARGETS):
-        constexprs, warps, stages = launch_options(options)
-        size = constexprs.pop("BYTES")
-        for flavour, (types, flags) in FLAVOURS.items():
-            more = {"GROUPS": size // (8 if flags["NVFP4"] else 32), "CHANNEL": flags["NVFP4"]}
-            more |= {"AWQ": False, "SHIFT": False}
-            # bf16 does not exist on Turing
-            able = tuple(target for target in targets if target != "sm_75" or flavour != "nvfp4-bf16")
-            cases.append(
-                CompileCase(
-                    f"{name}-{flavour}",
-                    expand_weight,
-                    signature | types,
-                    constexprs | flags | more,
-                    warps,
-                    stages,
-                    able,
-                )
-            )
-    return cases

@@ -6,9 +6,7 @@ The dots stand for epilogue.py. Only sm_100 and sm_120 have the instruction.
 import triton
 import triton.language as tl
 
-from ..cases import CompileCase
 from .epilogue import finish, store, tile_of
-from .tiles import launch_options, shipped
 
 E2M1 = tl.constexpr("e2m1")  # a name, because the interpreter of triton 3.6 takes no bare string here
 
@@ -92,30 +90,3 @@ def gemm_nvfp4(
         ACTIVATION,
     )
     store(out, acc, rm, rn, M, N)
-
-
-def compile_cases() -> list[CompileCase]:
-    """With and without GELU in every shipped setting"""
-    signature = dict.fromkeys(("branch_act", "proj_up", "lora_act", "lora_up", "bias", "out"), "*bf16")
-    signature |= {"qact": "*u8", "qweight": "*u8", "ascales": "*fp8e4nv", "wscales": "*fp8e4nv"}
-    signature |= {"channel_scales": "*fp32", "lora_strength": "*fp32"}
-    signature |= dict.fromkeys(("M", "N", "K", "R", "R_LORA"), "i32")
-    cases = []
-    for name, options, targets in shipped("gemm_nvfp4", ("sm_100", "sm_120")):
-        constexprs, warps, stages = launch_options(options)
-        constexprs |= {"EVEN": True, "STRENGTH": False, "BIAS": True}
-        for activation in (0, 1):
-            cases.append(
-                CompileCase(
-                    name + "-gelu" * activation,
-                    gemm_nvfp4,
-                    signature,
-                    constexprs | {"ACTIVATION": activation},
-                    warps,
-                    stages,
-                    targets,
-                    {"sm_100": "UTCOMMA", "sm_120": "OMMA"},
-                    undivisible=("M",),
-                )
-            )
-    return cases

@@ -7,7 +7,6 @@ too large, as a shift is all it then takes to sign-extend them; the scales take 
 import triton
 import triton.language as tl
 
-from ..cases import CompileCase
 from .codes import (
     GELU_SHIFT,
     MAGIC,
@@ -22,7 +21,6 @@ from .codes import (
     round_bits,
 )
 from .epilogue import finish, store, tile_of
-from .tiles import INT8, INT8_TARGETS, launch_options, shipped, split_by_asm
 
 
 @triton.jit
@@ -160,42 +158,3 @@ def gemm_w4(
         tl.store(target, codes, mask=inside[:, :, None])
         target = next_ascales + group[None, :].to(tl.int64) * M + rm[:, None]
         tl.store(target, scale.to(next_ascales.dtype.element_ty), mask=inside)
-
-
-AMD_A4 = "nibbles are unpacked one by one without PTX; w4a8 is what runs there unless w4a4 is asked for"
-FLAVOURS = {  # what changes the kernel, beside the tile
-    "a8": {"EIGHT": True, "ACTIVATION": 0, "REQUANTIZE": False},
-    "a4": {"EIGHT": False, "ACTIVATION": 0, "REQUANTIZE": False},
-    "a8-requantize": {"EIGHT": True, "ACTIVATION": 1, "REQUANTIZE": True},
-}
-
-
-def compile_cases() -> list[CompileCase]:
-    """8- and 4-bit activations, and the requantizing epilogue, in every shipped setting"""
-    signature = dict.fromkeys(("branch_act", "proj_up", "lora_act", "lora_up", "bias", "out", "wscales"), "*bf16")
-    signature |= {"qact": "*i8", "qweight": "*i8", "lora_strength": "*fp32"}
-    signature |= {"next_smooth": "*bf16", "next_qact": "*i8", "next_ascales": "*bf16"}
-    signature |= dict.fromkeys(("M", "N", "K", "R", "R_LORA", "unsigned_start", "unsigned_stop"), "i32")
-    cases = []
-    for name, options, reached in shipped("gemm_w4", INT8_TARGETS):
-        constexprs, warps, stages = launch_options(options)
-        constexprs |= {"FOLD": True, "STRENGTH": False, "BIAS": True}
-        for flavour, flags in FLAVOURS.items():
-            for asm, targets in split_by_asm(reached):
-                # a tile of 16 rows is too small for Hopper's instruction of 64
-                cores = INT8 | ({"sm_90": "IMMA"} if constexprs["BM"] < 64 else {})
-                cases.append(
-                    CompileCase(
-                        f"{name}-{flavour}" + "-amd" * (not asm),
-                        gemm_w4,
-                        signature | {"ascales": "*fp32" if flags["EIGHT"] else "*bf16"},
-                        constexprs | flags | {"ASM": asm},
-                        warps,
-                        stages,
-                        targets,
-                        {target: cores[target] for target in targets},
-                        {} if asm or flavour != "a4" else dict.fromkeys(targets, AMD_A4),
-                        undivisible=("M",),
-                    )
-                )
-    return cases

@@ -3,9 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..cases import CompileCase
 from .epilogue import finish, store, tile_of
-from .tiles import INT8, INT8_TARGETS, launch_options, shipped
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -76,30 +74,3 @@ def gemm_w8(
         ACTIVATION,
     )
     store(out, acc, rm, rn, M, N)
-
-
-def compile_cases() -> list[CompileCase]:
-    """With and without GELU in every shipped setting"""
-    signature = dict.fromkeys(("branch_act", "proj_up", "lora_act", "lora_up", "bias", "out"), "*bf16")
-    signature |= {"qact": "*i8", "weight": "*i8"}
-    signature |= dict.fromkeys(("ascales", "row_scales", "lora_strength"), "*fp32")
-    signature |= dict.fromkeys(("M", "N", "K", "R", "R_LORA"), "i32")
-    cases = []
-    for name, options, targets in shipped("gemm_w8", INT8_TARGETS):
-        constexprs, warps, stages = launch_options(options)
-        constexprs |= {"EVEN": True, "STRENGTH": False, "BIAS": True}
-        for activation in (0, 1):
-            cases.append(
-                CompileCase(
-                    name + "-gelu" * activation,
-                    gemm_w8,
-                    signature,
-                    constexprs | {"ACTIVATION": activation},
-                    warps,
-                    stages,
-                    targets,
-                    {target: INT8[target] for target in targets},
-                    undivisible=("M",),
-                )
-            )
-    return cases

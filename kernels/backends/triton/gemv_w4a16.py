@@ -6,9 +6,7 @@ For modulation layers: one row per image, bound by reading the weight once. Code
 import triton
 import triton.language as tl
 
-from ..cases import CompileCase
 from .epilogue import store
-from .tiles import FLOAT, INT8_TARGETS, launch_options, shipped
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -53,26 +51,3 @@ def gemv_w4a16(
     if BIAS:
         acc += tl.load(bias + columns).to(tl.float32)[None, :]
     store(out, acc, rm, rn, M, N)
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every shipped setting"""
-    signature = dict.fromkeys(("x", "wscales", "wzeros", "bias", "out"), "*bf16") | {"qweight": "*i8"}
-    signature |= dict.fromkeys(("M", "N", "K", "stride_x"), "i32")
-    cases = []
-    for name, options, targets in shipped("gemv_w4a16", INT8_TARGETS):
-        constexprs, warps, stages = launch_options(options)
-        cases.append(
-            CompileCase(
-                name,
-                gemv_w4a16,
-                signature,
-                constexprs | {"BIAS": True},
-                warps,
-                stages,
-                targets,
-                {target: FLOAT[target] for target in targets},
-                undivisible=("M",),
-            )
-        )
-    return cases

@@ -28,17 +28,22 @@ class Work:
 
     def quantize(self, codes: str) -> tuple[torch.Tensor, torch.Tensor, Branches]:
         """(qact, ascales, epilogue with branch_act)"""
-        spec, tensors = self.layer.spec, self.layer.tensors
-        found = launch.quantize(
-            self.x,
-            tensors["smooth_factor"],
-            self.proj_down,
-            codes,
-            spec.act_unsigned,
-            spec.act_rule,
-            tensors.get("act_mean"),
-        )
-        return found[0], found[1], replace(self.epilogue, branch_act=found[2])
+        qact, ascales, branch_act = quantized(self.x, self.layer, codes)
+        return qact, ascales, replace(self.epilogue, branch_act=branch_act)
+
+
+def quantized(x: torch.Tensor, layer: Layer, codes: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(qact, ascales, x @ proj_down) of x (M, K); codes as in stages.quantize_activation"""
+    spec, tensors = layer.spec, layer.tensors
+    return launch.quantize(
+        x,
+        tensors["smooth_factor"],
+        tensors.get("proj_down"),
+        codes,
+        spec.act_unsigned,
+        spec.act_rule,
+        tensors.get("act_mean"),
+    )
 
 
 def w4a4(work: Work) -> torch.Tensor:

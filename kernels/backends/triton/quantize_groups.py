@@ -4,12 +4,9 @@ SIGNED_EXTREME: scale of signed int4 groups = -(element of largest magnitude) / 
 y = (x - act_mean + shift) / smooth_factor, and in the same pass branch_act = x @ proj_down.
 """
 
-from itertools import product
-
 import triton
 import triton.language as tl
 
-from ..cases import CompileCase
 from .codes import (
     GELU_SHIFT,
     extreme_or_nan,
@@ -20,7 +17,6 @@ from .codes import (
     round_up_12_bits,
     smoothing,
 )
-from .tiles import FLOAT, INT8_TARGETS, launch_options, shipped, split_by_asm
 
 
 @triton.jit
@@ -118,30 +114,3 @@ def quantize_groups(
     if RANK:
         target = branch_act + rows * R + rr[None, :]
         tl.store(target, acc.to(branch_act.dtype.element_ty), mask=inside & (rr < R)[None, :])
-
-
-def compile_cases() -> list[CompileCase]:
-    """int4 and int8 codes in every shipped setting; with the branch, at a usual rank and at the widest"""
-    signature = dict.fromkeys(("x", "smooth_factor", "act_mean", "proj_down", "branch_act"), "*bf16") | {"qact": "*i8"}
-    signature |= dict.fromkeys(("M", "K", "R", "stride_x", "unsigned_start", "unsigned_stop", "groups"), "i32")
-    cases = []
-    for name, options, reached in shipped("quantize_groups", INT8_TARGETS):
-        chunks = options.pop("CHUNKS")
-        constexprs, warps, stages = launch_options(options)
-        constexprs |= {"SMOOTH": True, "UNSIGNED": False, "SIGNED_EXTREME": False}
-        for eight, rank in product((False, True), (0,) if chunks else (32, 128)):
-            for asm, targets in split_by_asm(reached):
-                cases.append(
-                    CompileCase(
-                        f"{name}-{'int8' if eight else 'int4'}" + "-rank128" * (rank == 128) + "-amd" * (not asm),
-                        quantize_groups,
-                        signature | {"ascales": "*fp32" if eight else "*bf16"},
-                        constexprs | {"RANK": rank, "EIGHT": eight, "MEAN": not eight, "ASM": asm},
-                        warps,
-                        stages,
-                        targets,
-                        {} if chunks else {target: FLOAT[target] for target in targets},
-                        undivisible=("M", "groups"),
-                    )
-                )
-    return cases

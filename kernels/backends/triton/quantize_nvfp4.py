@@ -4,14 +4,10 @@ FOUR_SIX: or min(absmax / 4, 448), group by group whichever has the smaller squa
 y = (x - act_mean) / smooth_factor, and in the same pass branch_act = x @ proj_down.
 """
 
-from itertools import product
-
 import triton
 import triton.language as tl
 
-from ..cases import CompileCase
 from .codes import extreme_or_nan, from_e2m1, magnitude_bits, pairs, reciprocal, smoothing, to_e2m1
-from .tiles import FLOAT, launch_options, shipped
 
 
 @triton.jit
@@ -92,30 +88,3 @@ def quantize_nvfp4(
     if RANK:
         target = branch_act + rows * R + rr[None, :]
         tl.store(target, acc.to(branch_act.dtype.element_ty), mask=inside & (rr < R)[None, :])
-
-
-def compile_cases() -> list[CompileCase]:
-    """Both rules in every shipped setting: for few rows without the branch, else with a usual and the widest"""
-    signature = dict.fromkeys(("x", "smooth_factor", "act_mean", "proj_down", "branch_act"), "*bf16")
-    signature |= {"qact": "*i8", "ascales": "*fp8e4nv"}
-    signature |= dict.fromkeys(("M", "K", "R", "stride_x", "steps"), "i32")
-    cases = []
-    for name, options, targets in shipped("quantize_nvfp4", ("sm_100", "sm_120")):
-        chunks = options.pop("CHUNKS")
-        constexprs, warps, stages = launch_options(options)
-        constexprs |= {"SMOOTH": True, "MEAN": True, "ASM": True}
-        for four_six, rank in product((False, True), (0,) if chunks else (32, 128)):
-            cases.append(
-                CompileCase(
-                    name + "-four-six" * four_six + "-rank128" * (rank == 128),
-                    quantize_nvfp4,
-                    signature,
-                    constexprs | {"RANK": rank, "FOUR_SIX": four_six},
-                    warps,
-                    stages,
-                    targets,
-                    {} if chunks else {target: FLOAT[target] for target in targets},
-                    undivisible=("M", "steps"),
-                )
-            )
-    return cases

@@ -3,14 +3,10 @@
 y = (x + shift) / smooth_factor, and in the same pass branch_act = x @ proj_down.
 """
 
-from itertools import product
-
 import triton
 import triton.language as tl
 
-from ..cases import CompileCase
 from .codes import GELU_SHIFT, extreme_or_nan, magnitude_bits, reciprocal, round_bits, smoothing
-from .tiles import FLOAT, INT8_TARGETS, launch_options, shipped, split_by_asm
 
 
 @triton.jit
@@ -88,31 +84,3 @@ def quantize_rows(
         # the reciprocal may be one ulp too large, and fp8 has no room above 448
         code = tl.minimum(tl.maximum(y, -448.0), 448.0).to(tl.float8e4nv) if FP8 else round_bits(y).to(tl.int8)
         tl.store(qact + rows * K + k[None, :], code, mask=valid)
-
-
-def compile_cases() -> list[CompileCase]:
-    """int8 and fp8 codes in every shipped setting: without the branch for few rows, else with a usual and the widest"""
-    signature = dict.fromkeys(("x", "smooth_factor", "proj_down", "branch_act"), "*bf16") | {"ascales": "*fp32"}
-    signature |= dict.fromkeys(("M", "K", "R", "stride_x", "unsigned_start", "unsigned_stop"), "i32")
-    cases = []
-    for name, options, reached in shipped("quantize_rows", INT8_TARGETS):
-        fuse = options.pop("FUSE")
-        constexprs, warps, stages = launch_options(options)
-        constexprs |= {"SMOOTH": True, "UNSIGNED": False}
-        kinds = (False, reached), (True, tuple(t for t in reached if t in ("sm_89", "sm_90", "sm_100")))
-        for (fp8, able), rank in product(kinds, (32, 128) if fuse else (0,)):
-            for asm, targets in split_by_asm(able):
-                cases.append(
-                    CompileCase(
-                        f"{name}-{'fp8' if fp8 else 'int8'}" + "-rank128" * (rank == 128) + "-amd" * (not asm),
-                        quantize_rows,
-                        signature | {"qact": "*fp8e4nv" if fp8 else "*i8"},
-                        constexprs | {"RANK": rank, "FP8": fp8, "ASM": asm},
-                        warps,
-                        stages,
-                        targets,
-                        {target: FLOAT[target] for target in targets} if fuse else {},
-                        undivisible=("M",),
-                    )
-                )
-    return cases

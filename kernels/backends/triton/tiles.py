@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import triton
 
-from ..cases import TARGETS
 from . import tuned
 
 log = logging.getLogger("svdquant")
@@ -23,30 +22,6 @@ Settings = Mapping[str, Any]
 Place = tuple[str, int]  # kernel, index of an entry in its list
 WHERE = ("arch", "rows")  # what an entry is for; the rest are its settings
 LARGEST = 1 << 20  # rows; every bucket above is treated like it
-INT8_TARGETS = tuple(target for target in TARGETS if target != "sm_75")  # Triton has no int8 product for Turing
-# what the tensor cores of a target are called in its machine code
-INT8 = {
-    "sm_80": "IMMA",
-    "sm_86": "IMMA",
-    "sm_89": "IMMA",
-    "sm_90": "IGMMA",
-    "sm_100": "IMMA",
-    "sm_120": "IMMA",
-    "gfx942": "v_mfma_i32",
-    "gfx1100": "v_wmma_i32",
-    "gfx1201": "v_wmma_i32",
-}
-FLOAT = {
-    "sm_80": "HMMA",
-    "sm_86": "HMMA",
-    "sm_89": "HMMA",
-    "sm_90": "HMMA",
-    "sm_100": "HMMA",
-    "sm_120": "HMMA",
-    "gfx942": "v_mfma_f32",
-    "gfx1100": "v_wmma_f32",
-    "gfx1201": "v_wmma_f32",
-}
 
 
 @cache
@@ -151,25 +126,3 @@ def _known(kernel: str, found: Mapping[str, Any]) -> tuple[Place, dict[str, Any]
         if all(key in found and found[key] == shipped[key] for key in WHERE) and options in choices(kernel):
             return (kernel, index), options
     raise ValueError(f"this version of the pack has no {kernel} with {dict(found)}")
-
-
-def shipped(kernel: str, targets: tuple[str, ...]) -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
-    """(name, settings, the targets that use them) of every entry that any of `targets` reaches"""
-    sizes = [4**power for power in range(2, 11)]
-    users: dict[int, list[str]] = {}
-    for target in targets:
-        for index in sorted({entry(kernel, target, rows) for rows in sizes}):
-            users.setdefault(index, []).append(target)
-    return [(f"{kernel}-{index}", dict(as_shipped(kernel, index)), tuple(found)) for index, found in users.items()]
-
-
-def split_by_asm(targets: tuple[str, ...]) -> list[tuple[bool, tuple[str, ...]]]:
-    """[(ASM, its targets)]: a kernel is another one where it may not hold PTX"""
-    parts = [(asm, tuple(target for target in targets if has_asm(target) is asm)) for asm in (True, False)]
-    return [part for part in parts if part[1]]
-
-
-def launch_options(options: dict[str, Any]) -> tuple[dict[str, Any], int, int]:
-    """(constexprs, num_warps, num_stages) of one entry's settings"""
-    constexprs = dict(options)
-    return constexprs, constexprs.pop("num_warps"), constexprs.pop("num_stages")

@@ -1,6 +1,7 @@
-"""What a kernel module says about a compiled variant it ships, so that tests can compile it for GPUs nobody has here.
+"""A compile case is one shipped variant of one kernel and what its machine code has to look like on each GPU.
 
-Imports no kernel library: `kernel` is whatever object that library compiles.
+Which there are is said in triton_cases.py and gluon_cases.py, one function per kernel. This file imports no kernel
+library: `kernel` is whatever object that library compiles.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,31 @@ from typing import Any
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx942", "gfx1100", "gfx1201")
 TARGETS = NVIDIA + AMD
+INT8_TARGETS = tuple(target for target in TARGETS if target != "sm_75")  # Triton has no int8 product for Turing
+NVFP4_TARGETS = ("sm_100", "sm_120")
+# what the tensor cores of a target are called in its machine code
+INT8 = {
+    "sm_80": "IMMA",
+    "sm_86": "IMMA",
+    "sm_89": "IMMA",
+    "sm_90": "IGMMA",
+    "sm_100": "IMMA",
+    "sm_120": "IMMA",
+    "gfx942": "v_mfma_i32",
+    "gfx1100": "v_wmma_i32",
+    "gfx1201": "v_wmma_i32",
+}
+FLOAT = {
+    "sm_80": "HMMA",
+    "sm_86": "HMMA",
+    "sm_89": "HMMA",
+    "sm_90": "HMMA",
+    "sm_100": "HMMA",
+    "sm_120": "HMMA",
+    "gfx942": "v_mfma_f32",
+    "gfx1100": "v_wmma_f32",
+    "gfx1201": "v_wmma_f32",
+}
 
 
 @dataclass(frozen=True)

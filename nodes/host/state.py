@@ -1,0 +1,52 @@
+"""What the pack keeps with a host's model: one object, its attribute `svdquant`, shared by all clones of a patcher."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...quantize.lora.loras import LayerLoras
+from ...quantize.lora.store import FactorStore
+from .linear import SVDQuantLinear
+
+
+@dataclass(frozen=True, eq=False)
+class LoadSnapshot:
+    """What a load has put in place: the patches as the host saw them, without those of 4-bit layers.
+
+    patches  weight key -> patches of a 16-bit layer
+    rest     everything else that makes the host load weights anew when it changes
+    nbytes   of the LoRAs of 4-bit layers
+    """
+
+    patches: Mapping[str, list[Any]]
+    rest: tuple[Any, ...]
+    nbytes: int
+
+
+@dataclass(eq=False)
+class ModelState:
+    """The 4-bit layers of a model, and what is loaded into them at the moment.
+
+    layers    weight key -> 4-bit layer
+    store     factored terms of the LoRAs
+    snapshot  of the last load; None while nothing is loaded
+    room      bytes of LoRAs inside the host's count of a partly loaded model
+    unhooked  weight key -> what a layer had before a hook's LoRAs took its place
+    """
+
+    layers: Mapping[str, SVDQuantLinear]
+    store: FactorStore = field(default_factory=FactorStore)
+    snapshot: LoadSnapshot | None = None
+    room: int = 0
+    unhooked: dict[str, LayerLoras | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "ModelState":
+        layers = {
+            f"{name}.weight": module
+            for name, module in model.named_modules()
+            if isinstance(module, SVDQuantLinear) and module.packed is not None
+        }
+        return cls(layers)

@@ -1,0 +1,100 @@
+"""The variants of every Gluon kernel: its tilings with the flags that change the code."""
+
+from itertools import product
+
+import torch
+
+from svdquant_pack.kernels.backends.gluon import int4_linear, int4_mma, int8_async
+from svdquant_pack.kernels.formats import GELU_SHIFT
+
+from .cases import CompileCase
+
+AMPERE = ("sm_80", "sm_86", "sm_89")
+TURING = ("sm_75",)  # half precision is all it has
+
+
+def cases() -> list[CompileCase]:
+    """All variants of all kernels, in the order of their names"""
+    return [*int4_quantize_cases(), *int4_mma_cases(), *int8_async_cases()]
+
+
+def int4_quantize_cases() -> list[CompileCase]:
+    """Ampere and Turing differ in the type of x alone"""
+    pointers = {"smooth": "*bf16", "mean": "*bf16", "qact": "*i8"}
+    numbers = dict.fromkeys(("M", "K", "stride", "first_unsigned", "stop_unsigned"), "i32")
+    rows = int4_linear.QUANTIZE_ROWS
+    return [
+        CompileCase(
+            name=f"gluon-int4-quantize-{dtype}",
+            kernel=int4_linear.quantize_kernel,
+            signature={**pointers, **numbers, "x": f"*{dtype}", "ascales": f"*{dtype}"},
+            constexprs={"MEAN": True, "SHIFT": GELU_SHIFT, "SIGNED_EXTREME": True, "ROWS": rows},
+            num_warps=4,
+            num_stages=1,
+            targets=targets,
+            undivisible=("M", "stride", "first_unsigned", "stop_unsigned"),
+        )
+        for dtype, targets in (("bf16", AMPERE), ("fp16", TURING))
+    ]
+
+
+def int4_mma_cases() -> list[CompileCase]:
+    """Kinds of groups, orders of the weight and tilings, with bias"""
+    kinds, large, small = ("signed", "unsigned", "mixed"), int4_mma.LARGE, int4_mma.SMALL
+    variants = [
+        *((large, kind, packed, turing) for kind, packed, turing in product(kinds, (True, False), (False, True))),
+        *((small, kind, False, False) for kind in kinds),
+        (small, "signed", False, True),
+    ]
+    return [_int4_mma_case(*variant) for variant in variants]
+
+
+def _int4_mma_case(tiling: int4_mma.Tiling, kind: str, packed: bool, turing: bool) -> CompileCase:
+    k, act_unsigned = 1024, {"signed": (0, 0), "unsigned": (0, 1024), "mixed": (512, 1024)}[kind]
+    dtype = torch.float16 if turing else torch.bfloat16
+    signature = dict.fromkeys(("qact", "codes", "branch_act", "proj_up"), "*i64")
+    signature |= dict.fromkeys(("wscales", "bias", "out"), "*i32")
+    signature |= dict.fromkeys(("M", "N", "K", "R", "first_unsigned", "stop_unsigned"), "i32")
+    targets = TURING if turing else AMPERE
+    words = ("gluon-int4", kind, f"{tiling.rows}x{tiling.columns}", "packed" if packed else "natural")
+    return CompileCase(
+        name="-".join(words) + "-turing" * turing,
+        kernel=int4_mma.int4_mma_kernel,
+        signature={**signature, "ascales": "*fp16" if turing else "*bf16"},
+        constexprs=int4_mma.compile_time(tiling, k, act_unsigned, dtype, packed, True, turing),
+        num_warps=tiling.warps,
+        num_stages=1,
+        targets=targets,
+        expect=dict.fromkeys(targets, "IMMA.8832" if turing else "IMMA.16864"),
+        undivisible=("M", "first_unsigned", "stop_unsigned"),
+    )
+
+
+def int8_async_cases() -> list[CompileCase]:
+    """Both tilings with and without a branch"""
+    tilings = (("wide", int8_async.WIDE), ("square", int8_async.SQUARE))
+    return [_int8_async_case(name, tiling, branch) for (name, tiling), branch in product(tilings, (False, True))]
+
+
+def _int8_async_case(name: str, tiling: int8_async.Tiling, branch: bool) -> CompileCase:
+    elements = {"a_desc": "i8", "w_desc": "i8", "act_desc": "bf16", "up_desc": "bf16"}
+    signature = {
+        argument: f"tensordesc<{elements[argument]}{block},{layout!r}>"
+        for argument, (block, layout) in int8_async.blocks(tiling, torch.bfloat16).items()
+        if branch or argument in ("a_desc", "w_desc")
+    }
+    signature |= {"a_scale": "*fp32", "w_scale": "*fp32", "bias": "*bf16", "out": "*bf16"}
+    signature |= dict.fromkeys(("M", "N", "K", "R"), "i32")
+    absent = {} if branch else {"act_desc": None, "up_desc": None}
+    return CompileCase(
+        name=f"gluon-int8-async-{name}" + "-branch" * branch,
+        kernel=int8_async.int8_async_kernel,
+        signature=signature,
+        constexprs=int8_async.compile_time(tiling, branch, True) | absent,
+        num_warps=tiling.warps,
+        num_stages=1,
+        targets=("sm_90",),
+        expect={"sm_90": "IGMMA"},
+        async_marker=True,
+        undivisible=("M",),
+    )
