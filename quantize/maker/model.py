@@ -187,8 +187,10 @@ class EightShare:
 
 @dataclass(frozen=True)
 class GroupResult:
-    """One group of layers as the file will hold it: tensors of it, a record per layer that was made, and whether they
-    were taken over from a stopped run
+    """One group of layers as the file will hold it.
+
+    records  of the layers that were made
+    resumed  whether those were taken over from a stopped run
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -217,6 +219,7 @@ class GroupMaker:
             result = self._make(group, share)
             share = share.after(result.records)
             yield result
+            del result  # while the next one is made
 
     def _make(self, group: Sequence[str], share: EightShare) -> GroupResult:
         decisions, read = self.decisions, self.reader.read_layers(group)
@@ -312,11 +315,11 @@ def write(
     with TensorWriter(path, {}, extra=16 * len(decisions.specs) + len(source.infos)) as writer:
         for group in groups:
             # sorted: layers from the work folder come in another order
-            for key, tensor in sorted(group.tensors.items()):
-                writer.add(key, tensor)
+            for key in sorted(group.tensors):
+                writer.add(key, group.tensors[key])
             records |= group.records
             resumed += len(group.records) if group.resumed else 0
-            del group, key, tensor  # while the next ones are made
+            del group  # while the next one is made
         for key in source.infos:
             if key not in made:
                 writer.add(key, reader.read(key))
