@@ -11,7 +11,7 @@ from ..kernels.formats import DEFAULT
 from ..kernels.layer import RANK_TILE
 from ..quantize.calibration.file import Statistics
 from ..quantize.files.source import FileSource
-from ..quantize.maker.model import QuantizeReport, quantize_model
+from ..quantize.maker.model import QuantizeReport, Target, quantize_model
 from ..quantize.maker.report import summarize, write_report
 from ..quantize.recipe import NAMED, WITH_BRANCH, Recipe
 from .calibrate import STATISTICS
@@ -116,7 +116,7 @@ class SVDQuantQuantizeModel:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, total)
 
-        report = quantize_model(weights, path, chosen, progress, str(device), known, resume)
+        report = quantize_model(weights, Target(path, resume), chosen, progress, str(device), known)
         folder = Path(folder_paths.get_output_directory()) / "svdquant" / f"{path.stem}.report"
         write_report(report, folder)
         return {"ui": {"text": [_text(report, folder)]}, "result": (load_model(str(path)), path.name)}

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import math
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +12,7 @@ from ..kernels.formats import DEFAULT, FORMATS, MODULATION
 from ..kernels.layer import RANK_TILE
 
 LARGEST_AUTO_RANK = 128  # LoRAs are appended to the branch, and kernels slow down above 256 columns in all
+HESSIAN_STEP = 64  # columns: blocks of a Hessian are multiples of it, so that they hold whole groups
 KEEP_16BIT = "16bit"  # the choice for modulation layers that stay as they are
 WITH_BRANCH = tuple(name for name, fmt in FORMATS.items() if fmt.low_rank)  # formats with 4-bit activations
 WITHOUT_BRANCH = tuple(name for name, fmt in FORMATS.items() if not fmt.low_rank)  # with 16-bit ones
@@ -25,7 +29,10 @@ NAMED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a 16-bit model becomes a 4-bit one.
+    """How a 16-bit model becomes a 4-bit one. One with a value out of range cannot be made.
+
+    The name stands for the steps, the other fields for their settings: a name with the smoothing of another one is
+    refused, and a setting of a step that the named recipe does not take has no effect.
 
     name             `fast` needs no data; `balanced` and `best` need statistics; `svdquant` and `svdquant+gptq` are
                      the reference quantizer's steps, to measure ours against
@@ -39,20 +46,22 @@ class Recipe:
     act8_share       at most this share of the multiply-adds gets 8-bit activations, worst layers first
     activation       "stock", or "best": the finest rule for activation scales that the format has, for backends with it
     smoothing        "weight_spans" (data-free), "noise_model" or "grid" (the reference's 39 points)
-    smooth_power     weight_spans: smooth_factor = span of the weight's input channel ** -smooth_power
-    alternations     fast: at most this many rounds of {low-rank fit, round}; the best is kept
+    smooth_power     weight_spans: smooth_factor = span of the weight's input channel ** -smooth_power, 0 to 1
+    alternations     fast: at most this many rounds of {low-rank fit, round}, 1 or more; the best is kept
     adam_steps       of the noise model's descent
     start_rounds     rounds of {low-rank fit, round to nearest} before the first GPTQ
-    rounds           rounds of {scales, GPTQ, low-rank refit}
+    rounds           rounds of {scales, GPTQ, low-rank refit}; with 0 the low-rank branch of the start is kept
     damping          of the Hessian, relative to its mean diagonal
     refit_damping    of the refit's metric, times channels per token
-    hessian_block    widest block of a layer's Hessian; wider layers get a block-diagonal one, which takes less memory
+    hessian_block    widest block of a layer's Hessian, 64 or more; wider layers get a block-diagonal one, which takes
+                     less memory
     input_noise      follow the correlation of an activation with its rounding error, where tokens suffice (50 per
                      channel) and the layer is better for it on held-out tokens
     centring         take the mean off each activation channel before it is rounded, and add what that takes again
     bias_correction  whether the bias takes up the mean error
     modulation       format of modulation layers, or "16bit" to leave them alone
     seed             of the randomized SVD
+    raises           ValueError that names field, value and what is needed
     """
 
     name: str = "fast"
@@ -79,21 +88,16 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field, known in (
-            ("name", tuple(NAMED)),
-            ("format", WITH_BRANCH),
-            ("activation", ("stock", "best")),
-            ("smoothing", ("weight_spans", "noise_model", "grid")),
-            ("modulation", (*WITHOUT_BRANCH, KEEP_16BIT)),
-        ):
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field} is {getattr(self, field)!r}, needed {' or '.join(known)}")
-        if self.rank < 0 or self.rank % RANK_TILE:
-            raise ValueError(f"rank is {self.rank}, needed a multiple of {RANK_TILE}, or 0 for no low-rank branch")
-        if not 0 <= self.act8_share <= 1:
-            raise ValueError(f"act8_share is {self.act8_share}, needed a share from 0 to 1 of the multiply-adds")
-        if self.target_size < 0:
-            raise ValueError(f"target_size is {self.target_size}, needed a number of bytes, or 0 for no limit")
+        for name, (fits, needed) in _NEEDED.items():
+            value = getattr(self, name)
+            if not fits(value):
+                raise ValueError(f"{name} is {value!r}, needed {needed}")
+        smoothing = NAMED[self.name].get("smoothing", "weight_spans")
+        if self.smoothing != smoothing:
+            raise ValueError(
+                f"smoothing is {self.smoothing!r}, needed {smoothing!r} for the recipe {self.name!r}: start from the "
+                "named recipe whose steps you want"
+            )
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> "Recipe":
@@ -117,3 +121,53 @@ class Recipe:
     def hash(self) -> str:
         """Of every setting: work done under another recipe is not taken up again."""
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _word(*known: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in known, " or ".join(known)
+
+
+def _whole(least: int, needed: str, step: int = 1, most: float = math.inf) -> tuple[Callable[[Any], bool], str]:
+    return (
+        lambda value: (
+            isinstance(value, int) and not isinstance(value, bool) and least <= value <= most and value % step == 0
+        ),
+        needed,
+    )
+
+
+def _number(least: float, most: float, needed: str) -> tuple[Callable[[Any], bool], str]:
+    """NaN is in no range."""
+    return (
+        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most,
+        needed,
+    )
+
+
+_BOOL: tuple[Callable[[Any], bool], str] = (lambda value: isinstance(value, bool), "True or False")
+_ROUNDS = _whole(0, "a whole number of rounds, 0 or more")
+# field -> whether a value is legal, and what is needed
+_NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": _word(*NAMED),
+    "format": _word(*WITH_BRANCH),
+    "activation": _word("stock", "best"),
+    "smoothing": _word("weight_spans", "noise_model", "grid"),
+    "modulation": _word(*WITHOUT_BRANCH, KEEP_16BIT),
+    "rank": _whole(0, f"a multiple of {RANK_TILE}, or 0 for no low-rank branch", RANK_TILE),
+    "auto_rank": _BOOL,
+    "target_size": _whole(0, "a whole number of bytes, or 0 for no limit"),
+    "fallback": _number(0, sys.float_info.max, "a relative error, or 0 to keep every layer 4-bit"),
+    "act8_share": _number(0, 1, "a share from 0 to 1 of the multiply-adds"),
+    "smooth_power": _number(0, 1, "a power from 0 to 1"),
+    "alternations": _whole(1, "a whole number of rounds, 1 or more"),
+    "adam_steps": _whole(0, "a whole number of steps, 0 or more"),
+    "start_rounds": _ROUNDS,
+    "rounds": _ROUNDS,
+    "damping": _number(1e-6, 1, "a factor from 1e-6 to 1 of the mean diagonal"),  # a singular Hessian needs some
+    "refit_damping": _number(0, 1, "a factor from 0 to 1 of the mean diagonal"),
+    "hessian_block": _whole(HESSIAN_STEP, f"a whole number of columns, {HESSIAN_STEP} or more"),
+    "input_noise": _BOOL,
+    "centring": _BOOL,
+    "bias_correction": _BOOL,
+    "seed": _whole(0, "a whole number from 0 to 2^63 - 1", most=(1 << 63) - 1),
+}

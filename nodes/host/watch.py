@@ -17,9 +17,9 @@ from comfy.model_patcher import ModelPatcher
 from ...kernels.formats import FORMATS
 from ...quantize.calibration.file import Statistics, StatisticsError
 from ...quantize.calibration.several import tokens_for
-from ...quantize.calibration.tokens import Call
+from ...quantize.calibration.tokens import ModelCall
 from ...quantize.families import detect
-from ...quantize.maker.plan import group_layers, plan_layers, shared_entries
+from ...quantize.maker.plan import plan_layers
 from ...quantize.recipe import WITH_BRANCH, Recipe
 from .source import ModelSource
 
@@ -56,20 +56,17 @@ class Collector:
         """
         source = ModelSource(patcher)
         family = detect(source.infos)
-        specs = plan_layers(source.infos, family, Recipe(format=FINEST))
-        specs = {layer: spec for layer, spec in specs.items() if spec.fmt.low_rank}
-        if not specs:
+        plan = plan_layers(source.infos, family, Recipe(format=FINEST))
+        if not plan.inputs:
             raise StatisticsError(f"{source.name}: no linear layer of family {family.name} can become 4-bit")
-        groups = group_layers(specs, family)
-        widths = {group[0]: specs[group[0]].k for group in groups}
         if again and path.exists():
             statistics = Statistics.open(path, writable=True)
             stored = {layer: entry.tokens.shape[1] for layer, entry in statistics.entries.items()}
-            if stored != widths:
+            if stored != plan.inputs:
                 raise StatisticsError(f"{path.name}: holds statistics of another model; choose another name")
             return cls(statistics, sensitivity)
-        metadata = {"family": family.name, "model": source.name, "shared": shared_entries(groups), "runs": []}
-        made = Statistics.create(path, widths, tokens_for(widths, tokens, disk), metadata)
+        metadata = {"family": family.name, "model": source.name, "shared": plan.shared_inputs, "runs": []}
+        made = Statistics.create(path, plan.inputs, tokens_for(plan.inputs, tokens, disk), metadata)
         return cls(made, sensitivity)
 
     def watch(self, patcher: ModelPatcher) -> ModelPatcher:
@@ -98,7 +95,7 @@ class Collector:
         return result
 
     @contextmanager
-    def _hooks(self, model: torch.nn.Module, call: Call) -> Iterator[None]:
+    def _hooks(self, model: torch.nn.Module, call: ModelCall) -> Iterator[None]:
         def look(layer: str) -> Callable[..., None]:
             def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
                 if not self.layers[layer].observe(inputs[0], call, self._generator):
@@ -134,19 +131,19 @@ class Collector:
             entry.sensitivity += torch.tensor([(moved / power).item() / NOISE**2, 1.0])
 
 
-def _call(options: dict[str, Any], batch: int) -> Call:
+def _call(options: dict[str, Any], batch: int) -> ModelCall:
     """Where in the run this call is, from what the host's sampler tells its models."""
     halves = tuple(int(half) for half in options.get("cond_or_uncond", (0,))) or (0,)
     schedule, now = options.get("sample_sigmas"), options.get("sigmas")
     if schedule is None or now is None:
-        return Call(0, 1, halves, batch)
+        return ModelCall(0, 1, halves, batch)
     steps = max(1, len(schedule) - 1)
     current = now.flatten()[0].to(schedule)
     # a second call within a step is at a smaller sigma: it belongs to the step that it is in
     step = int((schedule > current * (1 + 1e-5)).sum())
-    return Call(min(step, steps - 1), steps, halves, batch)
+    return ModelCall(min(step, steps - 1), steps, halves, batch)
 
 
-def _is_sensitive_step(call: Call) -> bool:
+def _is_sensitive_step(call: ModelCall) -> bool:
     wanted = {(2 * i + 1) * call.steps // (2 * SENSITIVE_STEPS) for i in range(SENSITIVE_STEPS)}
     return call.step in wanted

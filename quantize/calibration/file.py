@@ -6,7 +6,7 @@ the end. X is a layer's name; layers that read the same activation share one ent
 
     X.tokens  bf16  (T, K)    kept activations, before shift and smoothing; rows from `kept` on are unused
     X.key     fp32  (T,)      the random number that let a token in; 0 in unused rows
-    X.stratum int16 (T,)      which stratum it stands for, see `Call.strata`
+    X.stratum int16 (T,)      which stratum it stands for, see `ModelCall.strata`
     X.hold    uint8 (T,)      1: never fitted to, only measured on
     X.absmax  fp32  (BUCKETS, K)   per channel and step bucket, over all tokens seen
     X.square  fp32  (BUCKETS, K)   sum of squares
@@ -19,13 +19,14 @@ Which tokens stay: see `tokens.py`.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import torch
 
 from ..files.tensor_file import DTYPE_NAMES, TensorFile, TensorInfo
-from .tokens import BUCKETS, Entry
+from .tokens import BUCKETS, InputStatistics
 
 METADATA_ROOM = 1 << 18
 ALIGNMENT = 64
@@ -59,17 +60,19 @@ def _infos(layer: str, k: int, room: int) -> dict[str, TensorInfo]:
 
 
 class Statistics:
-    """layer -> Entry of one statistics file.
+    """layer -> InputStatistics of one statistics file.
 
     metadata  family, shared (layer -> the entry it reads), runs (one record per finished run), seed
     """
 
-    def __init__(self, path: Path, entries: Mapping[str, Entry], metadata: dict[str, object], writable: bool) -> None:
+    def __init__(
+        self, path: Path, entries: Mapping[str, InputStatistics], metadata: dict[str, Any], writable: bool
+    ) -> None:
         self.path, self.entries, self.metadata, self._writable = path, dict(entries), metadata, writable
 
     @classmethod
     def create(
-        cls, path: str | Path, widths: Mapping[str, int], room: int, metadata: Mapping[str, object]
+        cls, path: str | Path, widths: Mapping[str, int], room: int, metadata: Mapping[str, Any]
     ) -> "Statistics":
         """A new file for layers of these input widths, `room` tokens each; sparse until it is filled."""
         path = Path(path)
@@ -110,10 +113,14 @@ class Statistics:
             return cls(path, _entries(names, tensors.__getitem__), metadata, True)
         return cls(path, _entries(names, file.__getitem__), metadata, False)
 
-    def entry(self, layer: str) -> Entry | None:
+    def entry(self, layer: str) -> InputStatistics | None:
         """The statistics of the activation that `layer` reads, None where the file has none."""
         shared = self.metadata.get("shared", {})
         return self.entries.get(shared.get(layer, layer))
+
+    def of_group(self, layers: Iterable[str]) -> InputStatistics | None:
+        """The statistics of the activation that all of `layers` read."""
+        return next((entry for layer in layers if (entry := self.entry(layer)) is not None), None)
 
     def save(self) -> None:
         """Write the metadata; the tensors are in the file already."""
@@ -149,11 +156,11 @@ def _check_disk(path: Path, more: int) -> None:
         )
 
 
-def _entries(names: Iterable[str], read: object) -> dict[str, Entry]:
-    return {name: Entry(**{part: read(f"{name}.{part}") for part in PARTS}) for name in names}
+def _entries(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> dict[str, InputStatistics]:
+    return {name: InputStatistics(**{part: read(f"{name}.{part}") for part in PARTS}) for name in names}
 
 
-def _write_header(file: object, header: Mapping[str, object], metadata: Mapping[str, object], size: int | None) -> None:
+def _write_header(file: BinaryIO, header: Mapping[str, Any], metadata: Mapping[str, Any], size: int | None) -> None:
     text = {"statistics": json.dumps({**metadata, "version": 1})}
     data = json.dumps({"__metadata__": text, **header}, separators=(",", ":")).encode()
     if size is None:
@@ -170,7 +177,7 @@ def _map_writable(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, torc
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=path.stat().st_size)
-    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+    whole = torch.empty(0, dtype=torch.uint8).set_(cast(torch.UntypedStorage, storage))
     tensors = {}
     for name, info in infos.items():
         start, stop = (8 + size + offset for offset in header[name]["data_offsets"])

@@ -14,7 +14,7 @@ def merge(paths: Sequence[str | Path], target: str | Path) -> Statistics:
     """
     files = [Statistics.open(path) for path in paths]
     widths = {layer: entry.tokens.shape[1] for layer, entry in files[0].entries.items()}
-    runs: list[dict[str, object]] = []
+    runs: list[dict[str, Any]] = []
     for file in files:
         found = {layer: entry.tokens.shape[1] for layer, entry in file.entries.items()}
         if found != widths:

@@ -18,7 +18,7 @@ HOLD_OUT = 0.1
 
 
 @dataclass(frozen=True)
-class Call:
+class ModelCall:
     """One call of the model inside a run, as the layers need to know it.
 
     step, steps  which step of how many; a sampler may call the model more than once per step
@@ -67,7 +67,7 @@ def survivors(keys: torch.Tensor, strata: torch.Tensor, room: int) -> torch.Tens
 
 
 @dataclass
-class Entry:
+class InputStatistics:
     """The statistics of one layer, as views of the file."""
 
     tokens: torch.Tensor
@@ -83,7 +83,7 @@ class Entry:
     def kept(self) -> int:
         return int((self.key > 0).sum())
 
-    def observe(self, x: torch.Tensor, call: Call, generator: torch.Generator) -> bool:
+    def observe(self, x: torch.Tensor, call: ModelCall, generator: torch.Generator) -> bool:
         """Take in one activation (..., K). Returns False, and changes nothing, if it holds NaN or Inf."""
         rows = x.detach().reshape(-1, x.shape[-1])
         if not len(rows):
@@ -114,7 +114,7 @@ class Entry:
         self.key[slots], self.hold[slots] = keys[won], hold[won]
         self.stratum[slots] = strata[won].to(torch.int16)
 
-    def merge(self, other: "Entry") -> None:
+    def merge(self, other: "InputStatistics") -> None:
         """As if this entry had seen what the other one saw."""
         self.absmax.copy_(torch.maximum(self.absmax, other.absmax))
         self.square += other.square

@@ -9,7 +9,7 @@ from ...kernels.formats import DEFAULT
 from ..calibration.file import Statistics
 from ..calibration.several import describe, merge
 from ..files.source import FileSource
-from ..maker.model import quantize_model
+from ..maker.model import Target, quantize_model
 from ..maker.report import summarize, write_report
 from ..recipe import NAMED, WITH_BRANCH, Recipe
 from . import show
@@ -89,12 +89,11 @@ def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     report = quantize_model(
         FileSource(arguments.source),
-        arguments.target,
+        Target(Path(arguments.target), arguments.resume),
         recipe,
         None if arguments.json else show,
         arguments.device,
         statistics,
-        arguments.resume,
     )
     if arguments.report:
         write_report(report, arguments.report)

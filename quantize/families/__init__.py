@@ -31,7 +31,7 @@ def inputs_after_out_features(n: int, k: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Rule:
+class LayerRule:
     """What becomes of one linear layer."""
 
     kind: str  # "w4a4" or "w4a16"
@@ -87,16 +87,16 @@ class Family:
 
         return all(map(found, self.markers)) and not any(map(found, self.absent))
 
-    def rule(self, layer: str, n: int, k: int) -> Rule | None:
+    def rule(self, layer: str, n: int, k: int) -> LayerRule | None:
         """How the linear `layer` of shape (n, k) is quantized; None leaves it in 16 bit."""
         if any(pattern(entry).fullmatch(layer) for entry in self.w4a16):
-            return Rule("w4a16")
+            return LayerRule("w4a16")
         if not any(pattern(entry).fullmatch(layer) for entry in self.w4a4):
             return None
         for entry, channels in self.unsigned.items():
             if pattern(entry).fullmatch(layer):
-                return Rule("w4a4", channels(n, k))
-        return Rule("w4a4")
+                return LayerRule("w4a4", channels(n, k))
+        return LayerRule("w4a4")
 
     def shared_groups(self, layers: Iterable[str]) -> list[tuple[str, ...]]:
         """Those of `layers` that read the same activation, group by group, in the order of the table."""
@@ -127,9 +127,9 @@ class FamilyError(ValueError):
     """A model belongs to no family that this pack can run, or to several."""
 
 
-_FOUND = [module.FAMILY for module in modules(sys.modules[__name__])]
-FAMILIES: dict[str, Family] = {family.name: family for family in _FOUND if not family.refused}
-REFUSED: dict[str, Family] = {family.name: family for family in _FOUND if family.refused}
+_ALL = [module.FAMILY for module in modules(sys.modules[__name__])]
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL if not family.refused}
+REFUSED: dict[str, Family] = {family.name: family for family in _ALL if family.refused}
 
 
 def detect(keys: Iterable[str]) -> Family:
@@ -138,7 +138,7 @@ def detect(keys: Iterable[str]) -> Family:
     raises  FamilyError if several match, or one that cannot be run
     """
     keys = list(keys)
-    found = [family for family in _FOUND if family.markers and family.detect(keys)]
+    found = [family for family in _ALL if family.markers and family.detect(keys)]
     if len(found) > 1:
         raise FamilyError(f"the model matches several families: {', '.join(family.name for family in found)}")
     if not found:

@@ -8,7 +8,7 @@ every token.
 import re
 from dataclasses import dataclass
 
-from . import Family, Rule
+from . import Family, LayerRule
 
 SMALLEST = 128  # in and out features; below that a layer costs more to quantize than it saves
 KEPT = re.compile(
@@ -23,11 +23,11 @@ KEPT = re.compile(
 
 @dataclass(frozen=True)
 class GenericFamily(Family):
-    def rule(self, layer: str, n: int, k: int) -> Rule | None:
+    def rule(self, layer: str, n: int, k: int) -> LayerRule | None:
         parts = layer.lower().split(".")
         inside_block = any(part.isdigit() for part in parts[:-1])
         kept = any(KEPT.search(part) for part in parts)
-        return Rule("w4a4") if inside_block and not kept and min(n, k) >= SMALLEST else None
+        return LayerRule("w4a4") if inside_block and not kept and min(n, k) >= SMALLEST else None
 
 
 FAMILY = GenericFamily(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...kernels.layer import RANK_TILE, Layer
-from ..calibration.tokens import Entry
+from ..calibration.tokens import InputStatistics
 from ..linear import LowRank
 from .deltas import Columns
 from .fit import LoraLimits, fit
@@ -34,7 +34,7 @@ def bake_layer(
     rank: int | None,
     limits: LoraLimits,
     device: torch.device | str = "cpu",
-    entry: Entry | None = None,
+    entry: InputStatistics | None = None,
 ) -> BakedLayer:
     """proj_up' @ proj_down'.T = proj_up @ proj_down.T + delta
 
@@ -80,7 +80,7 @@ def _columns(layer: Layer, loras: LayerLoras, limits: LoraLimits, device: torch.
     return (nearest.down, nearest.up), 1 - kept
 
 
-def _seen(down: torch.Tensor, layer: Layer, entry: Entry | None, fitting: bool = False) -> torch.Tensor:
+def _seen(down: torch.Tensor, layer: Layer, entry: InputStatistics | None, fitting: bool = False) -> torch.Tensor:
     """x @ down for the activations x by which an error counts: those to fit to, or those held out to measure on"""
     if entry is None:
         return layer["smooth_factor"].float()[:, None] * down

@@ -1,22 +1,63 @@
-"""Which layers become 4-bit, in what form, and which of them are made together."""
+"""First step, plan: which layers become 4-bit, in what form, and which of them are made together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
 
 from ...kernels.formats import FORMATS
 from ...kernels.layer import LayerSpec
-from ..families import Family
+from ..families import FAMILIES, Family, detect
+from ..files.source import Source
 from ..files.tensor_file import TensorInfo
 from ..recipe import KEEP_16BIT, Recipe
 
 
-def plan_layers(
-    infos: Mapping[str, TensorInfo], family: Family, recipe: Recipe, unfit: dict[str, str] | None = None
-) -> dict[str, LayerSpec]:
-    """layer -> its spec, by the family's table. Layers whose K does not fit the group stay in 16 bit.
+class QuantizeError(ValueError):
+    """A model cannot be quantized. The message names the layer."""
 
-    unfit  filled with those layers and the reason
+
+@dataclass(frozen=True)
+class Plan:
+    """What a family's table makes of a model.
+
+    specs   layer -> its spec
+    groups  all layers in the order of `specs`, those that read the same activation together
+    unfit   layer -> why it stays in 16 bit though the table names it
+    dtype   of stored 16-bit tensors
     """
-    specs = {}
+
+    family: Family
+    specs: Mapping[str, LayerSpec]
+    groups: tuple[tuple[str, ...], ...]
+    unfit: Mapping[str, str]
+    dtype: torch.dtype
+
+    @cached_property
+    def inputs(self) -> dict[str, int]:
+        """layer -> input channels, for the first layer of each group whose activations are rounded."""
+        first = (group[0] for group in self.groups)
+        return {layer: self.specs[layer].k for layer in first if self.specs[layer].fmt.low_rank}
+
+    @cached_property
+    def shared_inputs(self) -> dict[str, str]:
+        """layer -> the layer whose statistics it uses, the first of its group, for the others of a group."""
+        return {layer: group[0] for group in self.groups for layer in group[1:]}
+
+
+def plan_model(source: Source, recipe: Recipe) -> Plan:
+    """The plan for a source of 16-bit weights. Raises QuantizeError where nothing can become 4-bit, and FamilyError."""
+    family = detect(source.infos) if source.family is None else FAMILIES[source.family]
+    plan = plan_layers(source.infos, family, recipe)
+    if not plan.specs:
+        raise QuantizeError(f"{source.name}: no linear layer of family {family.name} can become 4-bit")
+    return plan
+
+
+def plan_layers(infos: Mapping[str, TensorInfo], family: Family, recipe: Recipe) -> Plan:
+    """The plan by the family's table. Layers whose K does not fit the group stay in 16 bit, and are `unfit`."""
+    specs, unfit = {}, {}
     for key, info in infos.items():
         layer = key.removesuffix(".weight")
         if layer == key or len(info.shape) != 2:
@@ -27,27 +68,23 @@ def plan_layers(
             continue
         fmt = FORMATS[recipe.modulation if rule.kind == "w4a16" else recipe.format]
         if k % fmt.group_size:
-            if unfit is not None:
-                unfit[layer] = f"{k} input channels are no multiple of the {fmt.name} group of {fmt.group_size}"
-            continue
-        if fmt.low_rank:
+            unfit[layer] = f"{k} input channels are no multiple of the {fmt.name} group of {fmt.group_size}"
+        elif fmt.low_rank:
             act_unsigned = rule.act_unsigned if fmt.unsigned_act else (0, 0)
             specs[layer] = LayerSpec(fmt.name, n, k, recipe.rank, act_unsigned, recipe.act_rule)
         else:
             specs[layer] = LayerSpec(fmt.name, n, k)
-    return specs
+    # fp16 stays fp16; everything else is stored as bf16, whose range no weight overflows
+    dtypes = {infos[f"{layer}.weight"].dtype for layer in specs}
+    dtype = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
+    return Plan(family, specs, group_layers(specs, family), unfit, dtype)
 
 
-def group_layers(specs: Mapping[str, LayerSpec], family: Family) -> list[tuple[str, ...]]:
+def group_layers(specs: Mapping[str, LayerSpec], family: Family) -> tuple[tuple[str, ...], ...]:
     """All layers in the order of `specs`, those that read the same activation in one group."""
     low_rank = [layer for layer, spec in specs.items() if spec.fmt.low_rank]
-    group_of = {}
+    group_of: dict[str, tuple[str, ...]] = {}
     for group in family.shared_groups(low_rank):
         if len({(specs[layer].k, specs[layer].act_unsigned) for layer in group}) == 1:
             group_of |= dict.fromkeys(group, group)
-    return list(dict.fromkeys(group_of.get(layer, (layer,)) for layer in specs))
-
-
-def shared_entries(groups: Sequence[tuple[str, ...]]) -> dict[str, str]:
-    """layer -> the layer whose statistics it uses, the first of its group, for the others of a group."""
-    return {layer: group[0] for group in groups for layer in group[1:]}
+    return tuple(dict.fromkeys(group_of.get(layer, (layer,)) for layer in specs))

@@ -24,7 +24,7 @@ def digest(parts: Iterable[str | torch.Tensor]) -> str:
             made.update(f"{len(part)}:{part}".encode())
         else:
             made.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            made.update(memoryview(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            made.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return made.hexdigest()
 
 

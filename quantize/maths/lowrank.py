@@ -1,8 +1,10 @@
 """The low-rank branch: split a matrix into a thin product and a rest."""
 
+from collections.abc import Sequence
+
 import torch
 
-from .moments import Gram
+from .inputs import Gram
 
 OVERSAMPLING = 16
 POWER_STEPS = 4
@@ -62,6 +64,18 @@ def refit(residual: torch.Tensor, root: Gram, rank: int, seed: int) -> tuple[tor
     """
     down, up = split(root.times(residual), rank, seed, power_steps=2)
     return balance(root.solve_transposed(down), up)
+
+
+def tails(matrix: torch.Tensor, ranks: Sequence[int], seed: int) -> tuple[float, ...]:
+    """||M - SVD_r(M)||^2 / ||M||^2 for every r of `ranks`, which rise, from one randomized SVD"""
+    most = min(ranks[-1], *matrix.shape)
+    if most + OVERSAMPLING >= min(matrix.shape) // 2:
+        values = torch.linalg.svdvals(matrix)
+    else:
+        values = randomized_svd(matrix, most + OVERSAMPLING, 2, seed)[1]
+    total = matrix.double().square().sum().clamp_min(1e-300)
+    gone = torch.cat([torch.zeros(1, dtype=torch.float64, device=matrix.device), values.double().square().cumsum(0)])
+    return tuple(max(0.0, 1 - (gone[min(rank, len(gone) - 1)] / total).item()) for rank in ranks)
 
 
 def balance(down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

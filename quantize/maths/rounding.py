@@ -1,20 +1,22 @@
-"""Round to a 4-bit grid: weights with scales that minimize the squared error, activations by the kernels' rule.
+"""Round a weight to its 4-bit grid: scales of least squared error, each element to nearest or by GPTQ.
 
-Nothing here is packed. Values stay in float32 but lie exactly on the grid that the stored tensors mean, so that an
-error measured here is the error of the file. What a grid is, its format says.
+GPTQ rounds column by column and lets the columns that follow make up for the error: arXiv 2210.17323, with static
+group scales and activation order. Nothing here is packed: values stay in float32 but lie exactly on the grid that the
+stored tensors mean, so that an error measured here is the error of the file. What a grid is, its format says.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ...kernels.formats import Format, by_group
-from ...kernels.layer import LayerSpec
+from ...kernels.formats import Format
 from ...kernels.packing import pack
-from ...kernels.roundtrip import rounded
+from .inputs import Gram
 
 CHUNK = 1 << 18  # elements worked on at once: they stay in the processor's cache
+DAMPING = 0.01  # of the mean diagonal, added to it
+BLOCK = 128  # columns between two updates of everything that follows
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class WeightScales:
 
 def absmax_scales(weight: torch.Tensor, fmt: Format, dtype: torch.dtype) -> WeightScales:
     """step = absmax of the group / largest code, as the format's own `encode_weight` has it; weight (N, K) float32"""
-    absmax = by_group(weight, fmt.group_size).abs().amax(-1)
+    absmax = weight.unflatten(-1, (-1, fmt.group_size)).abs().amax(-1)
     step, stored = fmt.store_step(fmt.absmax_step(absmax), fmt.upper_scale(absmax, searching=False), dtype)
     return WeightScales(fmt, step, stored, every_code=False)
 
@@ -65,14 +67,14 @@ def searched_scales(
     n, k = weight.shape
     share = torch.ones(k, device=weight.device) if importance is None else importance.to(weight).clamp_min(1e-30)
     share = (share / share.mean()).unflatten(0, (-1, fmt.group_size))
-    absmax = by_group(weight, fmt.group_size).abs().amax(-1)
+    absmax = weight.unflatten(-1, (-1, fmt.group_size)).abs().amax(-1)
     upper = fmt.upper_scale(absmax, searching=True)
     best = torch.empty_like(absmax)
     rows = max(1, CHUNK // k)
     for start in range(0, n, rows):
         part = slice(start, start + rows)
         candidates = fmt.candidates(absmax[part], upper, dtype)
-        best[part] = _best_step(by_group(weight[part], fmt.group_size), candidates, share, fmt)
+        best[part] = _best_step(weight[part].unflatten(-1, (-1, fmt.group_size)), candidates, share, fmt)
     step, stored = fmt.store_step(best, upper, dtype)
     return WeightScales(fmt, step, stored, every_code=True)
 
@@ -94,18 +96,99 @@ def _best_step(
     return best
 
 
-def round_activation(z: torch.Tensor, spec: LayerSpec, centre: torch.Tensor | None = None) -> torch.Tensor:
-    """What the kernels make of a smoothed, shifted activation (M, K) float32, by the layer's rule, decoded again.
+@dataclass(frozen=True)
+class GptqFactor:
+    """inverse(H[order][:, order] + damping) = upper.T @ upper, for one diagonal block of H that starts at `start`"""
 
-    centre  (K,) act_mean / smooth_factor: taken off before the rounding and added after it
+    start: int
+    order: torch.Tensor
+    upper: torch.Tensor
+
+
+def factorize(hessian: Gram, damping: float = DAMPING) -> list[GptqFactor]:
+    """One factor per diagonal block; columns by falling diagonal, dead ones (diagonal zero) are left as they are."""
+    return [
+        GptqFactor(start, *_factorize_block(block, damping))
+        for start, block in zip(hessian.starts, hessian.blocks, strict=True)
+    ]
+
+
+def _factorize_block(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    diagonal = hessian.diagonal()
+    level = diagonal.mean().clamp_min(1e-30)
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    # flipped: with F = reversed H = M M.T, the reversed M is upper, and its inverse is the factor that GPTQ needs
+    flipped = order.flip(0)
+    damped = hessian[flipped][:, flipped]
+    damped.diagonal().add_(damping * level)
+    damped.diagonal()[(diagonal <= 0)[flipped]] = 1
+    wide = damped if len(damped) > Gram.WIDE else damped.double()
+    lower, failed = torch.linalg.cholesky_ex(wide)
+    while failed:  # round-off of a nearly singular float32 matrix
+        wide.diagonal().add_(damping * level)
+        lower, failed = torch.linalg.cholesky_ex(wide)
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    return order, upper.float().contiguous()
+
+
+def gptq(target: torch.Tensor, factors: Sequence[GptqFactor], scales: WeightScales) -> torch.Tensor:
+    """Q on the grid of `scales` with a small sum over rows of (target - Q) H (target - Q).T
+
+    target (N, K) float32; returns (N, K). The scales stay what they are.
     """
-    if spec.act_bits == 8:
-        return _round_int8(z, spec)
-    return rounded(z, spec) if centre is None else rounded(z - centre, spec).add_(centre)
+    rounded = torch.empty_like(target)
+    group = target.shape[1] // scales.step.shape[1]
+    steps = scales.step.T.contiguous()  # (K/group, N): one column of the weight is one row here
+    for factor in factors:
+        columns = factor.start + factor.order
+        done = _gptq_block(target[:, columns].T.contiguous(), factor.upper, steps, columns // group, scales)
+        rounded[:, columns] = done.T
+    return rounded
 
 
-def _round_int8(z: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
-    """By groups (w4a8), or by rows where the format has no such mode (w4a8-jit)"""
-    groups = by_group(z, spec.fmt.act8_group or spec.k)
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    return (groups / torch.where(scale == 0, 1, scale)).round_().mul_(scale).flatten(-2)
+def _gptq_block(
+    rest: torch.Tensor, upper: torch.Tensor, steps: torch.Tensor, groups: torch.Tensor, scales: WeightScales
+) -> torch.Tensor:
+    """rest (K, N) is overwritten: what is left of the target after the errors so far are made up for."""
+    rounded = torch.empty_like(rest)
+    for start in range(0, len(rest), BLOCK):
+        stop = min(start + BLOCK, len(rest))
+        triangle = upper[start:stop, start:stop]
+        pivots = triangle.diagonal().tolist()
+        errors = torch.empty_like(rest[start:stop])
+        for i, group in enumerate(groups[start:stop].tolist()):
+            column = rest[start + i]
+            if i:
+                column = torch.addmv(column, errors[:i].T, triangle[:i, i], alpha=-1)
+            near = scales.nearest(column, steps[group])
+            rounded[start + i] = near
+            errors[i] = (column - near) / pivots[i]
+        if stop < len(rest):
+            rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return rounded
+
+
+@dataclass(frozen=True)
+class WeightRounder:
+    """How a layer's weight gets onto its grid.
+
+    dtype       of 16-bit scales
+    search      scales of least squared error; else absmax / largest code
+    importance  (K,) weights of that error, the mean squared activation; None for all alike
+    factors     of the Hessian: by GPTQ; empty: each element to nearest
+    """
+
+    fmt: Format
+    dtype: torch.dtype
+    search: bool = True
+    importance: torch.Tensor | None = None
+    factors: Sequence[GptqFactor] = ()
+
+    def on_grid(self, wanted: torch.Tensor) -> tuple[torch.Tensor, WeightScales]:
+        """(the rounded (N, K) float32, its scales) for what the 4-bit weight should be"""
+        if self.search:
+            scales = searched_scales(wanted, self.fmt, self.dtype, self.importance)
+        else:
+            scales = absmax_scales(wanted, self.fmt, self.dtype)
+        return gptq(wanted, self.factors, scales) if self.factors else scales.round(wanted), scales

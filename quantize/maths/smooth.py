@@ -1,13 +1,17 @@
-"""smooth_factor: how much of each input channel's range moves between activation and weight."""
+"""How much of each input channel's range moves between activation and weight: the vector `smooth` of a layer.
+
+It is called `smooth` in formulas and code, and `smooth_factor` among the tensors of a file.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from ...kernels.formats import Format, by_group
+from ...kernels.formats import Format
 from ...kernels.layer import LayerSpec
 from . import lowrank
+from .inputs import LayerInput
 
 LIMITS = (1e-2, 1e2)  # beyond these, activations under- or overflow the 16-bit and E4M3 ranges
 EXPONENTS = (
@@ -39,8 +43,8 @@ def from_weight_spans(weight: torch.Tensor, power: float) -> torch.Tensor:
 def from_spans(act: torch.Tensor, weight: torch.Tensor, a: float, b: float) -> torch.Tensor:
     """smooth[k] = act[k] ** a / weight[k] ** b for spans (K,) of both; 1 where either is zero"""
     alive = (act > 0) & (weight > 0)
-    factor = torch.where(alive, act, 1).pow(a) / torch.where(alive, weight, 1).pow(b)
-    return factor.nan_to_num(1.0, 1.0, 1.0)
+    smooth = torch.where(alive, act, 1).pow(a) / torch.where(alive, weight, 1).pow(b)
+    return smooth.nan_to_num(1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,10 @@ class Inputs:
     square: torch.Tensor
 
     @classmethod
-    def of(cls, x: torch.Tensor, absmax: torch.Tensor | None = None, square: torch.Tensor | None = None) -> "Inputs":
-        """From shifted activations x (M, K); `absmax` and `square` where they are known from more tokens."""
+    def of(cls, x: torch.Tensor, absmax: torch.Tensor | None = None) -> "Inputs":
+        """From shifted activations x (M, K); `absmax` where it is known from more tokens."""
         stride = max(1, len(x) // TOKENS)
-        return cls(
-            x[::stride][:TOKENS],
-            x.abs().amax(0) if absmax is None else absmax,
-            x.square().mean(0) if square is None else square,
-        )
+        return cls(x[::stride][:TOKENS], x.abs().amax(0) if absmax is None else absmax, x.square().mean(0))
 
 
 @dataclass(frozen=True)
@@ -95,45 +95,70 @@ class NoiseModel:
         s = log_s.exp()
         of_act = self._noise(inputs.rows / s, self.steps) / len(inputs.rows)
         of_weight = self._noise(residual * s, torch.full_like(self.steps, WEIGHT_STEPS))
-        act = of_act * by_group(residual.square().sum(0) * s.square(), self.fmt.group_size)
-        weight = of_weight * by_group(inputs.square / s.square(), self.fmt.group_size)
+        act = of_act * self._by_group(residual.square().sum(0) * s.square())
+        weight = of_weight * self._by_group(inputs.square / s.square())
         return act.sum() + self.weight_gain * weight.sum()
 
     def _noise(self, rows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        return self.fmt.rounding_noise(by_group(rows.abs(), self.fmt.group_size), steps)
+        return self.fmt.rounding_noise(self._by_group(rows.abs()), steps)
+
+    def _by_group(self, channels: torch.Tensor) -> torch.Tensor:
+        """(..., K) -> (..., K/group, group)"""
+        return channels.unflatten(-1, (-1, self.fmt.group_size))
 
 
-def search(
-    weights: Sequence[torch.Tensor],
-    inputs: Inputs,
-    spec: LayerSpec,
-    rank: int,
-    seed: int,
-    steps: int,
-    gptq: bool = True,
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class ExpectedNoise:
+    """What the noise model expects of a layer without a branch: ||y - exact||^2 / ||exact||^2, scalars
+
+    smooth      (K,) at which it was found: spans of both to the power of one half
+    total       of rounding both factors
+    activation  of rounding the activation alone
+    """
+
+    smooth: torch.Tensor
+    total: torch.Tensor
+    activation: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, tokens: torch.Tensor, spec: LayerSpec, gptq: bool) -> "ExpectedNoise":
+        """weight (N, K) float32; tokens (M, K), of which the first few are looked at"""
+        inputs = Inputs.of(LayerInput.plain(tokens[: 4 * TOKENS], spec, weight.device).whole())
+        smooth = from_spans(inputs.absmax, weight.abs().amax(0), 0.5, 0.5).clamp(*LIMITS)
+        model = NoiseModel.of(spec, weight.device, gptq)
+        power = (inputs.rows @ weight.T).square().sum(1).mean().clamp_min(1e-30)
+        total, activation = (
+            one.cost(smooth.log(), inputs, weight) / power for one in (model, replace(model, weight_gain=0.0))
+        )
+        return cls(smooth, total, activation)
+
+
+def search(weights: Sequence[torch.Tensor], inputs: Inputs, spec: LayerSpec, seed: int, steps: int) -> torch.Tensor:
     """argmin of the noise model over s: the best of 33 span rules, then `steps` Adam steps on log s
 
     weights  (N_i, K) of every layer that reads this input; they share the result
+    spec     of the layers: what they have in common, and the rank of the branch that is taken off
     returns  (K,) float32 within LIMITS of its centre
     """
     rows = torch.cat([weight.float() for weight in weights])
     rows = rows[:: -(-len(rows) // ROWS)]
-    model = NoiseModel.of(spec, rows.device, gptq)
+    model = NoiseModel.of(spec, rows.device, gptq=True)
     root_x, root_w = inputs.square.sqrt(), rows.square().mean(0).sqrt()
     spans = ((inputs.absmax, rows.abs().amax(0)), (root_x, root_w), (inputs.absmax, root_w))
-    least, best, residual = None, None, rows
+    best: tuple[float, torch.Tensor, torch.Tensor] | None = None
     for act, weight in spans:
         for a, b in EXPONENTS:
             s = _centred(from_spans(act, weight, a, b))
-            rest = _rest(rows, s, rank, seed)
+            rest = _rest(rows, s, spec.rank, seed)
             cost = model.cost(s.log(), inputs, rest).item()
-            if least is None or cost < least:
-                least, best, residual = cost, s, rest
+            if best is None or cost < best[0]:
+                best = cost, s, rest
+    assert best is not None
+    _, s, rest = best
     for _ in range(2 if steps else 0):  # the branch is refreshed once, half way
-        best = _descend(best, model, inputs, residual, steps // 2)
-        residual = _rest(rows, best, rank, seed)
-    return _placed(best, inputs, spec)
+        s = _descend(s, model, inputs, rest, steps // 2)
+        rest = _rest(rows, s, spec.rank, seed)
+    return _placed(s, inputs, spec)
 
 
 def _rest(rows: torch.Tensor, s: torch.Tensor, rank: int, seed: int) -> torch.Tensor:

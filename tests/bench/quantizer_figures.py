@@ -3,12 +3,12 @@
 import argparse
 import json
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from types import MappingProxyType
 
 import torch
@@ -19,9 +19,9 @@ from svdquant_pack.quantize.files.tensor_file import TensorInfo
 from svdquant_pack.quantize.maker.memory import PeakMemory
 from svdquant_pack.quantize.maker.model import quantize_model
 from svdquant_pack.quantize.maths import smooth
-from svdquant_pack.quantize.maths import svdquant_reference as reference
-from svdquant_pack.quantize.maths.moments import smoothed_chunks
-from svdquant_pack.quantize.maths.refine import Fit, mean_of, output_errors, refine, to_16bit
+from svdquant_pack.quantize.maths.fit import refine, svdquant
+from svdquant_pack.quantize.maths.inputs import LayerInput, mean_of, to_16bit
+from svdquant_pack.quantize.maths.layer import Dense, FittedLayer, Making, output_errors
 from svdquant_pack.quantize.recipe import Recipe
 from svdquant_pack.tests.bench.synthetic_layers import KINDS, make
 
@@ -56,7 +56,7 @@ def say(text: str) -> None:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values)))
+    return math.exp(fmean(map(math.log, values)))
 
 
 def recipe_of(method: str, format: str) -> Recipe:
@@ -65,25 +65,18 @@ def recipe_of(method: str, format: str) -> Recipe:
 
 
 def make_fit(
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    spec: LayerSpec,
-    tokens: torch.Tensor,
-    recipe: Recipe,
-    reuse: torch.Tensor | None = None,
-    exact_svd: bool = False,
-) -> Fit:
+    dense: Dense, tokens: torch.Tensor, recipe: Recipe, reuse: torch.Tensor | None = None, exact_svd: bool = False
+) -> FittedLayer:
     """One layer by one recipe; `reuse` is the smoothing of an earlier run of the reference."""
+    spec, making = dense.spec, Making(recipe, BF16)
     if recipe.smoothing == "grid":
-        return reference.svdquant(weight, bias, spec, tokens, recipe, BF16, exact_svd=exact_svd, smooth=reuse)
-    ones = torch.ones(spec.k)
-    stride = max(1, len(tokens) // 4096)
-    shifted = torch.cat(list(smoothed_chunks(tokens[::stride], ones, spec)))
+        return svdquant(dense, tokens, making, exact_svd, reuse)
+    shifted = LayerInput.plain(tokens, spec, tokens.device).whole(max(1, len(tokens) // 4096))
     act_mean = mean_of(tokens, spec, BF16, tokens.device) if recipe.centring else None
     if act_mean is not None:
         shifted -= act_mean
-    factor = smooth.search([weight], smooth.Inputs.of(shifted), spec, spec.rank, recipe.seed, recipe.adam_steps)
-    return refine(weight, bias, spec, to_16bit(factor, BF16), tokens, recipe, BF16, act_mean=act_mean)
+    factor = smooth.search([dense.weight], smooth.Inputs.of(shifted), spec, recipe.seed, recipe.adam_steps)
+    return refine(dense, to_16bit(factor, BF16), tokens, making, act_mean)
 
 
 def trained(seed: int, checks: Checks) -> None:
@@ -104,15 +97,15 @@ def trained(seed: int, checks: Checks) -> None:
                     begun, fits, errors = time.perf_counter(), {}, []
                     recipe = recipe_of(method, format)
                     for place, unit in enumerate(flux.units):
-                        weight, bias = unit.weight(flux.model), unit.bias(flux.model)
                         unit_spec = unit.spec(flux.model, format, rank, recipe.act_rule)
+                        dense = Dense(unit.weight(flux.model), unit.bias(flux.model), unit_spec)
                         rows = tokens[unit.module][:, unit.columns]
-                        fit = make_fit(weight, bias, unit_spec, rows, recipe, smoothing.get(place))
+                        fit = make_fit(dense, rows, recipe, smoothing.get(place))
                         if recipe.smoothing == "grid":
                             smoothing[place] = fit.smooth
                         fits[place] = (unit_spec, fit)
                         held = test[unit.module][:, unit.columns]
-                        errors.append(output_errors(fit, weight, bias, unit_spec, held).total)
+                        errors.append(output_errors(fit, dense, held).total)
                     seconds = time.perf_counter() - begun
                     model = flux.with_fits(fits)
                     row = (
@@ -132,13 +125,13 @@ def _trained_figures(
 ) -> None:
     for format in FORMATS:
         for rank in (4, 8):
-            base = [statistics.fmean(column) for column in zip(*found[format, rank, "svdquant+gptq"], strict=True)]
+            base = [fmean(column) for column in zip(*found[format, rank, "svdquant+gptq"], strict=True)]
             for method in METHODS:
                 columns = list(zip(*found[format, rank, method], strict=True))
-                mean, spread = map(statistics.fmean, columns), map(statistics.stdev, columns)
+                mean, spread = map(fmean, columns), map(stdev, columns)
                 cells = "  ".join(f"{m:8.4f} +- {s:.4f}" for m, s in zip(mean, spread, strict=True))
                 say(f"{format:6} rank {rank}  {method:14} layer, velocity, PSNR, seconds: {cells}")
-            ours = [statistics.fmean(column) for column in zip(*found[format, rank, "ours"], strict=True)]
+            ours = [fmean(column) for column in zip(*found[format, rank, "ours"], strict=True)]
             name = f"{format} rank {rank}, ours against svdquant+gptq"
             checks.figure(f"{name}: layer error", ours[0] / base[0], most=0.86)
             checks.figure(f"{name}: velocity error", ours[1] / base[1], most=0.88)
@@ -156,12 +149,12 @@ def synthetic(seed: int, checks: Checks, n: int = 768) -> None:
             unsigned = (0, n) if layer.gelu and format == "int4" else (0, 0)
             for method in METHODS:
                 recipe = recipe_of(method, format)
-                spec = LayerSpec(format, n, n, 32, unsigned, recipe.act_rule)
+                dense = Dense(layer.weight, bias, LayerSpec(format, n, n, 32, unsigned, recipe.act_rule))
                 begun = time.perf_counter()
-                fit = make_fit(layer.weight, bias, spec, layer.calibration, recipe, smoothing)
+                fit = make_fit(dense, layer.calibration, recipe, smoothing)
                 seconds = time.perf_counter() - begun
                 smoothing = fit.smooth if recipe.smoothing == "grid" else smoothing
-                error = output_errors(fit, layer.weight, bias, spec, layer.test).total
+                error = output_errors(fit, dense, layer.test).total
                 base = base or error
                 ratios.setdefault(method, []).append(error / base)
                 cells.append(f"{method} {error / base:.3f} ({seconds:.1f} s)")
@@ -179,9 +172,9 @@ def speed(seed: int, checks: Checks, n: int = 768) -> None:
     seconds = {}
     for method, exact_svd in (("svdquant", True), ("balanced", False), ("ours", False)):
         recipe = recipe_of(method, "int4")
-        spec = LayerSpec("int4", n, n, 32, (0, 0), recipe.act_rule)
+        dense = Dense(layer.weight, bias, LayerSpec("int4", n, n, 32, (0, 0), recipe.act_rule))
         begun = time.perf_counter()
-        make_fit(layer.weight, bias, spec, layer.calibration, recipe, exact_svd=exact_svd)
+        make_fit(dense, layer.calibration, recipe, exact_svd=exact_svd)
         seconds[method] = time.perf_counter() - begun
         say(f"  n = {n}  {method:9} {'full SVDs ' if exact_svd else ''}{seconds[method]:.1f} s")
     checks.figure(
@@ -195,12 +188,12 @@ def one_layer(n: int, k: int, tokens: int, rank: int, seed: int) -> tuple[float,
     weight = torch.randn(n, k, generator=generator) / k**0.5
     gain = torch.exp(0.5 * torch.randn(k, generator=generator))
     rows = (torch.randn(tokens + 256, k, generator=generator) * gain).to(BF16)
-    spec, bias = LayerSpec("int4", n, k, rank), torch.zeros(n)
+    dense = Dense(weight, torch.zeros(n), LayerSpec("int4", n, k, rank))
     with PeakMemory() as peak:
         begun = time.perf_counter()
-        fit = make_fit(weight, bias, spec, rows[:tokens], Recipe.named("balanced"))
+        fit = make_fit(dense, rows[:tokens], Recipe.named("balanced"))
         seconds = time.perf_counter() - begun
-    return seconds, peak.bytes, output_errors(fit, weight, bias, spec, rows[tokens:]).total
+    return seconds, peak.bytes, output_errors(fit, dense, rows[tokens:]).total
 
 
 LARGE = ((12288, 3072), (3072, 12288))  # (out, in): fc1 and fc2 of FLUX.1

@@ -17,9 +17,8 @@ import torch
 from safetensors import safe_open
 
 from svdquant_pack.kernels import LayerSpec
-from svdquant_pack.quantize.maths.moments import smoothed_chunks
-from svdquant_pack.quantize.maths.refine import Fit
-from svdquant_pack.quantize.maths.rounding import round_activation
+from svdquant_pack.quantize.maths.inputs import LayerInput
+from svdquant_pack.quantize.maths.layer import FittedLayer
 
 MODELS = Path(__file__).resolve().parents[2] / "workflows" / "models"
 MODEL_FILE = MODELS / "diffusion_models" / "svdquant_demo_digits.safetensors"
@@ -52,14 +51,14 @@ class Rounded(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.parts: list[tuple[slice, LayerSpec, Fit]] = []
+        self.parts: list[tuple[slice, LayerSpec, FittedLayer]] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, y = x.reshape(-1, x.shape[-1]), 0
         for columns, spec, fit in self.parts:
             part = rows[:, columns]
-            z = next(smoothed_chunks(part, fit.smooth, spec, at_once=1 << 30))
-            zq = round_activation(z, spec, fit.centre)
+            inputs = LayerInput(part, fit.smooth, spec, fit.centre)
+            zq = inputs.rounded(inputs.whole())
             y = y + zq @ fit.rounded.T + (part @ fit.proj_down) @ fit.proj_up.T + fit.bias
         return y.view(*x.shape[:-1], -1)
 
@@ -143,7 +142,7 @@ class TinyFlux:
             handle.remove()
         return {name: torch.cat(rows) for name, rows in seen.items()}
 
-    def with_fits(self, fits: Mapping[int, tuple[LayerSpec, Fit]]) -> torch.nn.Module:
+    def with_fits(self, fits: Mapping[int, tuple[LayerSpec, FittedLayer]]) -> torch.nn.Module:
         """A copy whose units are replaced; fits by place in `units`."""
         changed, modules = copy.deepcopy(self.model), {}
         for place, (spec, fit) in fits.items():

@@ -9,13 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdquant_pack.kernels.layer import LayerError, LayerSpec
 from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
-from svdquant_pack.quantize.calibration.tokens import Call
+from svdquant_pack.quantize.calibration.tokens import ModelCall
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.source import FileSource
 from svdquant_pack.quantize.maker.model import quantize_model
+from svdquant_pack.quantize.maths.layer import Dense
 from svdquant_pack.quantize.recipe import NAMED, Recipe
 
+NAN, INF = float("nan"), float("inf")
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 128
 
@@ -82,7 +85,7 @@ def damaged(tmp_path_factory):
             x[..., 70] = 0  # a dead channel
             x[..., 64:128] *= layer != "blocks.2.proj"  # a dead group
             x *= layer != "blocks.3.proj"  # a layer that gets nothing
-            made.entries[layer].observe(x, Call(step, 8), generator)
+            made.entries[layer].observe(x, ModelCall(step, 8), generator)
     return folder / "model.safetensors", made
 
 
@@ -142,7 +145,7 @@ def test_a_layer_too_large_for_memory_gets_a_block_diagonal_hessian(tmp_path):
         {"blocks.0.mlp.weight": torch.randn(128, k, generator=generator).bfloat16()}, tmp_path / "model.safetensors"
     )
     made = Statistics.create(tmp_path / "s.safetensors", {"blocks.0.mlp": k}, 1200, {"shared": {}})
-    made.entries["blocks.0.mlp"].observe(torch.randn(1, 1200, k, generator=generator), Call(0, 1), generator)
+    made.entries["blocks.0.mlp"].observe(torch.randn(1, 1200, k, generator=generator), ModelCall(0, 1), generator)
 
     def run(room: int) -> subprocess.CompletedProcess:
         arguments = [str(ROOT / "tests" / "conftest.py"), str(tmp_path), str(room)]
@@ -156,3 +159,71 @@ def test_a_layer_too_large_for_memory_gets_a_block_diagonal_hessian(tmp_path):
     )
     done = run(100 << 20)
     assert done.returncode == 1 and "can't allocate memory" in done.stderr and not list(tmp_path.glob(".out*"))
+
+
+BAD_FIELDS = {
+    "name": ("turbo", None, 3),
+    "format": ("int3", "awq_w4a16", None),
+    "rank": (-16, 8, 16.0, True, "32"),
+    "auto_rank": (1, None, "yes"),
+    "target_size": (-1, 1e9, NAN, True),
+    "fallback": (-0.1, NAN, INF, "0.1", True),
+    "act8_share": (-0.1, 1.1, NAN, None),
+    "activation": ("finest", None),
+    "smoothing": ("none", "noise_model", "grid"),  # the last two are not what the name `fast` stands for
+    "smooth_power": (9, -0.5, NAN),
+    "alternations": (0, -1, 2.5),
+    "adam_steps": (-3, 0.5, True),
+    "start_rounds": (-1, None),
+    "rounds": (-1, 1.5, "3"),
+    "damping": (-5, 0.0, 2, NAN),
+    "refit_damping": (-1e-3, 1.5, NAN),
+    "hessian_block": (1, 63, 0, 128.0),
+    "input_noise": (1, None),
+    "centring": ("False", 0),
+    "bias_correction": (2, None),
+    "modulation": ("int4", "8bit"),
+    "seed": (-1, 1 << 63, 0.5, True),
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in BAD_FIELDS.items() for value in values]
+)
+def test_a_recipe_names_the_field_the_value_and_what_it_needs(field, value):
+    with pytest.raises(ValueError) as caught:
+        Recipe(**{field: value})
+    assert str(caught.value).startswith(f"{field} is {value!r}, needed ")
+
+
+def test_every_field_of_a_recipe_is_checked_and_every_named_one_is_legal():
+    assert set(BAD_FIELDS) == set(Recipe.__dataclass_fields__)
+    for name in NAMED:
+        Recipe.named(name, rank=0, rounds=0, fallback=0, act8_share=1, damping=1e-6, hessian_block=64)
+
+
+@pytest.mark.parametrize(("name", "smoothing"), [("balanced", "grid"), ("best", "weight_spans"), ("svdquant", "grid ")])
+def test_a_name_with_the_smoothing_of_another_one_is_refused(name, smoothing):
+    with pytest.raises(ValueError, match="smoothing is"):
+        Recipe.named(name, smoothing=smoothing)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"weight": torch.ones(8, 128)},
+            r"weight has shape \(8, 128\), int4 at N=8, K=64, .* is made of \(8, 64\)",
+        ),
+        ({"weight": torch.ones(512)}, r"weight has shape \(512,\)"),
+        ({"bias": torch.ones(64)}, r"bias has shape \(64,\), .* is made of \(8,\)"),
+        ({"weight": torch.ones(8, 64, dtype=torch.int8)}, "weight has dtype int8, needed a float"),
+        ({"weight": torch.full((8, 64), NAN)}, "weight holds NaN or Inf"),
+        ({"bias": torch.full((8,), INF, dtype=torch.float8_e5m2)}, "bias holds NaN or Inf"),
+    ],
+)
+def test_a_layer_that_does_not_fit_cannot_be_made(change, message):
+    legal = {"weight": torch.ones(8, 64), "bias": None, "spec": LayerSpec("int4", 8, 64, 16)}
+    Dense(**legal)
+    with pytest.raises(LayerError, match=message):
+        Dense(**{**legal, **change})

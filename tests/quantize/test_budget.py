@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from svdquant_pack.kernels import LayerSpec
-from svdquant_pack.quantize.maker.budget import BudgetError, Unit, allocate, tails
+from svdquant_pack.quantize.maker.decide import BudgetError, Unit, allocate
+from svdquant_pack.quantize.maths.lowrank import tails
 
 RANKS = range(0, 129, 16)
 
@@ -72,8 +73,8 @@ def test_a_size_that_cannot_be_met_says_which_can():
 def test_tails_are_the_singular_values_that_are_left():
     weight = torch.randn(400, 320, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.linspace(3, 0.1, 320))
     values = torch.linalg.svdvals(weight.double()).square()
-    found = tails(weight, 0)
+    found = tails(weight, RANKS, 0)
     assert len(found) == len(RANKS) and found[0] == pytest.approx(1)
     for rank, tail in zip(RANKS, found, strict=True):
         assert tail == pytest.approx((values[rank:].sum() / values.sum()).item(), rel=0.06)  # two power steps
-    assert tails(torch.zeros(64, 64), 0)[0] <= 1
+    assert tails(torch.zeros(64, 64), RANKS, 0)[0] <= 1

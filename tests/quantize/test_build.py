@@ -6,17 +6,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdquant_pack.kernels import LayerSpec
 from svdquant_pack.quantize.calibration.file import Statistics
-from svdquant_pack.quantize.calibration.tokens import Call
+from svdquant_pack.quantize.calibration.tokens import ModelCall
 from svdquant_pack.quantize.cli.main import main
 from svdquant_pack.quantize.families import FAMILIES
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.source import FileSource
 from svdquant_pack.quantize.files.tensor_file import TensorFileError
 from svdquant_pack.quantize.maker import model as build
-from svdquant_pack.quantize.maker.model import quantize_model
+from svdquant_pack.quantize.maker import plan
+from svdquant_pack.quantize.maker.group import LayerGroup, make_group
+from svdquant_pack.quantize.maker.model import BudgetError, Target, quantize_model
 from svdquant_pack.quantize.maker.plan import group_layers
 from svdquant_pack.quantize.maker.report import write_report
+from svdquant_pack.quantize.maths.layer import Dense, Making
 from svdquant_pack.quantize.recipe import Recipe
 
 SIZE = 128
@@ -49,14 +53,14 @@ def statistics(tmp_path_factory):
         gain = torch.exp(torch.randn(SIZE, generator=generator))
         for step in range(8):
             x = torch.randn(2, 64, SIZE, generator=generator) * gain * (1 + place / 4)
-            made.entries[layer].observe(x, Call(step, 8, (0, 1), 2), generator)
+            made.entries[layer].observe(x, ModelCall(step, 8, (0, 1), 2), generator)
     made.add_run(id="1", steps=8)
     return Statistics.open(path)
 
 
 def run(source, path, statistics, progress=None, resume=False, **changes):
     recipe = Recipe.named("balanced", **{"rank": 16, "adam_steps": 8, "rounds": 2, "start_rounds": 1, **changes})
-    return quantize_model(FileSource(source), path, recipe, progress, "cpu", statistics, resume)
+    return quantize_model(FileSource(source), Target(path, resume), recipe, progress, "cpu", statistics)
 
 
 def stop_after(count):
@@ -121,7 +125,7 @@ def test_layers_that_share_an_input_share_the_smoothing(source, statistics, tmp_
 
     family = Sharing(**FAMILIES["generic"].__dict__)
     monkeypatch.setitem(FAMILIES, "generic", family)
-    monkeypatch.setattr(build, "detect", lambda keys: family)
+    monkeypatch.setattr(plan, "detect", lambda keys: family)
     if with_data:
         run(source, tmp_path / "x.safetensors", statistics)
     else:
@@ -135,6 +139,25 @@ def test_layers_that_share_an_input_share_the_smoothing(source, statistics, tmp_
     assert len(group_layers(checkpoint.specs, family)) == 6
 
 
+def test_making_a_group_is_a_pure_function(source, statistics):
+    """The same arguments give the same bytes, and are left as they were; no file is needed."""
+    tensors, inputs = weights(), statistics.entry("blocks.1.attn.q")
+    spec = LayerSpec("int4", SIZE, SIZE, 16)
+    layers = [Dense(tensors[f"{name}.weight"], tensors[f"{name}.bias"], spec) for name in LAYERS[3:5]]
+    recipe = Recipe.named("balanced", rank=16, adam_steps=4, rounds=1, start_rounds=1, fallback=1e-3, target_size=10**6)
+    group, making = LayerGroup(layers, inputs, widen=True), Making(recipe, torch.bfloat16)
+    before = [tensor.clone() for tensor in (inputs.tokens, inputs.absmax, layers[0].weight, layers[0].bias)]
+    first, again = make_group(group, making), make_group(group, making)
+    after = (inputs.tokens, inputs.absmax, layers[0].weight, layers[0].bias)
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)) and layers[0].spec.act_bits == 4
+    for one, other in zip(first, again, strict=True):
+        assert one.layer.spec.act_bits == 8 and one.record["eight"].startswith("output error 0.")
+        assert all(torch.equal(one.layer[name], other.layer[name]) for name in one.layer.tensors)
+        assert torch.equal(one.bias, other.bias)
+        timeless = [{key: value for key, value in made.record.items() if key != "seconds"} for made in (one, other)]
+        assert timeless[0] == timeless[1]
+
+
 def test_auto_rank_takes_the_bytes_of_the_uniform_rank(source, statistics, tmp_path):
     uniform = run(source, tmp_path / "u.safetensors", statistics, rank=32)
     auto = run(source, tmp_path / "a.safetensors", statistics, rank=32, auto_rank=True)
@@ -143,8 +166,6 @@ def test_auto_rank_takes_the_bytes_of_the_uniform_rank(source, statistics, tmp_p
 
 
 def test_the_target_size_is_met_and_an_impossible_one_is_refused(source, statistics, tmp_path):
-    from svdquant_pack.quantize.maker.budget import BudgetError
-
     size = 1_048_576 + 160_000  # a megabyte is kept for the header
     run(source, tmp_path / "x.safetensors", statistics, target_size=size)
     assert 0.9 * 160_000 < sum(t.nbytes for t in load_file(tmp_path / "x.safetensors").values()) <= size
@@ -162,7 +183,7 @@ def test_layers_above_the_fallback_error_stay_as_they_were(source, statistics, t
 
 def test_fewer_tokens_than_needed_are_said_and_not_fitted_to(source, tmp_path):
     few = Statistics.create(tmp_path / "s.safetensors", {"blocks.0.mlp": SIZE}, 1024, {"shared": {}})
-    few.entries["blocks.0.mlp"].observe(torch.randn(20, SIZE), Call(0, 1), torch.Generator())
+    few.entries["blocks.0.mlp"].observe(torch.randn(20, SIZE), ModelCall(0, 1), torch.Generator())
     report = run(source, tmp_path / "x.safetensors", few)
     assert report.layers["blocks.0.mlp"]["notes"] == ["made without data: 20 tokens were seen, needed 32"]
     assert "do not hold this layer" in report.layers["blocks.1.mlp"]["notes"][0]

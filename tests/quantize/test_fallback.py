@@ -6,12 +6,11 @@ from safetensors.torch import load_file, save_file
 
 from svdquant_pack.kernels import LayerSpec
 from svdquant_pack.quantize.calibration.file import Statistics
-from svdquant_pack.quantize.calibration.tokens import Call
+from svdquant_pack.quantize.calibration.tokens import ModelCall
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.source import FileSource
-from svdquant_pack.quantize.maker.budget import Unit, eight_bits
-from svdquant_pack.quantize.maker.model import quantize_model
-from svdquant_pack.quantize.maker.ranks import HEADER
+from svdquant_pack.quantize.maker.decide import HEADER, Unit, eight_bits
+from svdquant_pack.quantize.maker.model import EightShare, Target, quantize_model
 from svdquant_pack.quantize.maker.report import as_markdown, summarize
 from svdquant_pack.quantize.recipe import Recipe
 
@@ -42,7 +41,7 @@ def model(tmp_path_factory):
             x = torch.randn(1, 128, SIZE, generator=generator)
             if layer in (LOUD, ROUGH):
                 x *= spikes(x.shape, generator, 0.02, 20.0)
-            entry.observe(x, Call(step, 8), generator)
+            entry.observe(x, ModelCall(step, 8), generator)
         if layer == SURPRISE:
             held = entry.hold == 1
             entry.tokens[held] = (
@@ -105,8 +104,8 @@ def test_a_stopped_run_remembers_what_it_chose(model, tmp_path):
     recipe = Recipe.named("balanced", rank=16, adam_steps=8, rounds=2, start_rounds=1, fallback=LIMIT, act8_share=0.3)
     target = tmp_path / "target.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        quantize_model(FileSource(model[0]), target, recipe, stop, "cpu", model[1], resume=True)
-    report = quantize_model(FileSource(model[0]), target, recipe, None, "cpu", model[1], resume=True)
+        quantize_model(FileSource(model[0]), Target(target, resume=True), recipe, stop, "cpu", model[1])
+    report = quantize_model(FileSource(model[0]), Target(target, resume=True), recipe, None, "cpu", model[1])
     whole = run(model, tmp_path / "whole.safetensors")
     assert report.resumed == 9 and (report.eight, report.kept) == (whole.eight, whole.kept)
     assert target.read_bytes() == whole.path.read_bytes()
@@ -146,3 +145,12 @@ def test_a_sensitive_layer_is_one_of_the_worst_though_its_error_is_small():
     assert eight_bits(units, groups, 0.5, 1.0, 32) == {
         "e": "predicted to cost the model 6.0 times what the median layer costs it"
     }
+
+
+def test_the_share_falls_where_8_bit_layers_stay_in_16_bit_and_grows_where_others_join():
+    share = EightShare({"a": 40, "b": 30, "c": 30}, 0.5, frozenset("a"))
+    assert share.of("ab") == 0.7 and not share.has_room_for("b") and share.of("x") == 0
+    assert not share.after({"b": {}, "c": {}}).has_room_for("b")
+    freed = share.after({"a": {"kept": "output error 0.5 is above 0.1, with 8-bit activations too"}})
+    assert freed.has_room_for("b") and not freed.after({"c": {"eight": "output error"}}).has_room_for("b")
+    assert share.eight == frozenset("a") and not EightShare({}, 0.5, frozenset()).of("a")

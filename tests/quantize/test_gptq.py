@@ -5,9 +5,8 @@ import torch
 
 from svdquant_pack.kernels import FORMATS, LayerSpec
 from svdquant_pack.quantize.maths import lowrank
-from svdquant_pack.quantize.maths.gptq import factorize, gptq
-from svdquant_pack.quantize.maths.moments import Gram, gather
-from svdquant_pack.quantize.maths.rounding import absmax_scales, round_activation, searched_scales
+from svdquant_pack.quantize.maths.inputs import Gram, LayerInput, gather, round_activation
+from svdquant_pack.quantize.maths.rounding import absmax_scales, factorize, gptq, searched_scales
 
 
 def tokens(m: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -90,7 +89,7 @@ def test_a_block_diagonal_hessian_is_gptq_of_each_block():
 def test_moments_are_those_of_the_dense_input(format, centred):
     x, smooth = tokens(700, 128) * 3 + 50, torch.rand(128, generator=torch.Generator().manual_seed(2)) + 0.5
     spec = LayerSpec(format, 8, 128, 0, (64, 128) if format == "int4" else (0, 0))
-    found = gather(x, smooth, spec, centred=centred)
+    found = gather(LayerInput(x, smooth, spec), centred=centred)
     shifted = x.double()
     shifted[:, slice(*spec.act_unsigned)] += 0.171875
     z = shifted / smooth

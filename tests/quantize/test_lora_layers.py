@@ -8,13 +8,14 @@ import torch
 from svdquant_pack.kernels.layer import Layer, LayerSpec
 from svdquant_pack.quantize import linear
 from svdquant_pack.quantize.calibration.file import Statistics
-from svdquant_pack.quantize.calibration.tokens import Call
+from svdquant_pack.quantize.calibration.tokens import ModelCall
 from svdquant_pack.quantize.linear import PackedLinear
 from svdquant_pack.quantize.lora.bake import bake_layer
 from svdquant_pack.quantize.lora.deltas import columns_of
 from svdquant_pack.quantize.lora.fit import LoraLimits, kronecker
 from svdquant_pack.quantize.lora.loras import LayerLoras
 from svdquant_pack.quantize.maker.model import quantize_layer
+from svdquant_pack.quantize.maths.layer import Dense, Making
 from svdquant_pack.quantize.recipe import Recipe
 
 N, K = 128, 192
@@ -33,7 +34,8 @@ def close(found: torch.Tensor, wanted: torch.Tensor, bound: float = EXACT) -> bo
 def layer(request) -> tuple[Layer, torch.Tensor]:
     fmt, *unsigned = request.param.split()
     spec = LayerSpec(fmt, N, K, 16, (64, 192) if unsigned else (0, 0))
-    made = quantize_layer(noise(N, K) / K**0.5, 0.1 * noise(N), spec, Recipe(format=fmt, rank=16), torch.bfloat16)
+    dense = Dense(noise(N, K) / K**0.5, 0.1 * noise(N), spec)
+    made = quantize_layer(dense, Making(Recipe(format=fmt, rank=16), torch.bfloat16))
     return made.layer, made.bias
 
 
@@ -113,7 +115,7 @@ def test_a_refit_by_statistics_is_the_best_one_on_the_activations(layer, tmp_pat
     x = noise(900, 12, seed=2) @ noise(12, K, seed=3) + 0.05 * noise(900, K, seed=4)
     statistics = Statistics.create(tmp_path / "s.safetensors", {"layer": K}, 512, {})
     entry = statistics.entry("layer")
-    entry.observe(x, Call(0, 1), torch.Generator().manual_seed(0))
+    entry.observe(x, ModelCall(0, 1), torch.Generator().manual_seed(0))
     by_scale, by_tokens = (bake_layer(layer, loras, 16, LoraLimits(), entry=known) for known in (None, entry))
     assert by_tokens.layer.spec == by_scale.layer.spec
     wanted, plain = x @ loras.dense_weight(layer.dense_weight()).T, x @ layer.dense_weight().T

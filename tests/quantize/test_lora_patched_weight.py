@@ -21,6 +21,7 @@ from svdquant_pack.quantize.lora.terms import (
     grouped,
 )
 from svdquant_pack.quantize.maker.model import quantize_layer
+from svdquant_pack.quantize.maths.layer import Dense, Making
 from svdquant_pack.quantize.recipe import Recipe
 
 N, K = 128, 192
@@ -47,7 +48,8 @@ def lora(n: int = N, k: int = K, rank: int = 4, seed: int = 0, **others) -> Lora
 def packed(request) -> tuple[torch.Tensor, PackedLinear]:
     fmt, *unsigned = request.param.split()
     spec = LayerSpec(fmt, N, K, 16, (64, 192) if unsigned else (0, 0))
-    made = quantize_layer(noise(N, K) / K**0.5, 0.1 * noise(N), spec, Recipe(format=fmt, rank=16), torch.bfloat16)
+    dense = Dense(noise(N, K) / K**0.5, 0.1 * noise(N), spec)
+    made = quantize_layer(dense, Making(Recipe(format=fmt, rank=16), torch.bfloat16))
     return PackedLinear.pack(made.layer, "w16")
 
 

@@ -9,14 +9,14 @@ from svdquant_pack.kernels import LayerSpec, svdquant_linear
 from svdquant_pack.kernels.layer import check_values
 from svdquant_pack.quantize.files.dialects import stock_layer
 from svdquant_pack.quantize.maths import smooth
-from svdquant_pack.quantize.maths import svdquant_reference as reference
-from svdquant_pack.quantize.maths.moments import smoothed_chunks
-from svdquant_pack.quantize.maths.refine import Fit, mean_of, output_errors, refine, to_16bit
-from svdquant_pack.quantize.maths.rounding import round_activation
+from svdquant_pack.quantize.maths.fit import refine, svdquant
+from svdquant_pack.quantize.maths.inputs import LayerInput, mean_of, round_activation, to_16bit
+from svdquant_pack.quantize.maths.layer import Dense, FittedLayer, Making, output_errors
 from svdquant_pack.quantize.recipe import Recipe
 from svdquant_pack.tests.bench.synthetic_layers import KINDS, make
 
 BF16 = torch.bfloat16
+BALANCED = Making(Recipe.named("balanced"), BF16)
 N = 192
 
 
@@ -26,8 +26,8 @@ def spec_of(layer, format: str, rank: int = 16, rule: str = "absmax") -> LayerSp
 
 
 def searched(layer, spec: LayerSpec, steps: int = 30) -> torch.Tensor:
-    shifted = next(smoothed_chunks(layer.calibration, torch.ones(N), spec, at_once=1 << 20))
-    return to_16bit(smooth.search([layer.weight], smooth.Inputs.of(shifted), spec, spec.rank, 0, steps), BF16)
+    shifted = LayerInput.plain(layer.calibration, spec, torch.device("cpu")).whole()
+    return to_16bit(smooth.search([layer.weight], smooth.Inputs.of(shifted), spec, 0, steps), BF16)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -45,13 +45,11 @@ def test_the_fit_beats_the_reference_and_is_what_the_kernel_computes(layer, bias
     recipe = Recipe.named("balanced", format=format, activation="best")
     spec = spec_of(layer, format, rule=recipe.act_rule)
     mean = mean_of(layer.calibration, spec, BF16, torch.device("cpu"))
-    fit = refine(layer.weight, bias, spec, searched(layer, spec), layer.calibration, recipe, BF16, act_mean=mean)
-    errors = output_errors(fit, layer.weight, bias, spec, layer.test)
-    stock = spec_of(layer, format)
-    yardstick = reference.svdquant(
-        layer.weight, bias, stock, layer.calibration, Recipe.named("svdquant", format=format), BF16
-    )
-    floor = output_errors(yardstick, layer.weight, bias, stock, layer.test)
+    dense, stock = Dense(layer.weight, bias, spec), Dense(layer.weight, bias, spec_of(layer, format))
+    fit = refine(dense, searched(layer, spec), layer.calibration, Making(recipe, BF16), mean)
+    errors = output_errors(fit, dense, layer.test)
+    yardstick = svdquant(stock, layer.calibration, Making(Recipe.named("svdquant", format=format), BF16))
+    floor = output_errors(yardstick, stock, layer.test)
     assert errors.total < 0.95 * floor.total
     # both parts are nearly independent noise
     assert errors.total**2 == pytest.approx(errors.activation**2 + errors.weight**2, rel=0.25)
@@ -76,8 +74,8 @@ def test_centring_helps_where_the_mean_is_large(layer, bias, format, biased):
     mean = mean_of(tokens, spec, BF16, torch.device("cpu"))
     torch.testing.assert_close(mean, tokens.mean(0), rtol=0.01, atol=1e-4)
     for name, act_mean in (("plain", None), ("centred", mean)):
-        recipe = Recipe.named("balanced", rounds=1)
-        fit = refine(layer.weight, bias, spec, torch.ones(N), tokens, recipe, BF16, act_mean=act_mean)
+        making = Making(Recipe.named("balanced", rounds=1), BF16)
+        fit = refine(Dense(layer.weight, bias, spec), torch.ones(N), tokens, making, act_mean)
         stored = fit.layer(spec, BF16)
         for reader, one in ((name, stored), (f"{name}, means unknown", stock_layer("X", stored, []))):
             y = svdquant_linear(test, one, fit.bias, compute="w4a4") - (0 if bias is None else bias)
@@ -96,16 +94,27 @@ def test_bias_correction_removes_the_mean_error(layer, bias):
     spec = spec_of(layer, "int4")
     factor, offsets = searched(layer, spec, 0), {}
     for corrected in (True, False):
-        recipe = Recipe.named("balanced", bias_correction=corrected, rounds=1)
-        fit = refine(layer.weight, bias, spec, factor, layer.calibration, recipe, BF16)
+        making = Making(Recipe.named("balanced", bias_correction=corrected, rounds=1), BF16)
+        fit = refine(Dense(layer.weight, bias, spec), factor, layer.calibration, making)
         y = svdquant_linear(layer.calibration, fit.layer(spec, BF16), fit.bias, compute="w4a4")
         offsets[corrected] = (y - layer.calibration @ layer.weight.T - bias).mean(0).norm()
     assert offsets[True] < 0.02 * offsets[False]
 
 
+@pytest.mark.parametrize("start_rounds", [0, 2])
+def test_zero_rounds_keep_the_branch_of_the_start(layer, bias, start_rounds):
+    dense = Dense(layer.weight, bias, spec_of(layer, "int4"))
+    errors = {}
+    for rounds in (0, 2):
+        making = Making(Recipe.named("balanced", rounds=rounds, start_rounds=start_rounds), BF16)
+        fit = refine(dense, searched(layer, dense.spec), layer.calibration, making)
+        errors[rounds] = output_errors(fit, dense, layer.test).total
+    assert errors[2] < errors[0] < 2 * errors[2]
+
+
 def test_a_layer_without_bias_stays_without(layer):
     spec = spec_of(layer, "nvfp4")
-    fit = refine(layer.weight, None, spec, searched(layer, spec, 0), layer.calibration, Recipe.named("balanced"), BF16)
+    fit = refine(Dense(layer.weight, None, spec), searched(layer, spec, 0), layer.calibration, BALANCED)
     assert fit.bias is None
 
 
@@ -113,17 +122,17 @@ def test_smoothing_does_not_change_the_dense_layer(layer):
     """Q = W exactly: whatever the smoothing, y = x W.T."""
     spec = spec_of(layer, "int4")
     factor = searched(layer, spec, 10)
-    z = next(smoothed_chunks(layer.test, factor, LayerSpec("int4", N, N)))
+    z = LayerInput(layer.test, factor, LayerSpec("int4", N, N)).whole()
     torch.testing.assert_close(z @ (layer.weight * factor).T, layer.test @ layer.weight.T, rtol=1e-3, atol=1e-2)
 
 
 def test_adam_lowers_the_noise_model_and_seeds_are_kept_within_limits(layer):
     spec = spec_of(layer, "int4")
-    shifted = next(smoothed_chunks(layer.calibration, torch.ones(N), spec, at_once=1 << 20))
+    shifted = LayerInput.plain(layer.calibration, spec, torch.device("cpu")).whole()
     inputs, model = smooth.Inputs.of(shifted), smooth.NoiseModel.of(spec, torch.device("cpu"), True)
     costs = []
     for steps in (0, 60):
-        factor = smooth.search([layer.weight], inputs, spec, spec.rank, 0, steps)
+        factor = smooth.search([layer.weight], inputs, spec, 0, steps)
         assert factor.min() >= smooth.LIMITS[0] and factor.max() <= smooth.LIMITS[1]
         rest = smooth._rest(layer.weight, factor, spec.rank, 0)
         costs.append(model.cost(factor.log(), inputs, rest).item())
@@ -133,14 +142,14 @@ def test_adam_lowers_the_noise_model_and_seeds_are_kept_within_limits(layer):
 def test_the_search_runs_in_inference_mode(layer):
     with torch.inference_mode():
         inputs = smooth.Inputs.of(layer.calibration.clone())
-        smooth.search([layer.weight.clone()], inputs, spec_of(layer, "nvfp4"), 16, 0, 4)
+        smooth.search([layer.weight.clone()], inputs, spec_of(layer, "nvfp4"), 0, 4)
 
 
 def test_the_noise_model_predicts_the_activation_error(layer):
     """Its first term, with the branch and the weight exact, against the error that rounding really makes."""
     spec = spec_of(layer, "int4", rank=0)
     ones = torch.ones(N)
-    z = next(smoothed_chunks(layer.calibration, ones, spec, at_once=384))
+    z = next(LayerInput(layer.calibration, ones, spec).chunks(at_once=384))
     inputs = smooth.Inputs.of(z)
     predicted = replace(smooth.NoiseModel.of(spec, ones.device, True), weight_gain=0.0)
     made = ((round_activation(z, spec) - z) @ layer.weight.T).square().sum(1).mean().item()
@@ -150,7 +159,8 @@ def test_the_noise_model_predicts_the_activation_error(layer):
 
 def test_a_smaller_fit_is_padded_to_the_stored_rank(layer, bias):
     spec = spec_of(layer, "int4", 16)
-    fit = refine(layer.weight, bias, spec, torch.ones(N), layer.calibration, Recipe.named("balanced"), BF16, rank=4)
+    small = Dense(layer.weight, bias, replace(spec, rank=4))
+    fit = refine(small, torch.ones(N), layer.calibration, BALANCED)
     stored = fit.layer(spec, BF16)
     assert fit.proj_up.shape == (N, 4) and stored["proj_up"].shape == (N, 16) and not stored["proj_up"][:, 4:].any()
 
@@ -159,17 +169,19 @@ def test_dead_channels_and_zero_weights(bias):
     layer = make("adaln", N, N, tokens=512, seed=102, test=64)
     layer.calibration[:, 3], layer.weight[:, 9], layer.weight[5] = 0, 0, 0
     spec = spec_of(layer, "int4")
-    fit = refine(layer.weight, bias, spec, searched(layer, spec), layer.calibration, Recipe.named("balanced"), BF16)
+    dense = Dense(layer.weight, bias, spec)
+    fit = refine(dense, searched(layer, spec), layer.calibration, BALANCED)
     assert all(part.isfinite().all() for part in (fit.smooth, fit.rounded, fit.proj_down, fit.proj_up, fit.bias))
-    assert output_errors(fit, layer.weight, bias, spec, layer.test).total < 0.2
+    assert output_errors(fit, dense, layer.test).total < 0.2
 
 
 def test_fewer_tokens_than_channels_do_not_overfit(bias):
     layer = make("adaln", N, N, tokens=48, seed=103, test=256)
     spec = spec_of(layer, "int4")
-    few = refine(layer.weight, bias, spec, searched(layer, spec), layer.calibration, Recipe.named("balanced"), BF16)
-    plain = reference.svdquant(layer.weight, bias, spec, layer.calibration, Recipe.named("svdquant"), BF16)
-    errors = [output_errors(fit, layer.weight, bias, spec, layer.test).total for fit in (few, plain)]
+    dense = Dense(layer.weight, bias, spec)
+    few = refine(dense, searched(layer, spec), layer.calibration, BALANCED)
+    plain = svdquant(dense, layer.calibration, Making(Recipe.named("svdquant"), BF16))
+    errors = [output_errors(fit, dense, layer.test).total for fit in (few, plain)]
     assert errors[0] < 1.3 * errors[1]
 
 
@@ -178,19 +190,19 @@ def test_gptq_improves_the_reference_on_correlated_inputs(bias):
     x = torch.randn(2048, N, generator=generator) @ (
         torch.randn(N, N, generator=generator) * torch.logspace(0, -1.5, N)[:, None]
     )
-    weight, spec = torch.randn(N, N, generator=generator), LayerSpec("int4", N, N, 16)
-    fits: list[Fit] = [
-        reference.svdquant(weight, bias, spec, x[:1536], Recipe.named(name), BF16)
-        for name in ("svdquant", "svdquant+gptq")
+    dense = Dense(torch.randn(N, N, generator=generator), bias, LayerSpec("int4", N, N, 16))
+    fits: list[FittedLayer] = [
+        svdquant(dense, x[:1536], Making(Recipe.named(name), BF16)) for name in ("svdquant", "svdquant+gptq")
     ]
-    errors = [output_errors(fit, weight, bias, spec, x[1536:]).total for fit in fits]
+    errors = [output_errors(fit, dense, x[1536:]).total for fit in fits]
     assert errors[1] < 0.97 * errors[0]
 
 
 def test_errors_by_bucket(layer, bias):
     spec = spec_of(layer, "int4")
-    fit = refine(layer.weight, bias, spec, torch.ones(N), layer.calibration, Recipe.named("balanced", rounds=1), BF16)
+    dense = Dense(layer.weight, bias, spec)
+    fit = refine(dense, torch.ones(N), layer.calibration, Making(Recipe.named("balanced", rounds=1), BF16))
     buckets = torch.arange(len(layer.test)) % 2
-    errors = output_errors(fit, layer.weight, bias, spec, layer.test, buckets, 3)
-    halves = [output_errors(fit, layer.weight, bias, spec, layer.test[buckets == b]).total for b in (0, 1)]
+    errors = output_errors(fit, dense, layer.test, buckets, 3)
+    halves = [output_errors(fit, dense, layer.test[buckets == b]).total for b in (0, 1)]
     assert list(errors.by_bucket[:2]) == pytest.approx(halves) and errors.by_bucket[2] is None

@@ -5,7 +5,8 @@ import torch
 
 from svdquant_pack.kernels import FORMATS, Layer, LayerSpec
 from svdquant_pack.kernels.formats.nvfp4 import SEARCHED_FACTORS
-from svdquant_pack.quantize.maths.rounding import absmax_scales, round_activation, searched_scales
+from svdquant_pack.quantize.maths.inputs import round_activation
+from svdquant_pack.quantize.maths.rounding import absmax_scales, searched_scales
 
 BF16 = torch.bfloat16
 
@@ -34,7 +35,7 @@ def test_decoding_what_is_stored_gives_the_rounded_values(format, find):
     rounded = scales.round(weight)
     decoded = FORMATS[format].decode_weight(scales.encode(rounded))
     assert torch.equal(decoded, rounded)
-    Layer(LayerSpec(format, 24, 128), scales.encode(rounded))
+    Layer(LayerSpec(format, 24, 128), {**scales.encode(rounded), "smooth_factor": torch.ones(128)})
 
 
 def test_searched_int4_scales_are_the_best_of_twelve_shrinks_and_two_signs():

@@ -5,7 +5,7 @@ import torch
 
 from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
 from svdquant_pack.quantize.calibration.several import describe, merge, tokens_for
-from svdquant_pack.quantize.calibration.tokens import BUCKETS, Call, bucket_of, survivors
+from svdquant_pack.quantize.calibration.tokens import BUCKETS, ModelCall, bucket_of, survivors
 
 K = 32
 
@@ -19,7 +19,7 @@ def feed(statistics, seed=0, steps=10, batch=4, length=20, layer="a"):
     generator, data, seen = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1), []
     for step in range(steps):
         x = torch.randn(batch, length, K, generator=data) * (1 + step)
-        assert statistics.entries[layer].observe(x, Call(step, steps, (0, 1), batch), generator)
+        assert statistics.entries[layer].observe(x, ModelCall(step, steps, (0, 1), batch), generator)
         seen.append(x)
     statistics.add_run(id=f"run {seed}", steps=steps)
     return torch.stack(seen)
@@ -116,15 +116,15 @@ def test_nan_is_refused_and_leaves_no_trace(tmp_path, bad):
     statistics = new(tmp_path / "s.safetensors")
     x = torch.ones(1, 3, K)
     x[0, 1, 5] = bad
-    assert not statistics.entries["a"].observe(x, Call(0, 4), torch.Generator())
+    assert not statistics.entries["a"].observe(x, ModelCall(0, 4), torch.Generator())
     assert not statistics.entries["a"].count.any() and not statistics.entries["a"].kept
 
 
 def test_inputs_without_a_sequence_have_one_position():
-    assert Call(3, 4, (0, 1), 2).strata((6, K)).tolist() == [6 * 8] * 6
-    strata = Call(0, 4, (1, 0), 2).strata((2, 8, K))
+    assert ModelCall(3, 4, (0, 1), 2).strata((6, K)).tolist() == [6 * 8] * 6
+    strata = ModelCall(0, 4, (1, 0), 2).strata((2, 8, K))
     assert strata.tolist() == [4, 4, 5, 5, 6, 6, 7, 7, 0, 0, 1, 1, 2, 2, 3, 3]
-    assert bucket_of(Call(7, 8).strata((1, 5, K))).tolist() == [7] * 5
+    assert bucket_of(ModelCall(7, 8).strata((1, 5, K))).tolist() == [7] * 5
 
 
 def test_disk_limits_the_tokens(tmp_path):

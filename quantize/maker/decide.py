@@ -1,0 +1,270 @@
+"""Second step, decide: how wide each layer's low-rank branch is, and which layers need more bits than the others.
+
+The output error of a layer of rank r is nearly proportional to what the branch leaves over, so its square falls like
+the sum of the squared singular values from r on. Source of the greedy rule: SRR and LoRaQ, arXiv 2604.18117.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+import torch
+
+from ...kernels.layer import MEANS, RANK_TILE, LayerSpec
+from ..calibration.file import Statistics, StatisticsError
+from ..calibration.tokens import InputStatistics
+from ..files.source import Source
+from ..maths import lowrank
+from ..maths.smooth import ExpectedNoise, from_weight_spans
+from ..recipe import LARGEST_AUTO_RANK, Recipe
+from .plan import Plan, QuantizeError
+
+RANKS = range(0, LARGEST_AUTO_RANK + 1, RANK_TILE)  # among which a budget chooses
+TIMES_MEDIAN = 5  # a layer that costs the model so many times what the median layer does is one of the worst
+HEADER = 1 << 20  # bytes of the file that are no tensors
+NOISE_LEFT = (7 / 127) ** 2  # of rounding an activation, when codes up to 127 take the place of codes up to 7
+DATA_FREE_ERROR = 0.01  # two roundings of about 1/7 of a group's extreme, whose typical ratio to its mean is 3, squared
+
+
+class BudgetError(ValueError):
+    """A size cannot be met. The message says which can."""
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What was decided about a plan before a layer is made.
+
+    specs  with final rank and activation bits
+    kept   layer -> why it stays in 16 bit
+    eight  layer -> why its activations get 8 bit
+    notes  sentences for the report
+    """
+
+    plan: Plan
+    specs: Mapping[str, LayerSpec]
+    kept: Mapping[str, str] = field(default_factory=dict)
+    eight: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def decide(plan: Plan, source: Source, recipe: Recipe, statistics: Statistics | None) -> Decisions:
+    """Measure every layer once, then decide. Without auto_rank, target_size and fallback the plan stays as it is.
+
+    raises  QuantizeError for a recipe that needs statistics without them; StatisticsError for those of another model;
+            BudgetError
+    """
+    _check_statistics(plan, source.name, recipe, statistics)
+    ranked = recipe.auto_rank or recipe.target_size > 0
+    eight_bit = recipe.fallback > 0 and statistics is not None
+    if not ranked and not eight_bit:
+        return Decisions(plan, plan.specs)
+    units = {}
+    for group in plan.groups:
+        inputs = None if statistics is None else statistics.of_group(group)
+        for layer in group:
+            if plan.specs[layer].fmt.low_rank:
+                units[layer] = unit_of(source.tensor(f"{layer}.weight").float(), plan.specs[layer], recipe, inputs)
+    eight = eight_bits(units, plan.groups, recipe.fallback, recipe.act8_share, recipe.rank) if eight_bit else {}
+    units |= {layer: units[layer].with_8bit_activations() for layer in eight}
+    specs = {**plan.specs, **{layer: unit.spec for layer, unit in units.items()}}
+    if not ranked:
+        return Decisions(plan, specs, {}, eight)
+    allocation = allocate(units, _room(source, plan.specs, units, recipe), recipe.fallback, recipe.rank)
+    specs |= {layer: replace(specs[layer], rank=rank) for layer, rank in allocation.ranks.items()}
+    measured = sum(unit.sensitivity != 1 for unit in units.values())
+    how = f"weighted by the measured sensitivity of {measured} layers" if measured else "all layers weighted alike"
+    eight = {layer: reason for layer, reason in eight.items() if layer not in allocation.kept}
+    return Decisions(plan, specs, allocation.kept, eight, (*allocation.notes, how))
+
+
+def _check_statistics(plan: Plan, model: str, recipe: Recipe, statistics: Statistics | None) -> None:
+    if statistics is None:
+        if recipe.needs_data:
+            raise QuantizeError(
+                f"recipe {recipe.name} needs statistics: run SVDQuant Calibrate with this model, or use fast"
+            )
+        return
+    found = 0
+    for group in plan.groups:
+        inputs = statistics.of_group(group)
+        if inputs is None:
+            continue
+        found += 1
+        wanted, width = plan.specs[group[0]].k, inputs.tokens.shape[1]
+        if width != wanted:
+            raise StatisticsError(
+                f"{statistics.path.name}: {group[0]} has {width} input channels there and {wanted} in {model}: these "
+                "are statistics of another model"
+            )
+    if not found:
+        raise StatisticsError(
+            f"{statistics.path.name}: holds none of the layers of {model}: statistics of another model"
+        )
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One layer as the budget sees it.
+
+    error        squared relative output error to expect at each rank 0, 16, ..., 128
+    sensitivity  how much the model's output suffers per squared relative error; 1 for all where it is not known
+    error8       `error` with 8-bit activations, None where nothing is known of the activations
+    """
+
+    spec: LayerSpec
+    error: tuple[float, ...]
+    sensitivity: float = 1.0
+    error8: tuple[float, ...] | None = None
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds per token."""
+        return self.spec.n * self.spec.k
+
+    def bytes_at(self, rank: int) -> int:
+        """Bytes of the stored layer at most; 16-bit tensors are counted as such, and means as if it had them."""
+        parts = self.spec.fmt.parts(self.spec.n, self.spec.k, rank)
+        size = 0
+        for name, part in parts.items():
+            if not part.optional or name in MEANS:
+                dtype = torch.bfloat16 if torch.bfloat16 in part.dtypes else part.dtypes[0]
+                size += torch.Size(part.shape).numel() * dtype.itemsize
+        return size
+
+    def with_8bit_activations(self) -> "Unit":
+        assert self.error8 is not None
+        return replace(self, spec=replace(self.spec, act_bits=8), error=self.error8)
+
+
+def unit_of(weight: torch.Tensor, spec: LayerSpec, recipe: Recipe, inputs: InputStatistics | None) -> Unit:
+    """What the noise model expects of this layer at each rank. Without statistics only the weight's own tail counts."""
+    if inputs is None or not inputs.kept:
+        smooth = from_weight_spans(weight, recipe.smooth_power)
+        return Unit(spec, tuple(DATA_FREE_ERROR * tail for tail in lowrank.tails(weight * smooth, RANKS, recipe.seed)))
+    noise = ExpectedNoise.of(weight, inputs.part(hold=False)[0], spec, gptq=recipe.rounds > 0)
+    ratio, times = inputs.sensitivity.tolist()
+    left = lowrank.tails(weight * noise.smooth, RANKS, recipe.seed)
+    error, error8 = (
+        tuple(part.item() * tail for tail in left)
+        for part in (noise.total, noise.total - (1 - NOISE_LEFT) * noise.activation)
+    )
+    return Unit(spec, error, ratio / times if times else 1.0, error8)
+
+
+def eight_bits(
+    units: Mapping[str, Unit], groups: Sequence[Sequence[str]], fallback: float, share: float, rank: int
+) -> dict[str, str]:
+    """layer -> why its activations get 8 bit: where that takes off most weighted squared error per multiply-add
+
+    8-bit activations take no bytes, and time only where 4-bit products are faster. A group, which rounds its activation
+    once, is looked at if one of its layers has a relative error above `fallback` at `rank`, or a weighted squared one
+    above 5 times the median.
+
+    share  of the multiply-adds of all units that may be chosen
+    """
+    place = min(rank, LARGEST_AUTO_RANK) // RANK_TILE
+    known = {layer: (unit, unit.error8[place]) for layer, unit in units.items() if unit.error8 is not None}
+    losses = {layer: unit.sensitivity * unit.error[place] for layer, (unit, _) in known.items()}
+    typical = median(losses.values()) if losses else 0.0
+    offers = []
+    for group in groups:
+        layers = [layer for layer in group if layer in known]
+        reasons = {}
+        for layer in layers:
+            error, times = known[layer][0].error[place] ** 0.5, losses[layer] / typical if typical else 0.0
+            if error > fallback:
+                reasons[layer] = f"predicted error {error:.3f} at rank {place * RANK_TILE} is above {fallback:g}"
+            elif times > TIMES_MEDIAN:
+                reasons[layer] = f"predicted to cost the model {times:.1f} times what the median layer costs it"
+        cost = sum(known[layer][0].products for layer in layers)
+        saved = sum(losses[layer] - known[layer][0].sensitivity * known[layer][1] for layer in layers)
+        if reasons and saved > 0:
+            worst = next(iter(reasons))
+            reasons = {layer: reasons.get(layer, f"reads the activation of {worst}") for layer in layers}
+            offers.append((saved / cost, cost, reasons))
+    left = share * sum(unit.products for unit in units.values())
+    chosen: dict[str, str] = {}
+    for _, cost, reasons in sorted(offers, key=lambda offer: -offer[0]):
+        if cost <= left:
+            left -= cost
+            chosen |= reasons
+    return chosen
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What was decided: rank per layer, layers kept in 16 bit with the reason, bytes of all units, and sentences."""
+
+    ranks: Mapping[str, int]
+    kept: Mapping[str, str]
+    bytes: int
+    notes: Sequence[str]
+
+
+def allocate(units: Mapping[str, Unit], room: int, fallback: float = 0.0, uniform: int = 32) -> Allocation:
+    """Spend `room` bytes on the layers: first those that cannot be 4-bit, then rank where a byte gains most
+
+    fallback  relative error at rank `uniform` above which a layer stays in 16 bit, worst first, as long as room
+              lasts; 0 for none
+    raises    BudgetError if not even rank 0 fits
+    """
+    least = {layer: unit.bytes_at(0) for layer, unit in units.items()}
+    spent = sum(least.values())
+    if spent > room:
+        raise BudgetError(
+            f"the 4-bit layers take at least {spent:,} bytes and {room:,} are left for them: raise target_size by "
+            f"{spent - room:,} or more"
+        )
+    kept: dict[str, str] = {}
+    step = min(uniform, LARGEST_AUTO_RANK) // RANK_TILE
+    for layer, unit in sorted(units.items(), key=lambda item: -item[1].error[step] * item[1].sensitivity):
+        error = unit.error[step] ** 0.5
+        more = unit.spec.bytes_16bit() - least[layer]
+        if fallback and error > fallback and spent + more <= room:
+            even = ", with 8-bit activations too" if unit.spec.act_bits == 8 else ""
+            kept[layer] = f"predicted error {error:.3f} at rank {step * RANK_TILE} is above {fallback:g}{even}"
+            spent += more
+    ranks = {layer: 0 for layer in units if layer not in kept}
+    while (best := _best(units, ranks, room - spent)) is not None:
+        spent += _cost(units[best], ranks[best])
+        ranks[best] += RANK_TILE
+    notes = [
+        f"{room:,} bytes for {len(units)} layers, {spent:,} used",
+        "ranks " + ", ".join(f"{count} x {rank}" for rank, count in sorted(Counter(ranks.values()).items())),
+    ]
+    if kept:
+        notes.append(f"{len(kept)} layers stay in 16 bit")
+    return Allocation(ranks, kept, spent, notes)
+
+
+def _cost(unit: Unit, rank: int) -> int:
+    return unit.bytes_at(rank + RANK_TILE) - unit.bytes_at(rank)
+
+
+def _best(units: Mapping[str, Unit], ranks: Mapping[str, int], left: int) -> str | None:
+    """The layer where 16 columns more gain most per byte, None when none fits or gains."""
+    best: str | None = None
+    gain = 0.0
+    for layer, rank in ranks.items():
+        unit, place = units[layer], rank // RANK_TILE
+        if place + 1 >= len(unit.error):
+            continue
+        cost = _cost(unit, rank)
+        value = unit.sensitivity * (unit.error[place] - unit.error[place + 1]) / cost
+        if cost <= left and value > gain:
+            best, gain = layer, value
+    return best
+
+
+def _room(source: Source, specs: Mapping[str, LayerSpec], units: Mapping[str, Unit], recipe: Recipe) -> int:
+    """Bytes for the layers with a low-rank branch: the target less everything else, or what one rank for all takes."""
+    if not recipe.target_size:
+        return sum(unit.bytes_at(recipe.rank) for unit in units.values())
+    others = sum(info.nbytes for key, info in source.infos.items() if key.removesuffix(".weight") not in specs)
+    others += sum(Unit(spec, (0.0,)).bytes_at(0) for spec in specs.values() if not spec.fmt.low_rank)
+    if others + HEADER >= recipe.target_size:
+        raise BudgetError(
+            f"target_size is {recipe.target_size:,} bytes, and what stays in 16 bit takes {others + HEADER:,} already"
+        )
+    return recipe.target_size - others - HEADER
