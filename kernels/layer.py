@@ -133,10 +133,10 @@ class ShapeAndDtype(Protocol):
 
 
 class Lora(NamedTuple):
-    """The user's LoRA, more columns of the low-rank branch: (x @ down * strength) @ up.T
+    """The user's LoRA, more columns beside the low-rank branch: (x @ down * strength) @ up.T
 
     down      (K, R'), up (N, R')
-    strength  (ceil(R' / 16),) float32, a factor for each 16 columns, or None
+    strength  (ceil(R' / RANK_TILE),) float32, a factor for each RANK_TILE columns, or None
     """
 
     down: torch.Tensor

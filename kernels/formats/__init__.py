@@ -23,6 +23,7 @@ __all__ = [
     "DEFAULT",
     "FORMATS",
     "GELU_SHIFT",
+    "GROUP_SIZE",
     "MODULATION",
     "SIXTEEN_BIT",
     "Format",
@@ -35,6 +36,7 @@ __all__ = [
 Tensors = Mapping[str, torch.Tensor]
 SIXTEEN_BIT = (torch.bfloat16, torch.float16, torch.float32)  # fp32 is legal wherever a 16-bit float is expected
 GELU_SHIFT = 0.171875  # 11/64: just above -min(GELU) = 0.1700, so that shifted activations fit unsigned codes
+GROUP_SIZE = 64  # input channels that share a scale in int4, in awq_w4a16, and in 8-bit codes of activations
 DEFAULT, MODULATION = "int4", "awq_w4a16"  # of layers with 4-bit activations, and of those with 16-bit ones
 # what the four bits of a code mean to a kernel
 TWOS_COMPLEMENT, E2M1_CODE, OFFSET_8 = "two's complement", "e2m1", "offset 8"

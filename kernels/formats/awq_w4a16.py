@@ -9,12 +9,12 @@ import torch
 
 from ..modes import FEW, W16, Mode
 from ..packing import pack, unpack
-from . import OFFSET_8, SIXTEEN_BIT, Format, Tensors, TensorSpec, by_group
+from . import GROUP_SIZE, OFFSET_8, SIXTEEN_BIT, Format, Tensors, TensorSpec, by_group
 
 
 class AwqW4A16(Format):
     name = "awq_w4a16"
-    group_size = 64
+    group_size = GROUP_SIZE
     code = OFFSET_8
     low_rank = False
     computes = ("w4a16", "w16")

@@ -16,7 +16,17 @@ import torch
 
 from ..modes import FEW, SOME, W16, Mode
 from ..packing import pack, sign_extend, unpack
-from . import SIXTEEN_BIT, STOCK_RULE, TWOS_COMPLEMENT, Format, Tensors, TensorSpec, all_finite, by_group
+from . import (
+    GROUP_SIZE,
+    SIXTEEN_BIT,
+    STOCK_RULE,
+    TWOS_COMPLEMENT,
+    Format,
+    Tensors,
+    TensorSpec,
+    all_finite,
+    by_group,
+)
 
 SIGNED_EXTREME = "signed_extreme"
 SHRINKS = 12  # candidates per sign for a weight scale, evenly from SMALLEST_SHRINK to 1 of absmax / 7
@@ -25,11 +35,11 @@ SMALLEST_SHRINK = 0.62
 
 class Int4(Format):
     name = "int4"
-    group_size = 64
+    group_size = GROUP_SIZE
     code = TWOS_COMPLEMENT
     unsigned_act = True
     act_rules = (STOCK_RULE, SIGNED_EXTREME)
-    act8_group = 64
+    act8_group = GROUP_SIZE
     units = {torch.int8: 15, torch.float8_e4m3fn: 32}  # noqa: RUF012 (typed in the base class)
     computes = ("w4a4", "w4a8", "w8a8", "w4a8-jit", "fp8", "w16")
     modes = (

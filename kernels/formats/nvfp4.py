@@ -116,17 +116,19 @@ class Nvfp4(Format):
         self, absmax: torch.Tensor, upper: torch.Tensor | None, dtype: torch.dtype
     ) -> Iterable[torch.Tensor]:
         """10 factors of absmax / 6, among them 4/6, each rounded to E4M3"""
+        assert upper is not None  # upper_scale of this format always gives one
         for factor in SEARCHED_FACTORS:
             yield self._e4m3(absmax / E2M1_MAX * factor, upper).float() * upper
 
     def store_step(
         self, step: torch.Tensor, upper: torch.Tensor | None, dtype: torch.dtype
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        assert upper is not None
         stored = self._e4m3(step, upper)
         return stored.float() * upper, {"wscales": stored.T.contiguous(), "wtscale": upper}
 
     @staticmethod
-    def _e4m3(step: torch.Tensor, upper: torch.Tensor | None) -> torch.Tensor:
+    def _e4m3(step: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
         return (step / upper).clamp_max(E4M3_MAX).to(torch.float8_e4m3fn)
 
     def nearest(self, values: torch.Tensor, step: torch.Tensor, every_code: bool = True) -> torch.Tensor:
