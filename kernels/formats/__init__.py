@@ -110,11 +110,14 @@ class Format:
         return MappingProxyType(parts)
 
     def encode_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The nearest codes to (N, K) float32 at absmax scales; `dtype` is that of 16-bit scales."""
+        """decode_weight(encode_weight(W)) = W up to half a code step: the nearest codes at absmax scales
+
+        W (N, K) float32; `dtype` is that of 16-bit scales
+        """
         raise NotImplementedError
 
     def decode_weight(self, tensors: Tensors) -> torch.Tensor:
-        """(N, K) float32, in the smoothed domain."""
+        """W (N, K) float32, in the smoothed domain: code_values * wscales, and whatever else the format has"""
         raise NotImplementedError
 
     def code_values(self, nibbles: torch.Tensor) -> torch.Tensor:
@@ -199,6 +202,11 @@ class Format:
 
         The row scale comes from the group scales alone: the largest of them, divided by the unit.
         raises  ValueError for a format without such rows
+
+            >>> stored = FORMATS["int4"].encode_weight(torch.tensor([[7.0] * 64 + [3.5] * 64]), torch.bfloat16)
+            >>> weight, row_scales = FORMATS["int4"].expand_rows(stored)
+            >>> weight[0, 0].item(), weight[0, -1].item()  # code 7 at 15 and at 7.5 a step
+            (105, 52)
         """
         if dtype not in self.units:
             raise ValueError(f"a {self.name} weight cannot be expanded to one scale per row in {dtype}")

@@ -33,7 +33,15 @@ class AwqW4A16(Format):
         }
 
     def encode_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """code = round((w - wzeros) / scale) + 8 of a group, scale = (max - min) / 15, wzeros = min + 8 scale"""
+        """code = round((w - wzeros) / scale) + 8 of a group, scale = (max - min) / 15, wzeros = min + 8 scale
+
+        >>> weight = torch.arange(16.0).repeat(1, 4)  # 0..15: every code once in each sixteen
+        >>> stored = FORMAT.encode_weight(weight, torch.bfloat16)
+        >>> stored["wscales"].item(), stored["wzeros"].item()
+        (1.0, 8.0)
+        >>> torch.equal(FORMAT.decode_weight(stored), weight)
+        True
+        """
         groups = by_group(weight.float(), self.group_size)
         low, high = groups.amin(-1), groups.amax(-1)
         scales = ((high - low) / 15).to(dtype)

@@ -79,6 +79,13 @@ class Nvfp4(Format):
         """code = e2m1(w / (scale * wtscale)); wtscale = absmax / (6 * 448): group scales use E4M3's full range
 
         `dtype` is not used: the group scales are E4M3 and the tensor scale stays in fp32.
+
+            >>> weight = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]).repeat(1, 2)
+            >>> stored = FORMAT.encode_weight(weight, torch.bfloat16)
+            >>> stored["wscales"].float() * stored["wtscale"]
+            tensor([[1.]])
+            >>> torch.equal(FORMAT.decode_weight(stored), weight)
+            True
         """
         groups = by_group(weight.float(), self.group_size)  # (N, K/16, 16)
         group_max = groups.abs().amax(-1)
