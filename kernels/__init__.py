@@ -53,6 +53,12 @@ def svdquant_linear(
     activation  "", "gelu" (tanh form) or "silu", applied to y
     returns  (..., N) in the dtype of x; sums are kept in float32. NaN in a row of x gives NaN in that row of y
     raises   ValueError for a wrong dtype, device or shape, or when no backend can run the call
+
+        >>> weight = FORMATS["int4"].encode_weight(2 * torch.eye(64), torch.float32)
+        >>> layer = Layer(LayerSpec("int4", n=64, k=64), weight | {"smooth_factor": torch.ones(64)})
+        >>> x = torch.arange(-7.0, 8.0).repeat(5)[:64].view(1, 64)  # on int4's own grid
+        >>> svdquant_linear(x, layer, bias=torch.full((64,), 0.5), compute="w4a4")[0, :4]
+        tensor([-13.5000, -11.5000,  -9.5000,  -7.5000])
     """
     spec = layer.spec
     check.activation_input(x, layer)

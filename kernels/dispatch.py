@@ -70,9 +70,17 @@ def faster_format(format: str, arch: str) -> str | None:
 def choose(
     spec: LayerSpec, device: torch.device, dtype: torch.dtype, compute: str = "auto", rows: int = USUAL_ROWS
 ) -> Choice:
-    """The first mode to try there that a backend claims, and the backend that claims it most.
+    """(backend, mode) = the first mode to try there that a backend claims, and the backend that claims it most
 
-    raises  ValueError with every reason if there is none
+    compute  a mode that is asked for, or auto
+    rows     M of the activation
+    raises   ValueError with every reason if there is none
+
+        >>> choice = choose(LayerSpec("int4", n=96, k=128), torch.device("cpu"), torch.float32, compute="w16")
+        >>> choice.backend.name, choice.compute
+        ('reference', 'w16')
+        >>> choice.passed_over["gluon"]
+        'computes w4a4 and w4a8-jit, not w16'
     """
     key = spec.format, spec.partly_unsigned, spec.act_bits, device, dtype, compute, bucket(rows)
     if key not in _chosen:

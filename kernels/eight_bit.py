@@ -9,7 +9,8 @@ Codes are rounded to nearest even from y times the reciprocal of the scale. NaN 
 
 import torch
 
-GROUP_SIZE = 64
+from .formats import GROUP_SIZE
+
 TOPS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 

@@ -47,6 +47,14 @@ class LayerSpec:
                   has only the stock rule, absmax, may use that: the layer stays right, with a little more error
     act_bits      4, or 8 for a layer whose activation loses too much in 4 bit: compute=auto then keeps 8
     raises        LayerError for an unknown format, and for a number that the format does not allow
+
+        >>> spec = LayerSpec("int4", n=96, k=128, rank=16)
+        >>> spec.where, spec.bytes_16bit()
+        ('int4 at N=96, K=128, rank 16', 24576)
+        >>> LayerSpec("int4", n=96, k=100)
+        Traceback (most recent call last):
+        ...
+        svdquant_pack.kernels.layer.LayerError: K=100 is not a multiple of the int4 group of 64 input channels
     """
 
     format: str
@@ -134,10 +142,10 @@ class ShapeAndDtype(Protocol):
 
 
 class Lora(NamedTuple):
-    """The user's LoRA, more columns of the low-rank branch: (x @ down * strength) @ up.T
+    """The user's LoRA, more columns beside the low-rank branch: (x @ down * strength) @ up.T
 
     down      (K, R'), up (N, R')
-    strength  (ceil(R' / 16),) float32, a factor for each 16 columns, or None
+    strength  (ceil(R' / RANK_TILE),) float32, a factor for each RANK_TILE columns, or None
     """
 
     down: torch.Tensor
@@ -150,6 +158,14 @@ class Layer:
     """A LayerSpec with its tensors: names, shapes and dtypes as the format declares them, on one device.
 
     raises  LayerError for anything else, when it is made: kernels look at no shape again
+
+        >>> weight = torch.eye(64)
+        >>> tensors = FORMATS["int4"].encode_weight(weight, torch.bfloat16) | {"smooth_factor": torch.full((64,), 2.0)}
+        >>> layer = Layer(LayerSpec("int4", n=64, k=64), tensors)
+        >>> layer["qweight"].shape, layer.nbytes()
+        (torch.Size([64, 32]), 2432)
+        >>> torch.allclose(layer.dense_weight(), weight / 2, rtol=0.01)
+        True
     """
 
     spec: LayerSpec
@@ -250,9 +266,16 @@ class BlobView:
 
 
 def to_blob(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[BlobView, ...]]:
-    """Copy all tensors into one uint8 vector, each at a multiple of 256 bytes. Inverse: `from_blob`.
+    """blob[view.offset : view.offset + view.nbytes] = the bytes of each tensor; offsets are multiples of 256
 
-    One vector per layer lets a host that knows nothing of 4-bit layers move, count, pin and stream it as one weight.
+    Inverse: `from_blob`. One uint8 vector per layer lets a host that knows nothing of 4-bit layers move, count, pin and
+    stream it as one weight.
+
+        >>> blob, views = to_blob({"qweight": torch.arange(3, dtype=torch.int8), "wscales": torch.ones(2)})
+        >>> blob.shape, blob.dtype
+        (torch.Size([512]), torch.uint8)
+        >>> views[1]
+        BlobView(name='wscales', offset=256, nbytes=8, dtype=torch.float32, shape=(2,))
     """
     views, end = [], 0
     for name, tensor in tensors.items():
@@ -266,7 +289,14 @@ def to_blob(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[Bl
 
 
 def from_blob(blob: torch.Tensor, views: tuple[BlobView, ...]) -> dict[str, torch.Tensor]:
-    """The tensors inside `blob`, without a copy, on the blob's device. Inverse of `to_blob`."""
+    """{view.name: blob[view.offset : view.offset + view.nbytes]}, each in its dtype and shape
+
+    Inverse of `to_blob`. Without a copy, on the blob's device.
+
+        >>> blob, views = to_blob({"qweight": torch.arange(3, dtype=torch.int8), "wscales": torch.ones(2)})
+        >>> from_blob(blob, views)["wscales"]
+        tensor([1., 1.])
+    """
     return {
         view.name: blob[view.offset : view.offset + view.nbytes].view(view.dtype).view(view.shape) for view in views
     }

@@ -9,6 +9,9 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     codes    (..., K) any integer dtype; only the low four bits are kept (two's complement for signed codes)
     returns  (..., K/2) int8
     raises   ValueError if K is odd
+
+        >>> pack(torch.tensor([1, -8, 7, 0]))  # 1 | 8 << 4 is 129, as int8 -127
+        tensor([-127,    7], dtype=torch.int8)
     """
     if codes.shape[-1] % 2:
         raise ValueError(f"cannot pack {codes.shape[-1]} codes two to a byte: the last dimension must be even")
@@ -21,11 +24,18 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
 
     packed   (..., K/2) int8 or uint8
     returns  (..., K) uint8, values 0..15
+
+        >>> unpack(torch.tensor([-127, 7], dtype=torch.int8))
+        tensor([1, 8, 7, 0], dtype=torch.uint8)
     """
     packed = packed.view(torch.uint8)
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
 def sign_extend(nibbles: torch.Tensor) -> torch.Tensor:
-    """0..15 read as two's complement: 0..7 stay, 8..15 become -8..-1. Returns int8."""
+    """(nibble ^ 8) - 8: 0..7 stay, 8..15 become -8..-1. Returns int8
+
+    >>> sign_extend(unpack(torch.tensor([-127, 7], dtype=torch.int8)))
+    tensor([ 1, -8,  7,  0], dtype=torch.int8)
+    """
     return ((nibbles.view(torch.int8) ^ 8) - 8) if nibbles.dtype == torch.uint8 else ((nibbles.to(torch.int8) ^ 8) - 8)

@@ -3,15 +3,36 @@
 Arguments are flat tensors of a Layer and are right already.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 
 from . import eight_bit
-from .formats import FORMATS, GELU_SHIFT
+from .formats import FORMATS, GELU_SHIFT, STOCK_RULE
 from .layer import RANK_TILE
 from .packing import pack
 
 Range = tuple[int, int]
+
+
+class Coding(NamedTuple):
+    """How an activation is written as codes; the table of `quantize_activation` says what each `codes` is.
+
+    act_unsigned  channels that are shifted by GELU_SHIFT; codes of 4 bit are unsigned there
+    act_rule      how the scales of 4-bit codes are chosen, one of the format's rules
+    """
+
+    codes: str
+    act_unsigned: Range = (0, 0)
+    act_rule: str = STOCK_RULE
+
+
+class CodedActivation(NamedTuple):
+    """An activation in codes: x ~ qact * ascales, shapes and dtypes as in `quantize_activation`."""
+
+    qact: torch.Tensor
+    ascales: torch.Tensor
 
 
 def wide_dtype(x: torch.Tensor) -> torch.dtype:
@@ -38,16 +59,13 @@ def quantize_activation(
     x: torch.Tensor,
     smooth_factor: torch.Tensor | None,
     proj_down: torch.Tensor | None,
-    codes: str,
-    act_unsigned: Range,
-    act_rule: str = "absmax",
+    coding: Coding,
     act_mean: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """qact = round((x - act_mean + shift) / smooth_factor / scale), branch_act = x @ proj_down
 
     x             (M, K) bf16, fp16 or fp32
-    act_unsigned  channels that are shifted by GELU_SHIFT; codes of 4 bit are unsigned there
-    codes         | qact                              | ascales
+    coding.codes  | qact                              | ascales
       a format    | (M, K/2) int8, low nibble = even  | (K/group, M), as the format has it
       int8_group  | (M, K) int8, kernels/eight_bit.py | (K/64, M) float32, absmax / 127
       int8_row    | (M, K) int8                       | (M,) float32, absmax / 127
@@ -55,6 +73,7 @@ def quantize_activation(
     returns  qact, ascales, branch_act (M, R) in the dtype of x, R = 0 without proj_down. A group (row) with NaN or Inf
              has the scale NaN
     """
+    codes, act_unsigned, act_rule = coding
     y = smoothed(x, smooth_factor, act_unsigned, act_mean)
     if codes == "int8_group":
         qact, ascales = eight_bit.quantize_groups(y.float())
@@ -68,13 +87,19 @@ def quantize_activation(
     return qact, ascales, (x.to(y.dtype) @ proj_down.to(y.dtype)).to(x.dtype)
 
 
-def branch(act: torch.Tensor, up: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
-    """(act * strength of each 16 columns) @ up.T in the dtype of act. act (M, R), up (N, R), strength (ceil(R/16),)"""
+def low_rank(act: torch.Tensor, up: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
+    """(act * strength of each RANK_TILE columns) @ up.T in the dtype of act
+
+    act (M, R), up (N, R), strength (ceil(R / RANK_TILE),): of the layer's branch or of a LoRA
+    """
     return weighted(act, strength) @ up.to(act.dtype).T
 
 
 def weighted(columns: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
-    """columns (..., R) * strength of each 16 columns (ceil(R/16),) float32, rounded once to the dtype of `columns`"""
+    """columns * strength of each RANK_TILE of them, rounded once to the dtype of `columns`
+
+    columns (..., R), strength (ceil(R / RANK_TILE),) float32 or None
+    """
     if strength is None:
         return columns
     return (columns * strength.repeat_interleave(RANK_TILE)[: columns.shape[-1]]).to(columns.dtype)
@@ -85,19 +110,3 @@ def activate(y: torch.Tensor, activation: str) -> torch.Tensor:
     if activation == "gelu":
         return F.gelu(y, approximate="tanh")
     return F.silu(y) if activation == "silu" else y
-
-
-def finish(
-    y: torch.Tensor,
-    branch_act: torch.Tensor | None,
-    proj_up: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    activation: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """act(y + branch_act @ proj_up.T + bias), rounded once"""
-    if proj_up is not None and branch_act is not None:
-        y = y + branch(branch_act.to(y.dtype), proj_up)
-    if bias is not None:
-        y = y + bias.to(y.dtype)
-    return activate(y, activation).to(dtype)

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -17,31 +18,36 @@ SAMPLES = 256  # bytes compared before an entry is used, evenly spread
 IDLE_SECONDS = 60.0  # an entry unused for so long makes room for others
 
 
+Value = TypeVar("Value")
+
+
 @dataclass
-class Entry:
-    storage: weakref.ref
+class CachedWeight(Generic[Value]):
+    """A value and what it was made from: `storage` held weakly, its version counter, and a sample of its bytes."""
+
+    storage: weakref.ref[torch.UntypedStorage]
     version: int
     sample: bytes
-    value: object
+    value: Value
     nbytes: int
     used: float = field(default_factory=time.monotonic)
 
 
-class WeightCache:
-    """A bounded cache. What does not fit is not kept: evicting in turn would keep nothing at all, as a model's layers
+class WeightCache(Generic[Value]):
+    """A bounded cache. What does not fit is not kept.
 
-    come round in the same order each step.
+    Evicting in turn would keep nothing at all, as a model's layers come round in the same order each step.
 
     budget  () -> bytes that all entries together may take
     """
 
     def __init__(self, budget: Callable[[], int]) -> None:
         self._budget = budget
-        self._entries: dict[tuple, Entry] = {}
+        self._entries: dict[tuple[Any, ...], CachedWeight[Value]] = {}
         self._lock = threading.Lock()
         self.nbytes = 0
 
-    def get(self, source: torch.Tensor, variant: tuple, compute: Callable[[], object], nbytes: int) -> object:
+    def get(self, source: torch.Tensor, variant: tuple[Any, ...], compute: Callable[[], Value], nbytes: int) -> Value:
         """compute(), or what it gave for the same bytes. `source` is the tensor they are sampled from
 
         variant  tells apart the values made from one source
@@ -61,7 +67,7 @@ class WeightCache:
         with self._lock:
             if self._make_room(nbytes):
                 ref = weakref.ref(storage, lambda ref: self._forget(key, ref))
-                self._entries[key] = Entry(ref, version, sample, value, nbytes)
+                self._entries[key] = CachedWeight(ref, version, sample, value, nbytes)
                 self.nbytes += nbytes
         return value
 
@@ -81,13 +87,13 @@ class WeightCache:
                     self._remove(key, entry)
         return self.nbytes + nbytes <= budget
 
-    def _forget(self, key: tuple, ref: weakref.ref) -> None:
+    def _forget(self, key: tuple[Any, ...], ref: weakref.ref[torch.UntypedStorage]) -> None:
         # called when a storage dies, possibly while this thread holds the lock: dict operations are atomic
         entry = self._entries.get(key)
         if entry is not None and entry.storage is ref:
             self._remove(key, entry)
 
-    def _remove(self, key: tuple, entry: Entry) -> None:
+    def _remove(self, key: tuple[Any, ...], entry: CachedWeight[Value]) -> None:
         if self._entries.pop(key, None) is entry:
             self.nbytes -= entry.nbytes
 

@@ -9,15 +9,12 @@ from functools import cache
 
 import torch
 
-from ..formats import GELU_SHIFT, TWOS_COMPLEMENT
+from ..formats import GELU_SHIFT, GROUP_SIZE, TWOS_COMPLEMENT
 from ..layer import RANK_TILE, Layer, Lora
 from . import Backend, KernelCall
 
 FIRST, LAST = (8, 0), (8, 9)
 DTYPES = (torch.bfloat16, torch.float16)
-GROUP_SIZE = 64
-
-
 CLAIM = 40  # above the pack's own INT4 kernels
 
 
@@ -54,7 +51,7 @@ def missing() -> str | None:
 
 
 def _columns(layer: Layer, lora: Lora | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(down (K, R), up (N, R)) of both branches, padded with zeros to a multiple of 16 columns, at least 16"""
+    """(down (K, R), up (N, R)) of branch and LoRA side by side; zeros fill up R to a multiple of RANK_TILE, not 0"""
     downs = [layer["proj_down"]] if layer.spec.rank else []
     ups = [layer["proj_up"]] if layer.spec.rank else []
     if lora is not None:

@@ -43,7 +43,7 @@ def _budget_from_psutil() -> int:
     return int(BUDGET * psutil.virtual_memory().total)
 
 
-WEIGHTS = WeightCache(budget)
+WEIGHTS: WeightCache[torch.Tensor] = WeightCache(budget)
 
 
 def claims(call: KernelCall) -> int | str:
@@ -81,7 +81,7 @@ def _rounded_to_rows(x: torch.Tensor, layer: Layer, dtype: torch.dtype) -> torch
 
 
 def product(x: torch.Tensor, layer: Layer, compute: str) -> torch.Tensor:
-    """The layer without its branches and bias, on x (M, K), in float32 or float64."""
+    """The layer without low-rank branch, LoRA and bias, on x (M, K), in float32 or float64."""
     spec, fmt = layer.spec, layer.spec.fmt
     wide = stages.wide_dtype(x)
     if not fmt.low_rank:
@@ -113,10 +113,10 @@ def linear(
         bias = layer.centred_bias(bias)
     wide = x.to(y.dtype)
     if layer.spec.rank:
-        y += stages.branch(wide @ layer["proj_down"].to(y.dtype), layer["proj_up"])
+        y += stages.low_rank(wide @ layer["proj_down"].to(y.dtype), layer["proj_up"])
     if lora is not None:
         down, up, strength = Lora(*lora)
-        y += stages.branch(wide @ down.to(y.dtype), up, strength)
+        y += stages.low_rank(wide @ down.to(y.dtype), up, strength)
     if bias is not None:
         y += bias.to(y.dtype)
     return stages.activate(y, activation).to(x.dtype)

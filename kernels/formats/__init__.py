@@ -23,6 +23,7 @@ __all__ = [
     "DEFAULT",
     "FORMATS",
     "GELU_SHIFT",
+    "GROUP_SIZE",
     "MODULATION",
     "SIXTEEN_BIT",
     "Format",
@@ -35,6 +36,7 @@ __all__ = [
 Tensors = Mapping[str, torch.Tensor]
 SIXTEEN_BIT = (torch.bfloat16, torch.float16, torch.float32)  # fp32 is legal wherever a 16-bit float is expected
 GELU_SHIFT = 0.171875  # 11/64: just above -min(GELU) = 0.1700, so that shifted activations fit unsigned codes
+GROUP_SIZE = 64  # input channels that share a scale in int4, in awq_w4a16, and in 8-bit codes of activations
 DEFAULT, MODULATION = "int4", "awq_w4a16"  # of layers with 4-bit activations, and of those with 16-bit ones
 # what the four bits of a code mean to a kernel
 TWOS_COMPLEMENT, E2M1_CODE, OFFSET_8 = "two's complement", "e2m1", "offset 8"
@@ -109,11 +111,14 @@ class Format:
         return MappingProxyType(parts)
 
     def encode_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The nearest codes to (N, K) float32 at absmax scales; `dtype` is that of 16-bit scales."""
+        """decode_weight(encode_weight(W)) = W up to half a code step: the nearest codes at absmax scales
+
+        W (N, K) float32; `dtype` is that of 16-bit scales
+        """
         raise NotImplementedError
 
     def decode_weight(self, tensors: Tensors) -> torch.Tensor:
-        """(N, K) float32, in the smoothed domain."""
+        """W (N, K) float32, in the smoothed domain: code_values * wscales, and whatever else the format has"""
         raise NotImplementedError
 
     def code_values(self, nibbles: torch.Tensor) -> torch.Tensor:
@@ -198,6 +203,11 @@ class Format:
 
         The row scale comes from the group scales alone: the largest of them, divided by the unit.
         raises  ValueError for a format without such rows
+
+            >>> stored = FORMATS["int4"].encode_weight(torch.tensor([[7.0] * 64 + [3.5] * 64]), torch.bfloat16)
+            >>> weight, row_scales = FORMATS["int4"].expand_rows(stored)
+            >>> weight[0, 0].item(), weight[0, -1].item()  # code 7 at 15 and at 7.5 a step
+            (105, 52)
         """
         if dtype not in self.units:
             raise ValueError(f"a {self.name} weight cannot be expanded to one scale per row in {dtype}")

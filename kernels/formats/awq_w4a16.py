@@ -9,12 +9,12 @@ import torch
 
 from ..modes import FEW, W16, Mode
 from ..packing import pack, unpack
-from . import OFFSET_8, SIXTEEN_BIT, Format, Tensors, TensorSpec, by_group
+from . import GROUP_SIZE, OFFSET_8, SIXTEEN_BIT, Format, Tensors, TensorSpec, by_group
 
 
 class AwqW4A16(Format):
     name = "awq_w4a16"
-    group_size = 64
+    group_size = GROUP_SIZE
     code = OFFSET_8
     low_rank = False
     computes = ("w4a16", "w16")
@@ -34,7 +34,15 @@ class AwqW4A16(Format):
         }
 
     def encode_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """code = round((w - wzeros) / scale) + 8 of a group, scale = (max - min) / 15, wzeros = min + 8 scale"""
+        """code = round((w - wzeros) / scale) + 8 of a group, scale = (max - min) / 15, wzeros = min + 8 scale
+
+        >>> weight = torch.arange(16.0).repeat(1, 4)  # 0..15: every code once in each sixteen
+        >>> stored = FORMAT.encode_weight(weight, torch.bfloat16)
+        >>> stored["wscales"].item(), stored["wzeros"].item()
+        (1.0, 8.0)
+        >>> torch.equal(FORMAT.decode_weight(stored), weight)
+        True
+        """
         groups = by_group(weight.float(), self.group_size)
         low, high = groups.amin(-1), groups.amax(-1)
         scales = ((high - low) / 15).to(dtype)

@@ -16,7 +16,17 @@ import torch
 
 from ..modes import FEW, SOME, W16, Mode
 from ..packing import pack, sign_extend, unpack
-from . import SIXTEEN_BIT, STOCK_RULE, TWOS_COMPLEMENT, Format, Tensors, TensorSpec, all_finite, by_group
+from . import (
+    GROUP_SIZE,
+    SIXTEEN_BIT,
+    STOCK_RULE,
+    TWOS_COMPLEMENT,
+    Format,
+    Tensors,
+    TensorSpec,
+    all_finite,
+    by_group,
+)
 
 SIGNED_EXTREME = "signed_extreme"
 SHRINKS = 12  # candidates per sign for a weight scale, evenly from SMALLEST_SHRINK to 1 of absmax / 7
@@ -25,11 +35,11 @@ SMALLEST_SHRINK = 0.62
 
 class Int4(Format):
     name = "int4"
-    group_size = 64
+    group_size = GROUP_SIZE
     code = TWOS_COMPLEMENT
     unsigned_act = True
     act_rules = (STOCK_RULE, SIGNED_EXTREME)
-    act8_group = 64
+    act8_group = GROUP_SIZE
     units = {torch.int8: 15, torch.float8_e4m3fn: 32}  # noqa: RUF012 (typed in the base class)
     computes = ("w4a4", "w4a8", "w8a8", "w4a8-jit", "fp8", "w16")
     modes = (
@@ -69,7 +79,14 @@ class Int4(Format):
         }
 
     def encode_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """code = round(w / scale), scale = absmax of the group / 7, rounded to `dtype` first: decoding is exact."""
+        """code = round(w / scale), scale = absmax of the group / 7, rounded to `dtype` first: decoding is exact
+
+        >>> stored = FORMAT.encode_weight(torch.linspace(-7, 7, 64)[None], torch.bfloat16)
+        >>> stored["wscales"]
+        tensor([[1.]], dtype=torch.bfloat16)
+        >>> FORMAT.decode_weight(stored)[0, :8]
+        tensor([-7., -7., -7., -6., -6., -6., -6., -5.])
+        """
         groups = by_group(weight.float(), self.group_size)  # (N, K/64, 64)
         scales = (groups.abs().amax(-1) / 7).to(dtype)
         divisor = torch.where(scales == 0, 1, scales.float())
@@ -114,6 +131,13 @@ class Int4(Format):
         x        (M, K) already smoothed (and shifted where unsigned)
         rule     absmax, or signed_extreme: scale = -extreme / 8 in signed groups
         returns  nibbles (M, K) uint8, ascales (M, K/64) in the dtype of x. NaN and Inf make their group's scale NaN.
+
+            >>> x = torch.full((1, 64), -3.5)
+            >>> nibbles, ascales = FORMAT.quantize_activation(x)
+            >>> nibbles[0, 0].item(), ascales.item()  # -7 in two's complement
+            (9, 0.5)
+            >>> torch.equal(FORMAT.decode_activation(nibbles, ascales), x)
+            True
         """
         groups = by_group(x.float(), self.group_size)  # (M, K/64, 64)
         unsigned = self._unsigned_groups(x.shape[-1], act_unsigned, x.device)

@@ -80,6 +80,13 @@ class Nvfp4(Format):
         """code = e2m1(w / (scale * wtscale)); wtscale = absmax / (6 * 448): group scales use E4M3's full range
 
         `dtype` is not used: the group scales are E4M3 and the tensor scale stays in fp32.
+
+            >>> weight = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]).repeat(1, 2)
+            >>> stored = FORMAT.encode_weight(weight, torch.bfloat16)
+            >>> stored["wscales"].float() * stored["wtscale"]
+            tensor([[1.]])
+            >>> torch.equal(FORMAT.decode_weight(stored), weight)
+            True
         """
         groups = by_group(weight.float(), self.group_size)  # (N, K/16, 16)
         group_max = groups.abs().amax(-1)
@@ -117,17 +124,19 @@ class Nvfp4(Format):
         self, absmax: torch.Tensor, upper: torch.Tensor | None, dtype: torch.dtype
     ) -> Iterable[torch.Tensor]:
         """10 factors of absmax / 6, among them 4/6, each rounded to E4M3"""
+        assert upper is not None  # upper_scale of this format always gives one
         for factor in SEARCHED_FACTORS:
             yield self._e4m3(absmax / E2M1_MAX * factor, upper).float() * upper
 
     def store_step(
         self, step: torch.Tensor, upper: torch.Tensor | None, dtype: torch.dtype
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        assert upper is not None
         stored = self._e4m3(step, upper)
         return stored.float() * upper, {"wscales": stored.T.contiguous(), "wtscale": upper}
 
     @staticmethod
-    def _e4m3(step: torch.Tensor, upper: torch.Tensor | None) -> torch.Tensor:
+    def _e4m3(step: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
         return (step / upper).clamp_max(E4M3_MAX).to(torch.float8_e4m3fn)
 
     def nearest(self, values: torch.Tensor, step: torch.Tensor, every_code: bool = True) -> torch.Tensor:

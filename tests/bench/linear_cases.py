@@ -10,6 +10,7 @@ from svdquant_pack.kernels import FORMATS, Layer, LayerSpec
 from svdquant_pack.kernels.backends import Backend, KernelCall, discover, kitchen
 from svdquant_pack.kernels.backends.reference import linear as reference
 from svdquant_pack.kernels.dispatch import arch_of, fault_of
+from svdquant_pack.kernels.stages import CodedActivation, Coding
 from svdquant_pack.quantize.cli.tune import MODULATION_SHAPES, SHAPES
 
 ROWS = (1, 16, 64, 256, 1024, 4608, 9216)
@@ -155,7 +156,7 @@ def _vendor_ways(data: Data) -> Iterator[Way]:
         if dtype != torch.int8 and (x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) < (8, 9)):
             continue
         weight, scales = layers.expanded(layer, dtype)
-        act, act_scales, _ = launch.quantize(x, None, None, codes, (0, 0))
+        act, act_scales, _ = launch.quantize(x, None, None, Coding(codes))
         # of the codes: rounding an activation that is not smoothed is no fault of the product
         exact = (checked_rows(act).float() * checked_rows(act_scales)[:, None]) @ (weight.float() * scales[:, None]).T
 
@@ -185,13 +186,14 @@ def _steps(data: Data) -> Iterator[Way]:
         yield Way("triton", codes, quantize, lambda: data.checked.float() @ down.float(), "quantize+down")
     weight, scales = layers.expanded(layer, torch.int8)
     act, act_scales, branch_act = layers.quantized(x, layer, "int8_row")
-    branches = launch.Branches(branch_act, up, bias=data.bias)
+    coded = CodedActivation(act, act_scales)
+    epilogue = launch.Epilogue(branch_act, up, bias=data.bias)
 
     def expand() -> torch.Tensor:
         return layers.expanded(layer, torch.int8)[0]
 
     def product() -> torch.Tensor:
-        return launch.multiply_w8(act, act_scales, weight, scales, branches, x.dtype)
+        return launch.multiply_w8(coded, weight, scales, epilogue, x.dtype)
 
     def exact() -> torch.Tensor:
         rows, row_scales, columns = (checked_rows(side).double() for side in (act, act_scales, branch_act))

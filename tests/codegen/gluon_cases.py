@@ -49,10 +49,10 @@ def int4_mma_cases() -> list[CompileCase]:
     return [_int4_mma_case(*variant) for variant in variants]
 
 
-def _int4_mma_case(tiling: int4_mma.Tiling, kind: str, packed: bool, turing: bool) -> CompileCase:
+def _int4_mma_case(tiling: int4_mma.WarpTiling, kind: str, packed: bool, turing: bool) -> CompileCase:
     k, act_unsigned = 1024, {"signed": (0, 0), "unsigned": (0, 1024), "mixed": (512, 1024)}[kind]
-    dtype = torch.float16 if turing else torch.bfloat16
-    signature = dict.fromkeys(("qact", "codes", "branch_act", "proj_up"), "*i64")
+    order = int4_mma.WeightOrder(packed, torch.float16 if turing else torch.bfloat16)
+    signature = dict.fromkeys(("qact", "codes", "act", "up"), "*i64")
     signature |= dict.fromkeys(("wscales", "bias", "out"), "*i32")
     signature |= dict.fromkeys(("M", "N", "K", "R", "first_unsigned", "stop_unsigned"), "i32")
     targets = TURING if turing else AMPERE
@@ -61,7 +61,7 @@ def _int4_mma_case(tiling: int4_mma.Tiling, kind: str, packed: bool, turing: boo
         name="-".join(words) + "-turing" * turing,
         kernel=int4_mma.int4_mma_kernel,
         signature={**signature, "ascales": "*fp16" if turing else "*bf16"},
-        constexprs=int4_mma.compile_time(tiling, k, act_unsigned, dtype, packed, True, turing),
+        constexprs=int4_mma.compile_time(tiling, k, act_unsigned, order, True, turing),
         num_warps=tiling.warps,
         num_stages=1,
         targets=targets,
@@ -71,26 +71,26 @@ def _int4_mma_case(tiling: int4_mma.Tiling, kind: str, packed: bool, turing: boo
 
 
 def int8_async_cases() -> list[CompileCase]:
-    """Both tilings with and without a branch"""
+    """Both tilings with and without low-rank factors"""
     tilings = (("wide", int8_async.WIDE), ("square", int8_async.SQUARE))
-    return [_int8_async_case(name, tiling, branch) for (name, tiling), branch in product(tilings, (False, True))]
+    return [_int8_async_case(name, tiling, low_rank) for (name, tiling), low_rank in product(tilings, (False, True))]
 
 
-def _int8_async_case(name: str, tiling: int8_async.Tiling, branch: bool) -> CompileCase:
+def _int8_async_case(name: str, tiling: int8_async.RingTiling, low_rank: bool) -> CompileCase:
     elements = {"a_desc": "i8", "w_desc": "i8", "act_desc": "bf16", "up_desc": "bf16"}
     signature = {
         argument: f"tensordesc<{elements[argument]}{block},{layout!r}>"
         for argument, (block, layout) in int8_async.blocks(tiling, torch.bfloat16).items()
-        if branch or argument in ("a_desc", "w_desc")
+        if low_rank or argument in ("a_desc", "w_desc")
     }
     signature |= {"a_scale": "*fp32", "w_scale": "*fp32", "bias": "*bf16", "out": "*bf16"}
     signature |= dict.fromkeys(("M", "N", "K", "R"), "i32")
-    absent = {} if branch else {"act_desc": None, "up_desc": None}
+    absent = {} if low_rank else {"act_desc": None, "up_desc": None}
     return CompileCase(
-        name=f"gluon-int8-async-{name}" + "-branch" * branch,
+        name=f"gluon-int8-async-{name}" + "-branch" * low_rank,
         kernel=int8_async.int8_async_kernel,
         signature=signature,
-        constexprs=int8_async.compile_time(tiling, branch, True) | absent,
+        constexprs=int8_async.compile_time(tiling, low_rank, True) | absent,
         num_warps=tiling.warps,
         num_stages=1,
         targets=("sm_90",),

@@ -48,9 +48,8 @@ class RowSteps:
     @staticmethod
     def quantized(x: torch.Tensor, layer: Layer, codes: str) -> tuple[torch.Tensor, ...]:
         tensors = layer.tensors
-        return stages.quantize_activation(
-            x, tensors["smooth_factor"], tensors.get("proj_down"), codes, layer.spec.act_unsigned
-        )
+        coding = stages.Coding(codes, layer.spec.act_unsigned)
+        return stages.quantize_activation(x, tensors["smooth_factor"], tensors.get("proj_down"), coding)
 
     @staticmethod
     def expanded(layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ from svdquant_pack.kernels.backends.gluon import int4_linear, int4_mma, verify
 from svdquant_pack.kernels.backends.gluon.fragments import COLUMNS, TILE, WORDS, Fragments, pack_fragments
 from svdquant_pack.kernels.backends.reference import linear as reference_linear
 from svdquant_pack.kernels.packing import pack, sign_extend, unpack
+from svdquant_pack.kernels.stages import CodedActivation
 from svdquant_pack.tests.kernels import gluon_emulator as emulator
 from svdquant_pack.tests.kernels.layers import random_layer
 
@@ -101,7 +102,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int4_linear, "int4_mma_kernel", emulator.Launcher(int4_mma.int4_mma_kernel))
 
     def quantize(x, smooth, act_unsigned, rule, act_mean):
-        return stages.quantize_activation(x, smooth, None, "int4", act_unsigned, rule, act_mean)[:2]
+        coding = stages.Coding("int4", act_unsigned, rule)
+        return CodedActivation(*stages.quantize_activation(x, smooth, None, coding, act_mean)[:2])
 
     monkeypatch.setattr(int4_linear, "quantize", quantize)
     monkeypatch.setattr(verify, "_right", set())
@@ -125,7 +127,7 @@ def test_the_emulated_kernel_is_the_exact_product(monkeypatch, act_unsigned, pac
     wscales = torch.full_like(wscales, 0.5) * (1 + torch.arange(n) % 2)
     weight = pack_fragments(qweight, wscales) if packed else (qweight, wscales)
     out = torch.full((m, n), float("nan"), dtype=dtype)
-    int4_linear.int4_gemm(pack(codes), ascales, weight, None, None, None, out, act_unsigned)
+    int4_linear.int4_gemm(CodedActivation(pack(codes), ascales), weight, None, None, out, act_unsigned)
     act = FORMATS["int4"].decode_activation(codes, ascales.T, act_unsigned).double()
     decoded = sign_extend(unpack(qweight)).double() * wscales[0].double()[:, None]
     assert torch.equal(out, (act @ decoded.T).half())

@@ -11,7 +11,9 @@ from svdquant_pack.kernels.backends import KernelCall
 from svdquant_pack.kernels.backends import gluon as backend
 from svdquant_pack.kernels.backends.gluon import int8_async, verify
 from svdquant_pack.kernels.backends.gluon.int8_linear import int8_linear
+from svdquant_pack.kernels.backends.gluon.low_rank import LowRank
 from svdquant_pack.kernels.backends.reference import linear as reference_linear
+from svdquant_pack.kernels.stages import CodedActivation
 from svdquant_pack.tests.kernels import gluon_emulator, gluon_hopper_emulator
 from svdquant_pack.tests.kernels.layers import RowSteps, random_layer
 
@@ -32,9 +34,9 @@ def operands(m, n, k, rank, biased, dtype=torch.float16):
     generator = torch.Generator().manual_seed(6)
     a8, w8 = (torch.randint(-128, 128, (rows, k), generator=generator, dtype=torch.int8) for rows in (m, n))
     a_scale, w_scale = (torch.rand(rows, generator=generator) * 0.01 for rows in (m, n))
-    factors = [torch.randn(rows, rank, generator=generator).to(dtype) if rank else None for rows in (m, n)]
+    factors = [torch.randn(rows, rank, generator=generator).to(dtype) for rows in (m, n) if rank]
     bias = torch.randn(n, generator=generator).to(dtype) if biased else None
-    return a8, a_scale, w8, w_scale, *factors, bias
+    return CodedActivation(a8, a_scale), w8, w_scale, LowRank(*factors) if rank else None, bias
 
 
 @pytest.mark.parametrize("copies_late", [False, True], ids=["copies early", "copies late"])
@@ -52,12 +54,12 @@ def test_the_emulated_pipeline_is_the_product(
     monkeypatch, m, n, k, rank, biased, multiprocessors, copies_late, reads_late
 ):
     emulated(monkeypatch, copies_late, reads_late, multiprocessors)
-    a8, a_scale, w8, w_scale, act, up, bias = operands(m, n, k, rank, biased)
+    act, w8, w_scale, low_rank, bias = operands(m, n, k, rank, biased)
     out = torch.full((m, n), float("nan"), dtype=torch.float16)
-    assert int8_async.int8_gemm(a8, a_scale, w8, w_scale, act, up, bias, out) is out
-    expected = (a8.double() @ w8.double().T) * a_scale[:, None] * w_scale
-    if rank:
-        expected += act.double() @ up.double().T
+    assert int8_async.int8_gemm(act, w8, w_scale, low_rank, bias, out) is out
+    expected = (act.qact.double() @ w8.double().T) * act.ascales[:, None] * w_scale
+    if low_rank is not None:
+        expected += low_rank.act.double() @ low_rank.up.double().T
     if biased:
         expected += bias
     # one rounding to half precision, and float32 steps before it
@@ -86,11 +88,12 @@ def test_the_emulator_sees_a_broken_pipeline(monkeypatch, tmp_path, before, afte
     broken = SimpleNamespace(fn=variables["int8_async_kernel"], arg_names=())
     monkeypatch.setattr(int8_async, "int8_async_kernel", broken)
     emulated(monkeypatch, True, True, 2)
-    a8, a_scale, w8, w_scale, act, up, bias = operands(300, 512, 784, 40, True)
+    act, w8, w_scale, low_rank, bias = operands(300, 512, 784, 40, True)
     out = torch.full((300, 512), float("nan"), dtype=torch.float16)
-    expected = (a8.double() @ w8.double().T) * a_scale[:, None] * w_scale + act.double() @ up.double().T + bias
+    expected = (act.qact.double() @ w8.double().T) * act.ascales[:, None] * w_scale + bias
+    expected += low_rank.act.double() @ low_rank.up.double().T
     try:
-        int8_async.int8_gemm(a8, a_scale, w8, w_scale, act, up, bias, out)
+        int8_async.int8_gemm(act, w8, w_scale, low_rank, bias, out)
     except AssertionError as error:
         assert complaint is None or complaint in str(error)
     else:
@@ -126,7 +129,7 @@ def test_a_wrong_variant_never_computes_for_a_user(monkeypatch):
     right = int8_async.int8_gemm
     monkeypatch.setattr(
         "svdquant_pack.kernels.backends.gluon.int8_linear.int8_gemm",
-        lambda a8, a_scale, *rest: right(a8, torch.ones_like(a_scale), *rest),
+        lambda act, *rest: right(act._replace(ascales=torch.ones_like(act.ascales)), *rest),
     )
     layer = random_layer("int4", 128, 128, 16, dtype=torch.bfloat16)
     for _ in range(2):

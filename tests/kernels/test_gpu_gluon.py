@@ -14,9 +14,11 @@ from svdquant_pack.kernels.backends import KernelCall
 from svdquant_pack.kernels.backends import gluon as backend
 from svdquant_pack.kernels.backends.gluon import int4_linear, int8_async, int8_linear
 from svdquant_pack.kernels.backends.gluon.fragments import pack_fragments
+from svdquant_pack.kernels.backends.gluon.low_rank import LowRank
 from svdquant_pack.kernels.backends.reference import linear as reference_linear
 from svdquant_pack.kernels.dispatch import fault_of
 from svdquant_pack.kernels.packing import pack
+from svdquant_pack.kernels.stages import CodedActivation, Coding
 from svdquant_pack.tests.kernels.layers import RowSteps, random_layer
 
 GPU = torch.cuda.is_available() and torch.version.hip is None
@@ -46,7 +48,7 @@ def test_the_quantizer_follows_the_format(dtype, rule, act_unsigned):
     smooth = (torch.randn(512, generator=generator) * 0.5).exp().to(dtype)
     mean = torch.randn(512, generator=generator).to(dtype)
     qact, ascales = int4_linear.quantize(x.cuda(), smooth.cuda(), act_unsigned, rule, mean.cuda())
-    codes, scales, _ = stages.quantize_activation(x, smooth, None, "int4", act_unsigned, rule, mean)
+    codes, scales, _ = stages.quantize_activation(x, smooth, None, Coding("int4", act_unsigned, rule), mean)
     assert torch.equal(ascales.cpu(), scales)
     assert torch.equal(qact.cpu(), codes)
 
@@ -75,8 +77,8 @@ def test_int4_integer_sums_are_exact():
     codes, weight = (torch.randint(-2, 3, (rows, 256), generator=generator) for rows in (129, 72))
     ones = torch.ones(4, 129, dtype=torch.float16), torch.ones(4, 72, dtype=torch.float16)
     out = torch.empty(129, 72, dtype=torch.float16, device="cuda")
-    operands = pack(codes).cuda(), ones[0].cuda(), (pack(weight).cuda(), ones[1].cuda())
-    int4_linear.int4_gemm(*operands, None, None, None, out)
+    act = CodedActivation(pack(codes).cuda(), ones[0].cuda())
+    int4_linear.int4_gemm(act, (pack(weight).cuda(), ones[1].cuda()), None, None, out)
     assert torch.equal(out.cpu(), (codes @ weight.T).half())
 
 
@@ -104,14 +106,14 @@ def test_int8_product_is_exact_up_to_rounding(m, n, k, dtype):
 
     a8, w8 = codes(m), codes(n)
     a_scale, w_scale = floats(m), floats(n)
-    act, up, bias = (floats(*shape).to(dtype) for shape in ((m, 48), (n, 48), (n,)))
+    low_rank, bias = LowRank(floats(m, 48).to(dtype), floats(n, 48).to(dtype)), floats(n).to(dtype)
     wanted = (a8.double() @ w8.double().T) * a_scale[:, None] * w_scale
-    for branch in (False, True):
-        pair = (act, up) if branch else (None, None)
+    added = low_rank.act.double() @ low_rank.up.double().T
+    for factors in (None, low_rank):
         out = torch.empty(m, n, dtype=dtype, device="cuda")
         for _ in range(3):  # a race need not show the first time
-            int8_async.int8_gemm(a8, a_scale, w8, w_scale, *pair, bias, out.fill_(torch.nan))
-            exact = wanted + bias.double() + (act.double() @ up.double().T if branch else 0)
+            int8_async.int8_gemm(CodedActivation(a8, a_scale), w8, w_scale, factors, bias, out.fill_(torch.nan))
+            exact = wanted + bias.double() + (0 if factors is None else added)
             assert relative(out, exact.cpu()) < torch.finfo(dtype).eps
 
 

@@ -39,7 +39,7 @@ def test_both_quantize_alike(dtype, unsigned):
     x = (torch.nn.functional.gelu(x, approximate="tanh") if unsigned else x).to(dtype)
     theirs = quantized(x, layer["smooth_factor"], layer["proj_down"], unsigned)
     channels = layer.spec.act_unsigned
-    ours = stages.quantize_activation(x, layer["smooth_factor"], layer["proj_down"], "int4", channels)
+    ours = stages.quantize_activation(x, layer["smooth_factor"], layer["proj_down"], stages.Coding("int4", channels))
     codes = [unpack(side[0]).float() if unsigned else sign_extend(unpack(side[0])).float() for side in (ours, theirs)]
     assert (codes[0] - codes[1]).abs().max() <= 1 and (codes[0] != codes[1]).float().mean() <= 0.03
     torch.testing.assert_close(ours[1].float(), theirs[1].float(), rtol=0.02, atol=0)  # two roundings to bf16

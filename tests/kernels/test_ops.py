@@ -108,11 +108,11 @@ def test_the_steps_make_the_layer(compute):
         shift[64:128] = GELU_SHIFT
         wanted = (x + shift) / smooth @ layer.decode_weight().T + branch
     elif compute == "w4a8":
-        qact, ascales, _ = stages.quantize_activation(x, smooth, down, "int8_group", (64, 128))
+        qact, ascales, _ = stages.quantize_activation(x, smooth, down, stages.Coding("int8_group", (64, 128)))
         wanted = eight_bit.decode_groups(qact, ascales) @ layer.decode_weight().T + branch
     else:
         name, dtype = ("fp8_row", torch.float8_e4m3fn) if compute == "fp8" else ("int8_row", torch.int8)
-        qact, ascales, _ = stages.quantize_activation(x, smooth, down, name, (64, 128))
+        qact, ascales, _ = stages.quantize_activation(x, smooth, down, stages.Coding(name, (64, 128)))
         weight, row_scales = layer.spec.fmt.expand_rows(layer.tensors, dtype)
         wanted = (qact.float() @ weight.float().T) * ascales[:, None] * row_scales + branch
     torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)

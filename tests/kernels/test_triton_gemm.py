@@ -5,9 +5,10 @@ import torch
 
 from svdquant_pack.kernels import FORMATS, eight_bit, stages
 from svdquant_pack.kernels.packing import pack, unpack
+from svdquant_pack.kernels.stages import CodedActivation, Coding
 
 launch = pytest.importorskip("svdquant_pack.kernels.backends.triton.launch")
-from svdquant_pack.kernels.backends.triton.launch import Branches  # noqa: E402 (only where Triton is)
+from svdquant_pack.kernels.backends.triton.launch import Epilogue  # noqa: E402 (only where Triton is)
 
 ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2e-6}  # of y to its dtype; sums add less
 DTYPES = tuple(ROUNDING)
@@ -18,38 +19,38 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def moved(branches: Branches, device: torch.device) -> Branches:
-    parts = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in vars(branches).items()}
-    return Branches(**parts)
+def moved(epilogue: Epilogue, device: torch.device) -> Epilogue:
+    parts = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in vars(epilogue).items()}
+    return Epilogue(**parts)
 
 
-def finished(product: torch.Tensor, branches: Branches) -> torch.Tensor:
+def finished(product: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     """The epilogue in float64."""
     y = product.double()
-    if branches.branch_act is not None:
-        y = y + branches.branch_act.double() @ branches.proj_up.double().T
-    if branches.lora_act is not None:
-        act = branches.lora_act.double()
-        if branches.lora_strength is not None:
-            act = act * branches.lora_strength.double().repeat_interleave(16)[: act.shape[1]]
-        y = y + act @ branches.lora_up.double().T
-    if branches.bias is not None:
-        y = y + branches.bias.double()
-    return stages.activate(y, branches.activation)
+    if epilogue.branch_act is not None:
+        y = y + epilogue.branch_act.double() @ epilogue.proj_up.double().T
+    if epilogue.lora_act is not None:
+        act = epilogue.lora_act.double()
+        if epilogue.lora_strength is not None:
+            act = act * epilogue.lora_strength.double().repeat_interleave(16)[: act.shape[1]]
+        y = y + act @ epilogue.lora_up.double().T
+    if epilogue.bias is not None:
+        y = y + epilogue.bias.double()
+    return stages.activate(y, epilogue.activation)
 
 
-def epilogue(dtype: torch.dtype, kind: str, m: int = M) -> Branches:
+def make_epilogue(dtype: torch.dtype, kind: str, m: int = M) -> Epilogue:
     branch_act, proj_up = normal(m, R, seed=1).to(dtype), (normal(N, R, seed=2) / 8).to(dtype)
     lora_act, lora_up = normal(m, 40, seed=3).to(dtype), (normal(N, 40, seed=4) / 8).to(dtype)
     strength, bias = torch.tensor([0.5, 0.0, 2.0]), normal(N, seed=5).to(dtype)
     return {
-        "nothing": Branches(),
-        "bias": Branches(bias=bias),
-        "branch": Branches(branch_act, proj_up),
-        "lora": Branches(lora_act=lora_act, lora_up=lora_up, bias=bias),
-        "strength": Branches(branch_act, proj_up, lora_act, lora_up, strength, bias),
-        "gelu": Branches(branch_act, proj_up, bias=bias, activation="gelu"),
-        "silu": Branches(branch_act, proj_up, bias=bias, activation="silu"),
+        "nothing": Epilogue(),
+        "bias": Epilogue(bias=bias),
+        "branch": Epilogue(branch_act, proj_up),
+        "lora": Epilogue(lora_act=lora_act, lora_up=lora_up, bias=bias),
+        "strength": Epilogue(branch_act, proj_up, lora_act, lora_up, strength, bias),
+        "gelu": Epilogue(branch_act, proj_up, bias=bias, activation="gelu"),
+        "silu": Epilogue(branch_act, proj_up, bias=bias, activation="silu"),
     }[kind]
 
 
@@ -73,7 +74,7 @@ def int4_weight(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def int4_case(codes: str, channels: tuple[int, int], dtype: torch.dtype, m: int = M):
     weight = int4_weight(dtype)
     x = normal(m, K, seed=7).to(dtype)
-    qact, ascales, _ = stages.quantize_activation(x, None, None, codes, channels)
+    qact, ascales, _ = stages.quantize_activation(x, None, None, Coding(codes, channels))
     if codes == "int4":
         act = FORMATS["int4"].decode_activation(unpack(qact), ascales.T, channels)
     else:
@@ -81,46 +82,47 @@ def int4_case(codes: str, channels: tuple[int, int], dtype: torch.dtype, m: int 
     return weight, qact, ascales, channels, act.double() @ FORMATS["int4"].decode_weight(weight).double().T
 
 
-def multiply_w4(case, branches, dtype, device, next_smooth=None):
+def multiply_w4(case, epilogue, dtype, device, next_smooth=None):
     weight, qact, ascales, channels, _ = case
-    tensors = [tensor.to(device) for tensor in (qact, ascales, weight["qweight"], weight["wscales"])]
+    act = CodedActivation(qact.to(device), ascales.to(device))
+    weight = {name: tensor.to(device) for name, tensor in weight.items()}
     smooth = None if next_smooth is None else next_smooth.to(device)
-    return launch.multiply_w4(*tensors, moved(branches, device), channels, dtype, smooth)
+    return launch.multiply_w4(act, weight, moved(epilogue, device), channels, dtype, smooth)
 
 
 @pytest.mark.parametrize("codes", ["int4", "int8_group"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_int4_weight(codes, dtype, kind, device):
-    case, branches = int4_case(codes, (0, 0), dtype), epilogue(dtype, kind)
-    (y,) = multiply_w4(case, branches, dtype, device)
-    check(y, finished(case[-1], branches), dtype)
+    case, epilogue = int4_case(codes, (0, 0), dtype), make_epilogue(dtype, kind)
+    (y,) = multiply_w4(case, epilogue, dtype, device)
+    check(y, finished(case[-1], epilogue), dtype)
 
 
 @pytest.mark.parametrize("channels", [(0, K), (64, K), (64, 128)])
 @pytest.mark.parametrize("codes", ["int4", "int8_group"])
 def test_int4_weight_with_unsigned_channels(codes, channels, device):
     case = int4_case(codes, channels, torch.float16)
-    (y,) = multiply_w4(case, Branches(), torch.float16, device)
+    (y,) = multiply_w4(case, Epilogue(), torch.float16, device)
     check(y, case[-1], torch.float16)
 
 
 @pytest.mark.parametrize("m", [1, 16, 63, 64, 65, 257])
 def test_odd_row_counts(m, device):
     case = int4_case("int8_group", (0, 0), torch.bfloat16, m)
-    branches = epilogue(torch.bfloat16, "branch", m)
-    check(multiply_w4(case, branches, torch.bfloat16, device)[0], finished(case[-1], branches), torch.bfloat16)
+    epilogue = make_epilogue(torch.bfloat16, "branch", m)
+    check(multiply_w4(case, epilogue, torch.bfloat16, device)[0], finished(case[-1], epilogue), torch.bfloat16)
 
 
 @pytest.mark.parametrize("codes", ["int4", "int8_group"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [45, 130])
 def test_requantized_bytes_are_those_of_the_next_layer(codes, dtype, m, device):
-    case, branches = int4_case(codes, (0, 0), dtype, m), epilogue(dtype, "gelu", m)
+    case, epilogue = int4_case(codes, (0, 0), dtype, m), make_epilogue(dtype, "gelu", m)
     smooth = (torch.rand(N, generator=torch.Generator().manual_seed(8)) + 0.5).to(dtype)
-    y, qact, ascales = (tensor.cpu() for tensor in multiply_w4(case, branches, dtype, device, smooth))
-    check(y, finished(case[-1], branches), dtype)
-    wanted, scales, _ = stages.quantize_activation(y, smooth, None, "int4", (0, N))
+    y, qact, ascales = (tensor.cpu() for tensor in multiply_w4(case, epilogue, dtype, device, smooth))
+    check(y, finished(case[-1], epilogue), dtype)
+    wanted, scales, _ = stages.quantize_activation(y, smooth, None, Coding("int4", (0, N)))
     assert (unpack(qact) != unpack(wanted)).float().mean() <= 1e-3
     torch.testing.assert_close(ascales.float(), scales.float(), rtol=0.01, atol=0)
 
@@ -128,9 +130,9 @@ def test_requantized_bytes_are_those_of_the_next_layer(codes, dtype, m, device):
 @pytest.mark.parametrize("rank", [16, 160, 512])
 def test_wide_branches_are_summed_in_slices(rank, device):
     case = int4_case("int8_group", (0, 0), torch.float32)
-    branches = Branches(normal(M, rank, seed=9), normal(N, rank, seed=10) / rank**0.5)
-    (y,) = multiply_w4(case, branches, torch.float32, device)
-    check(y, finished(case[-1], branches), torch.float32)
+    epilogue = Epilogue(normal(M, rank, seed=9), normal(N, rank, seed=10) / rank**0.5)
+    (y,) = multiply_w4(case, epilogue, torch.float32, device)
+    check(y, finished(case[-1], epilogue), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -140,11 +142,11 @@ def test_int8_rows(dtype, kind, k, device):
     x, weight = normal(M, k, seed=11), normal(N, k, seed=12)
     qact, ascales = eight_bit.quantize_rows(x)
     codes, row_scales = eight_bit.quantize_rows(weight)
-    branches = epilogue(dtype, kind)
-    tensors = [tensor.to(device) for tensor in (qact, ascales, codes, row_scales)]
-    y = launch.multiply_w8(*tensors, moved(branches, device), dtype)
+    epilogue = make_epilogue(dtype, kind)
+    act = CodedActivation(qact.to(device), ascales.to(device))
+    y = launch.multiply_w8(act, codes.to(device), row_scales.to(device), moved(epilogue, device), dtype)
     exact = torch._int_mm(qact, codes.t()) if M > 16 else qact.int() @ codes.int().T
-    check(y, finished(exact.double() * ascales.double()[:, None] * row_scales.double(), branches), dtype)
+    check(y, finished(exact.double() * ascales.double()[:, None] * row_scales.double(), epilogue), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,14 +159,11 @@ def test_nvfp4(dtype, kind, k, device):
     weight = fmt.encode_weight(normal(N, k, seed=13), dtype) | {"wcscales": normal(N, seed=14).abs()}
     nibbles, scales = fmt.quantize_activation(normal(M, k, seed=15))
     product = fmt.decode_activation(nibbles, scales).double() @ fmt.decode_weight(weight).double().T
-    branches = epilogue(dtype, kind)
+    epilogue = make_epilogue(dtype, kind)
     weight = {name: tensor.to(device) for name, tensor in weight.items()}
-    upper = launch.channel_scales_of(weight)
-    qact, ascales = pack(nibbles).to(device), scales.T.contiguous().to(device)
-    y = launch.multiply_nvfp4(
-        qact, ascales, weight["qweight"], weight["wscales"], upper, moved(branches, device), dtype
-    )
-    check(y, finished(product, branches), dtype)
+    act = CodedActivation(pack(nibbles).to(device), scales.T.contiguous().to(device))
+    y = launch.multiply_nvfp4(act, weight, moved(epilogue, device), dtype)
+    check(y, finished(product, epilogue), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -180,12 +179,12 @@ def test_gemv_w4a16(dtype, m, device):
 
 def test_no_rows(device):
     case = int4_case("int8_group", (0, 0), torch.float32, 0)
-    assert multiply_w4(case, Branches(), torch.float32, device)[0].shape == (0, N)
+    assert multiply_w4(case, Epilogue(), torch.float32, device)[0].shape == (0, N)
 
 
 def test_nan_reaches_its_row_alone(device):
     weight, qact, ascales, channels, product = int4_case("int8_group", (0, 0), torch.float32)
     ascales[1, 7] = torch.nan
-    (y,) = multiply_w4((weight, qact, ascales, channels, product), Branches(), torch.float32, device)
+    (y,) = multiply_w4((weight, qact, ascales, channels, product), Epilogue(), torch.float32, device)
     assert y.cpu().isnan().all(1).nonzero().flatten().tolist() == [7]
     assert y.cpu().isnan().any(1).sum() == 1

@@ -64,7 +64,7 @@ def test_a_lora_of_any_width(format, compute, width, device):
 def test_a_strength_is_not_rounded_to_the_activation(device):
     """Where no kernel takes the strength, the product alone is rounded."""
     act, strength = torch.randn(9, 40).bfloat16().to(device), torch.tensor([0.7, -1.3, 0.1]).to(device)
-    found = triton_layers.Branches(lora_act=act, lora_strength=strength).weighted_lora()
+    found = triton_layers.Epilogue(lora_act=act, lora_strength=strength).weighted_lora()
     assert torch.equal(found, (act.float() * strength.repeat_interleave(16)[:40]).bfloat16())
 
 

@@ -6,6 +6,7 @@ import torch
 from svdquant_pack.kernels import stages
 from svdquant_pack.kernels.formats.nvfp4 import from_e2m1
 from svdquant_pack.kernels.packing import sign_extend, unpack
+from svdquant_pack.kernels.stages import Coding
 
 launch = pytest.importorskip("svdquant_pack.kernels.backends.triton.launch")
 CODES = ("int4", "int8_group", "int8_row", "fp8_row", "nvfp4")
@@ -27,9 +28,9 @@ def numbers(qact: torch.Tensor, codes: str, unsigned: bool) -> torch.Tensor:
 def compare(x, smooth, down, codes, channels, device):
     """Codes differ from the definition's in few places, by one step; scales and branch by their rounding."""
     have(codes, device)
-    wanted = stages.quantize_activation(x, smooth, down, codes, channels)
+    wanted = stages.quantize_activation(x, smooth, down, Coding(codes, channels))
     arguments = [None if tensor is None else tensor.to(device) for tensor in (x, smooth, down)]
-    found = launch.quantize(*arguments, codes, channels)
+    found = launch.quantize(*arguments, Coding(codes, channels))
     unsigned = channels[0] != channels[1]
     ours, theirs = (numbers(qact.cpu(), codes, unsigned) for qact in (found[0], wanted[0]))
     # the reciprocal of the smoothing is rounded, so a value on a tie may fall to the other side
@@ -64,8 +65,8 @@ def test_unsigned_channels_are_shifted(codes, channels, device):
     x, smooth, down = inputs(19, 192, 16, torch.bfloat16)
     x = torch.nn.functional.gelu(x.float(), approximate="tanh").bfloat16()
     if codes == "int4" and channels != (0, 192):  # codes of both kinds: compared as nibbles
-        found = launch.quantize(x.to(device), smooth.to(device), None, codes, channels)[0].cpu()
-        wanted = stages.quantize_activation(x, smooth, None, codes, channels)[0]
+        found = launch.quantize(x.to(device), smooth.to(device), None, Coding(codes, channels))[0].cpu()
+        wanted = stages.quantize_activation(x, smooth, None, Coding(codes, channels))[0]
         assert (unpack(found) != unpack(wanted)).float().mean() <= 2e-3
     else:
         compare(x, smooth, down, codes, channels, device)
@@ -74,7 +75,7 @@ def test_unsigned_channels_are_shifted(codes, channels, device):
 def test_values_below_the_shift_saturate_at_zero(device):
     x = torch.full((3, 64), -5.0)
     x[:, 0] = 2.0
-    qact, _, _ = launch.quantize(x.to(device), None, None, "int4", (0, 64))
+    qact, _, _ = launch.quantize(x.to(device), None, None, Coding("int4", (0, 64)))
     assert unpack(qact.cpu())[:, 1:].eq(0).all() and unpack(qact.cpu())[:, 0].eq(15).all()
 
 
@@ -84,7 +85,7 @@ def test_nan_and_inf_reach_the_scale(codes, bad, device):
     have(codes, device)
     x = torch.randn(5, 128)
     x[3, 70] = bad
-    scales = launch.quantize(x.to(device), None, None, codes, (0, 0))[1].cpu().float()
+    scales = launch.quantize(x.to(device), None, None, Coding(codes))[1].cpu().float()
     if codes in ("int8_row", "fp8_row"):
         assert scales.isnan().tolist() == [False, False, False, True, False]
     else:
@@ -95,7 +96,7 @@ def test_nan_and_inf_reach_the_scale(codes, bad, device):
 @pytest.mark.parametrize("codes", CODES)
 def test_zeros_are_zeros(codes, device):
     have(codes, device)
-    qact, scales, _ = launch.quantize(torch.zeros(3, 128, device=device), None, None, codes, (0, 0))
+    qact, scales, _ = launch.quantize(torch.zeros(3, 128, device=device), None, None, Coding(codes))
     assert numbers(qact.cpu(), codes, False).eq(0).all() and scales.cpu().float().eq(0).all()
 
 
@@ -103,12 +104,12 @@ def test_zeros_are_zeros(codes, device):
 def test_no_rows_and_strided_rows(codes, device):
     have(codes, device)
     x, smooth, down = inputs(24, 128, 16, torch.float32)
-    empty = launch.quantize(x[:0].to(device), smooth.to(device), down.to(device), codes, (0, 0))
+    empty = launch.quantize(x[:0].to(device), smooth.to(device), down.to(device), Coding(codes))
     assert empty[0].shape[0] == 0 and empty[2].shape == (0, 16)
     wide = torch.cat((x, x), 1).to(device)
     for view in (wide[::3, :128], wide.t().contiguous().t()[::3, :128]):
-        found = launch.quantize(view, smooth.to(device), down.to(device), codes, (0, 0))
-        whole = launch.quantize(x[::3].to(device), smooth.to(device), down.to(device), codes, (0, 0))
+        found = launch.quantize(view, smooth.to(device), down.to(device), Coding(codes))
+        whole = launch.quantize(x[::3].to(device), smooth.to(device), down.to(device), Coding(codes))
         for one, other in zip(found, whole, strict=True):
             assert torch.equal(one.cpu().float(), other.cpu().float())
 
@@ -122,9 +123,11 @@ def test_the_mean_is_taken_off(codes, dtype, device):
     mean = (3 * torch.randn(192)).to(dtype)
     x = (x.float() + mean).to(dtype)
     channels = (0, 0) if codes == "nvfp4" else (64, 128)
-    wanted = stages.quantize_activation(x, smooth, down, codes, channels, act_mean=None if "8" in codes else mean)
+    wanted = stages.quantize_activation(
+        x, smooth, down, Coding(codes, channels), act_mean=None if "8" in codes else mean
+    )
     moved = [tensor.to(device) for tensor in (x, smooth, down)]
-    found = launch.quantize(*moved, codes, channels, act_mean=mean.to(device))
+    found = launch.quantize(*moved, Coding(codes, channels), act_mean=mean.to(device))
     if codes == "int8_group":
         assert (found[0].cpu() != wanted[0]).float().mean() <= 2e-3
     else:
@@ -145,8 +148,8 @@ def test_other_rules_for_the_scale(codes, rule, dtype, channels, device):
     x[1] = -x[0]
     x[2, 5], x[2, 6] = 50, -50  # both signs of the extreme
     x[3] = 0
-    wanted = stages.quantize_activation(x, smooth, None, codes, channels, rule)
-    found = launch.quantize(x.to(device), smooth.to(device), None, codes, channels, rule)
+    wanted = stages.quantize_activation(x, smooth, None, Coding(codes, channels, rule))
+    found = launch.quantize(x.to(device), smooth.to(device), None, Coding(codes, channels, rule))
     assert (unpack(found[0].cpu()) != unpack(wanted[0])).float().mean() <= 3e-3
     differ = (found[1].cpu().float() != wanted[1].float()).float().mean()
     assert differ <= (0.01 if dtype != torch.float32 else 1)

@@ -12,12 +12,11 @@ from functools import cache
 
 import torch
 
-from ...formats import TWOS_COMPLEMENT
+from ...formats import GROUP_SIZE, TWOS_COMPLEMENT
 from ...layer import Layer, Lora
 from .. import Backend, KernelCall, triton
 
 CLAIM = 30  # above Triton's own kernels, which do the same work with more instructions
-GROUP_SIZE = 64
 INT4_CORES = ((7, 5), (8, 9))  # first and last compute capability; from 9.0 on the instruction is a slow subroutine
 TURING = (7, 5)
 HOPPER = (9, 0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import GROUP_SIZE
+from ...formats import GROUP_SIZE
 
 COLUMNS = 64  # output channels of one warp
 LANES = 32

@@ -4,17 +4,19 @@ import torch
 import triton
 import triton.language as tl
 
-from ...formats import GELU_SHIFT
+from ...formats import GELU_SHIFT, GROUP_SIZE, STOCK_RULE
 from ...layer import Layer, Lora
 from ...packing import pack
-from . import GROUP_SIZE, verify
-from .branch import side_by_side
+from ...stages import CodedActivation, Range
+from . import verify
 from .fragments import Fragments, pack_fragments
-from .int4_mma import LARGE, PAIR, SMALL, SMALL_ROWS, compile_time, int4_mma_kernel
+from .int4_mma import LARGE, PAIR, SMALL, SMALL_ROWS, WeightOrder, compile_time, int4_mma_kernel
+from .low_rank import LowRank, side_by_side
 
 TURING = (7, 5)
 QUANTIZE_ROWS = 16  # rows of one program of the quantizer, two groups per warp
-MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it to a small float rounds that to the nearest even integer
+# 1.5 * 2**23: adding it to a small float rounds that to the nearest even integer and leaves the integer in its low bits
+MAGIC = tl.constexpr(12582912.0)
 
 
 @triton.jit(do_not_specialize=["M", "stride", "first_unsigned", "stop_unsigned"])
@@ -56,10 +58,10 @@ def quantize_kernel(
 def quantize(
     x: torch.Tensor,
     smooth: torch.Tensor,
-    act_unsigned: tuple[int, int],
-    rule: str = "absmax",
+    act_unsigned: Range,
+    rule: str = STOCK_RULE,
     act_mean: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> CodedActivation:
     """code = round((x - act_mean + shift) / smooth / scale) as formats/int4.py defines it, with its rules
 
     x        (M, K), rows may be apart by any stride
@@ -88,51 +90,52 @@ def quantize(
         ROWS=QUANTIZE_ROWS,
         num_warps=4,
     )
-    return qact, ascales
+    return CodedActivation(qact, ascales)
+
+
+Natural = tuple[torch.Tensor, torch.Tensor]  # qweight (N, K/2) and wscales (K/64, N) of a layer
 
 
 def int4_gemm(
-    qact: torch.Tensor,
-    ascales: torch.Tensor,
-    weight: Fragments | tuple[torch.Tensor, torch.Tensor],
-    branch_act: torch.Tensor | None,
-    proj_up: torch.Tensor | None,
+    act: CodedActivation,
+    weight: Fragments | Natural,
+    low_rank: LowRank | None,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    act_unsigned: tuple[int, int] = (0, 0),
+    act_unsigned: Range = (0, 0),
 ) -> torch.Tensor:
-    """out = decode(qact) @ decode(weight).T + branch_act @ proj_up.T + bias
+    """out = decode(act) @ decode(weight).T + low_rank.act @ low_rank.up.T + bias
 
-    qact          (M, K/2) int8 in natural order; channels in act_unsigned hold codes 0..15, all others -8..7
-    ascales       (K/64, M) in the dtype of out
-    weight        Fragments, or (qweight (N, K/2), wscales (K/64, N)) in natural order; N even
-    branch_act    (M, R), proj_up (N, R), R a multiple of 16, both in the dtype of out; or both None
+    act           qact (M, K/2) int8 in natural order, ascales (K/64, M) in the dtype of out
+    act_unsigned  channels whose codes are 0..15; all others are -8..7
+    weight        in fragment order, or in natural order with N even
+    low_rank      in the dtype of out, or None
     bias          (N,) in the dtype of out, or None
     out           (M, N) float16 or bfloat16 (float16 alone on sm_75); all tensors contiguous
     """
+    qact, ascales = act
     m, n = out.shape
     k = 2 * qact.shape[1]
-    packed = isinstance(weight, Fragments)
-    codes, wscales = (weight.codes, weight.scales) if packed else weight
+    codes, wscales = (weight.codes, weight.scales) if isinstance(weight, Fragments) else weight
+    order = WeightOrder(isinstance(weight, Fragments), wscales.dtype)
     tiling = SMALL if m <= SMALL_ROWS else LARGE
     nothing = out.new_empty(0, dtype=torch.int64)  # stands in for an absent tensor, never read
-    rank = 0 if proj_up is None else proj_up.shape[1]
     int4_mma_kernel[(triton.cdiv(m, tiling.rows) * triton.cdiv(n, tiling.columns),)](
         qact.view(torch.int64),
         ascales,
         codes.view(torch.int64),
         wscales.view(PAIR[wscales.dtype]),
-        branch_act.view(torch.int64) if rank else nothing,
-        proj_up.view(torch.int64) if rank else nothing,
+        nothing if low_rank is None else low_rank.act.view(torch.int64),
+        nothing if low_rank is None else low_rank.up.view(torch.int64),
         nothing if bias is None else bias.view(torch.int32),
         out.view(torch.int32),
         m,
         n,
         k,
-        rank,
+        0 if low_rank is None else low_rank.up.shape[1],
         act_unsigned[0] // GROUP_SIZE,
         act_unsigned[1] // GROUP_SIZE,
-        **compile_time(tiling, k, act_unsigned, wscales.dtype, packed, bias is not None, _is_turing(out.device)),
+        **compile_time(tiling, k, act_unsigned, order, bias is not None, _is_turing(out.device)),
         num_warps=tiling.warps,
     )
     return out
@@ -143,30 +146,33 @@ def _is_turing(device: torch.device) -> bool:
 
 
 def _check(
-    device: torch.device, dtype: torch.dtype, few: bool, packed: bool, scales: torch.dtype, kind: str
+    device: torch.device, dtype: torch.dtype, few: bool, order: WeightOrder, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(kernel, exact) for a small product: ragged rows and columns, every part of the epilogue."""
     draw = verify.numbers(device, 0)
     m, n, k = 5 if few else 77, 130, 256
     codes, qweight = (draw(0, 16, rows, k, dtype=torch.uint8) for rows in (m, n))
-    ascales, wscales = draw(0.1, 0.2, k // GROUP_SIZE, m, dtype=dtype), draw(0.1, 0.2, k // GROUP_SIZE, n, dtype=scales)
-    act, up, bias = (draw(-1, 1, *shape, dtype=dtype) for shape in ((m, 32), (n, 32), (n,)))
+    ascales = draw(0.1, 0.2, k // GROUP_SIZE, m, dtype=dtype)
+    wscales = draw(0.1, 0.2, k // GROUP_SIZE, n, dtype=order.scales)
+    low_rank = LowRank(*(draw(-1, 1, rows, 32, dtype=dtype) for rows in (m, n)))
+    bias = draw(-1, 1, n, dtype=dtype)
     natural = pack(qweight), wscales
-    weight = pack_fragments(*natural) if packed else natural
+    weight = pack_fragments(*natural) if order.packed else natural
     act_unsigned = {"signed": (0, 0), "unsigned": (0, k), "mixed": (64, 128)}[kind]
-    out = int4_gemm(pack(codes), ascales, weight, act, up, bias, ascales.new_empty(m, n), act_unsigned)
+    act = CodedActivation(pack(codes), ascales)
+    out = int4_gemm(act, weight, low_rank, bias, ascales.new_empty(m, n), act_unsigned)
     signed = ((qweight.int() ^ 8) - 8).double() * wscales.T.double().repeat_interleave(GROUP_SIZE, 1)
     act_codes = codes.int()
     for start, stop in ((0, act_unsigned[0]), (act_unsigned[1], k)):
         act_codes[:, start:stop] = (act_codes[:, start:stop] ^ 8) - 8
     wanted = (act_codes.double() * ascales.T.double().repeat_interleave(GROUP_SIZE, 1)) @ signed.T
-    return out, wanted + act.double() @ up.double().T + bias
+    return out, wanted + low_rank.act.double() @ low_rank.up.double().T + bias
 
 
-def _verify(x: torch.Tensor, packed: bool, scales: torch.dtype, layer: Layer) -> None:
+def _verify(x: torch.Tensor, order: WeightOrder, layer: Layer) -> None:
     start, stop = layer.spec.act_unsigned
     kind = "signed" if start == stop else "unsigned" if stop - start == layer.spec.k else "mixed"
-    variant = (x.device, x.dtype, x.shape[0] <= SMALL_ROWS, packed, scales, kind)
+    variant = (x.device, x.dtype, x.shape[0] <= SMALL_ROWS, order, kind)
     verify.once(variant, lambda: _check(*variant))
 
 
@@ -175,29 +181,34 @@ def int4_linear(
     layer: Layer,
     bias: torch.Tensor | None,
     lora: Lora | None,
-    weight: Fragments | None = None,
+    fragments: Fragments | None = None,
 ) -> torch.Tensor:
-    """One layer on x (M, K), w4a4; `weight` is the layer's, if it was put in fragment order before.
+    """One layer on x (M, K), w4a4; `fragments` is the layer's weight, if it was put in that order before.
 
     The branch is rounded to the dtype of x between its two factors, as a 16-bit branch is everywhere.
     """
     m, n = x.shape[0], layer.spec.n
     if m == 0:
         return x.new_empty(0, n)
-    pairs = [(x @ layer["proj_down"].to(x.dtype), layer["proj_up"])] if layer.spec.rank else []
+    pairs = [LowRank(x @ layer["proj_down"].to(x.dtype), layer["proj_up"])] if layer.spec.rank else []
     if lora is not None:
-        pairs.append((x @ lora[0].to(x.dtype), lora[1]))
-    branch_act, up = side_by_side(pairs, x.dtype)
+        pairs.append(LowRank(x @ lora[0].to(x.dtype), lora[1]))
+    low_rank = side_by_side(pairs, x.dtype)
     bias = layer.centred_bias(bias)
     bias = None if bias is None else bias.to(x.dtype)
     if n % 2:  # results are stored in pairs: an odd column gets a partner that is cut off again
-        weight = weight or pack_fragments(layer["qweight"], layer["wscales"])
-        up, bias = (None if t is None else torch.cat((t, t.new_zeros(1, *t.shape[1:]))) for t in (up, bias))
+        fragments = fragments or pack_fragments(layer["qweight"], layer["wscales"])
+        low_rank = None if low_rank is None else low_rank._replace(up=_one_row_more(low_rank.up))
+        bias = None if bias is None else _one_row_more(bias)
     natural = layer["qweight"], layer["wscales"]
     out = x.new_empty(m, n + n % 2)
     with torch.cuda.device_of(x):  # a kernel is launched on the current device, whatever its tensors are on
-        _verify(x, weight is not None, layer["wscales"].dtype, layer)
+        _verify(x, WeightOrder(fragments is not None, layer["wscales"].dtype), layer)
         mean, spec = layer.tensors.get("act_mean"), layer.spec
-        qact, ascales = quantize(x, layer["smooth_factor"], spec.act_unsigned, spec.act_rule, mean)
-        int4_gemm(qact, ascales, weight or natural, branch_act, up, bias, out, layer.spec.act_unsigned)
+        act = quantize(x, layer["smooth_factor"], spec.act_unsigned, spec.act_rule, mean)
+        int4_gemm(act, fragments or natural, low_rank, bias, out, spec.act_unsigned)
     return out[:, :n]
+
+
+def _one_row_more(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat((tensor, tensor.new_zeros(1, *tensor.shape[1:])))

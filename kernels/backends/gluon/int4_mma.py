@@ -1,6 +1,6 @@
 """INT4 on the INT4 tensor cores of Turing, Ampere and Ada (sm_75 to sm_89).
 
-    y[m, n] = sum_g ascales[g, m] * wscales[g, n] * sum_{k in g} a[m, k] * w[n, k] + branch_act @ proj_up.T + bias
+    y[m, n] = sum_g ascales[g, m] * wscales[g, n] * sum_{k in g} a[m, k] * w[n, k] + act @ up.T + bias
 
 No language of the compiler knows 4-bit operands, so the instruction is written out. That is sound because the layout
 puts every lane's registers where the instruction expects them: tensors are [row tile, column tile, warp, lane], the
@@ -9,19 +9,24 @@ Operand order inside a lane: PTX ISA, "Matrix Fragments for mma.m16n8k64" and "f
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ... import layer
 from .fragments import COLUMNS
 from .tile_order import tile_position
 
-MAGIC = gl.constexpr(12582912.0)  # 1.5 * 2**23: its bits plus a small integer are the bits of the float plus that one
+# 1.5 * 2**23: floats of this size lie one apart, so its bits plus a small integer are the bits of the float plus that
+# one; with 1.5 instead of 1 negative integers do not borrow from the exponent
+MAGIC = gl.constexpr(12582912.0)
+RANK_TILE = gl.constexpr(layer.RANK_TILE)
 
 
 @dataclass(frozen=True)
-class Tiling:
+class WarpTiling:
     """Row tiles of 16 per warp, and how many warps lie along M and N; a warp is always 64 columns wide."""
 
     row_tiles: int
@@ -42,8 +47,8 @@ class Tiling:
 
 
 # two row tiles reuse each weight register twice and keep a lane's sums in 64 registers
-LARGE = Tiling(2, 2, 2)
-SMALL = Tiling(1, 1, 4)
+LARGE = WarpTiling(2, 2, 2)
+SMALL = WarpTiling(1, 1, 4)
 BAND = 8  # row tiles that share a pass over the columns
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PAIR = {torch.bfloat16: torch.int32, torch.float16: torch.int32, torch.float32: torch.int64}
@@ -84,21 +89,20 @@ def _mma_int4(a_low, a_high, b, TURING: gl.constexpr, UNSIGNED: gl.constexpr):
 
 
 @gluon.jit
-def _mma_branch(a_low, a_high, b, c0, c1, c2, c3, TURING: gl.constexpr, KIND: gl.constexpr):
+def _mma_16bit(a_low, a_high, b, c0, c1, c2, c3, TURING: gl.constexpr, KIND: gl.constexpr):
     """c + (16, 16) @ (16, 8) in 16-bit floats; same lanes and results as _mma_int4."""
     UNPACK: gl.constexpr = "{.reg .b32 p, q, r, s, u, v; mov.b64 {p, q}, $4; mov.b64 {r, s}, $5; mov.b64 {u, v}, $6; "
-    if TURING:
-        MMA: gl.constexpr = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, "
-        TEXT: gl.constexpr = (
-            UNPACK + (MMA + "{p, r}, {u}, {$7, $8, $9, $10}; ") + (MMA + "{q, s}, {v}, {$0, $1, $2, $3};}")
-        )
-    else:
-        TYPE: gl.constexpr = "bf16" if KIND == "bf16" else "f16"
-        TEXT: gl.constexpr = (
-            UNPACK
-            + ("mma.sync.aligned.m16n8k16.row.col.f32." + TYPE + "." + TYPE + ".f32 {$0, $1, $2, $3}, ")
-            + "{p, r, q, s}, {u, v}, {$7, $8, $9, $10};}"
-        )
+    MMA75: gl.constexpr = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, "
+    TEXT75: gl.constexpr = (
+        UNPACK + (MMA75 + "{p, r}, {u}, {$7, $8, $9, $10}; ") + (MMA75 + "{q, s}, {v}, {$0, $1, $2, $3};}")
+    )
+    TYPE: gl.constexpr = "bf16" if KIND == "bf16" else "f16"
+    TEXT80: gl.constexpr = (
+        UNPACK
+        + ("mma.sync.aligned.m16n8k16.row.col.f32." + TYPE + "." + TYPE + ".f32 {$0, $1, $2, $3}, ")
+        + "{p, r, q, s}, {u, v}, {$7, $8, $9, $10};}"
+    )
+    TEXT: gl.constexpr = TEXT75 if TURING else TEXT80
     return gl.inline_asm_elementwise(
         TEXT,
         "=&f,=&f,=&f,=&f,l,l,l,f,f,f,f",
@@ -162,29 +166,29 @@ def _add_groups(y, pointers, steps, first, stop, last, TURING: gl.constexpr, UNS
 def _axis(SIZE: gl.constexpr, AXIS: gl.constexpr, L: gl.constexpr):
     """0 .. SIZE - 1 along one of the four axes of L, every other axis of length 1."""
     if AXIS == 0:
-        inner: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L)))
-        return gl.arange(0, SIZE, layout=inner)[:, None][:, :, None][:, :, :, None]
+        ALONG_ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L)))
+        return gl.arange(0, SIZE, layout=ALONG_ROWS)[:, None][:, :, None][:, :, :, None]
     elif AXIS == 1:
-        inner: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L)))
-        return gl.arange(0, SIZE, layout=inner)[None, :][:, :, None][:, :, :, None]
+        ALONG_COLUMNS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L)))
+        return gl.arange(0, SIZE, layout=ALONG_COLUMNS)[None, :][:, :, None][:, :, :, None]
     elif AXIS == 2:
-        inner: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(3, L)))
-        return gl.arange(0, SIZE, layout=inner)[None, :][None, :, :][:, :, :, None]
+        ALONG_WARPS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(3, L)))
+        return gl.arange(0, SIZE, layout=ALONG_WARPS)[None, :][None, :, :][:, :, :, None]
     else:
-        inner: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, L)))
-        return gl.arange(0, SIZE, layout=inner)[None, :][None, :, :][None, :, :, :]
+        ALONG_LANES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, L)))
+        return gl.arange(0, SIZE, layout=ALONG_LANES)[None, :][None, :, :][None, :, :, :]
 
 
 @gluon.jit
-def _add_branch(y, branch_act, proj_up, low, high, n, lane, R, TURING: gl.constexpr, KIND: gl.constexpr):
-    """y + branch_act @ proj_up.T; low and high are the lane's rows, n the weight row it hands over."""
+def _add_low_rank(y, act, up, low, high, n, lane, R, TURING: gl.constexpr, KIND: gl.constexpr):
+    """y + act @ up.T; low and high are the lane's rows, n the weight row it hands over."""
     y0, y1, y2, y3 = y
-    a_low = branch_act + low.to(gl.int64) * (R // 4) + lane % 4
-    a_high = branch_act + high.to(gl.int64) * (R // 4) + lane % 4
-    up = proj_up + n.to(gl.int64) * (R // 4) + lane % 4
-    for r in range(0, R // 16):
-        y0, y1, y2, y3 = _mma_branch(
-            gl.load(a_low + r * 4), gl.load(a_high + r * 4), gl.load(up + r * 4), y0, y1, y2, y3, TURING, KIND
+    a_low = act + low.to(gl.int64) * (R // 4) + lane % 4
+    a_high = act + high.to(gl.int64) * (R // 4) + lane % 4
+    b = up + n.to(gl.int64) * (R // 4) + lane % 4
+    for r in range(0, R // RANK_TILE):
+        y0, y1, y2, y3 = _mma_16bit(
+            gl.load(a_low + r * 4), gl.load(a_high + r * 4), gl.load(b + r * 4), y0, y1, y2, y3, TURING, KIND
         )
     return y0, y1, y2, y3
 
@@ -199,7 +203,7 @@ def _store_pair(pointer, even, odd, inside):
 
 @gluon.jit(do_not_specialize=["M", "first_unsigned", "stop_unsigned"])
 def int4_mma_kernel(
-    qact, ascales, codes, wscales, branch_act, proj_up, bias, out, M, N, K, R, first_unsigned, stop_unsigned,
+    qact, ascales, codes, wscales, act, up, bias, out, M, N, K, R, first_unsigned, stop_unsigned,
     ROW_TILES: gl.constexpr, WARPS_M: gl.constexpr, WARPS_N: gl.constexpr, BAND: gl.constexpr, SIGNED: gl.constexpr,
     UNSIGNED: gl.constexpr, PACKED: gl.constexpr, HAS_BIAS: gl.constexpr, TURING: gl.constexpr, WS: gl.constexpr,
 ):  # fmt: skip
@@ -249,7 +253,7 @@ def int4_mma_kernel(
         y = _add_groups(y, pointers, steps, stop_unsigned, groups, groups - 1, TURING, False, WS)
     else:
         y = _add_groups(y, pointers, steps, 0, groups, groups - 1, TURING, UNSIGNED, WS)
-    y0, y1, y2, y3 = _add_branch(y, branch_act, proj_up, low, high, n, lane, R, TURING, KIND)
+    y0, y1, y2, y3 = _add_low_rank(y, act, up, low, high, n, lane, R, TURING, KIND)
     if HAS_BIAS:
         b_even, b_odd = _pair(gl.load(bias + gl.minimum(even, N - 2) // 2), KIND)
         y0 += b_even
@@ -261,8 +265,15 @@ def int4_mma_kernel(
     _store_pair(pairs + 4 * N, y2.to(DTYPE), y3.to(DTYPE), (row + 8 < M) & (even < N))
 
 
+class WeightOrder(NamedTuple):
+    """How a weight lies in memory: in fragment order or naturally, and the dtype of its scales."""
+
+    packed: bool
+    scales: torch.dtype
+
+
 def compile_time(
-    tiling: Tiling, k: int, act_unsigned: tuple[int, int], scales: torch.dtype, packed: bool, bias: bool, turing: bool
+    tiling: WarpTiling, k: int, act_unsigned: tuple[int, int], weight: WeightOrder, bias: bool, turing: bool
 ) -> dict[str, object]:
     """The compile-time arguments of a launch."""
     start, stop = act_unsigned
@@ -273,8 +284,8 @@ def compile_time(
         "BAND": BAND,
         "SIGNED": stop - start < k,
         "UNSIGNED": start < stop,
-        "PACKED": packed,
+        "PACKED": weight.packed,
         "HAS_BIAS": bias,
         "TURING": turing,
-        "WS": KINDS[scales],
+        "WS": KINDS[weight.scales],
     }

@@ -1,6 +1,6 @@
 """int8 GEMM for Hopper (sm_90) whose tensor-core instructions stay in flight while the next operands arrive.
 
-    y[m, n] = a_scale[m] * w_scale[n] * sum_k a8[m, k] * w8[n, k] + branch_act @ proj_up.T + bias
+    y[m, n] = a_scale[m] * w_scale[n] * sum_k a8[m, k] * w8[n, k] + act @ up.T + bias
 
 The compiler waits for the tensor cores after every int8 step (its pipeliner lets only floating-point sums run on), so
 the pipeline is written out: a ring of shared-memory stages filled by TMA, one group of instructions always in flight,
@@ -23,18 +23,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ...stages import CodedActivation
+from .low_rank import LowRank
 from .tile_order import tile_position
 
 # two names that changed after triton 3.6
 block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 INSTRUCTION_COLUMNS = 128  # of one int8 instruction; 256 is refused by the compiler
-SLICE = 32  # columns of the branch that are multiplied at a time; more of them spill registers
+SLICE = 32  # columns of the low-rank factors that are multiplied at a time; more of them spill registers
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @dataclass(frozen=True)
-class Tiling:
+class RingTiling:
     """Tile of one program, depth of one step and number of steps that fit the ring."""
 
     rows: int
@@ -44,8 +46,8 @@ class Tiling:
     warps: int
 
 
-WIDE = Tiling(128, 256, 128, 4, 8)  # fewest reads of shared memory per product
-SQUARE = Tiling(128, 128, 128, 3, 4)  # two programs fit one multiprocessor; for N that leaves wide tiles empty
+WIDE = RingTiling(128, 256, 128, 4, 8)  # fewest reads of shared memory per product
+SQUARE = RingTiling(128, 128, 128, 3, 4)  # two programs fit one multiprocessor; for N that leaves wide tiles empty
 BAND = 8  # row tiles that share a pass over the columns
 
 
@@ -73,7 +75,7 @@ def _load_slice(
     act_desc, up_desc, act_slice, up_slice, full, tile_m, tile_n, r,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLICE: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of 32 columns of the branch; columns past the rank arrive as zeros."""
+    """Start the copies of SLICE columns of act and up; columns past the rank arrive as zeros."""
     mbarrier.expect(full, (ROWS + COLUMNS) * SLICE * 2)
     copy_block(act_desc, [tile_m * ROWS, r], full, act_slice)
     copy_block(up_desc, [tile_n * COLUMNS, r], full, up_slice)
@@ -83,7 +85,7 @@ def _load_slice(
 def int8_async_kernel(
     a_desc, w_desc, act_desc, up_desc, a_scale, w_scale, bias, out, M, N, K, R,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
-    BAND: gl.constexpr, SLICE: gl.constexpr, INSTRUCTION: gl.constexpr, BRANCH: gl.constexpr, HAS_BIAS: gl.constexpr,
+    BAND: gl.constexpr, SLICE: gl.constexpr, INSTRUCTION: gl.constexpr, LOW_RANK: gl.constexpr, HAS_BIAS: gl.constexpr,
     RAGGED: gl.constexpr,
 ):  # fmt: skip
     """All tiles program_id, program_id + num_programs, ... of y. Rows past M are not stored.
@@ -97,7 +99,7 @@ def int8_async_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     for each in gl.static_range(STAGES + 1):
         mbarrier.init(full.index(each), count=1)
-    if BRANCH:
+    if LOW_RANK:
         # the registers of this layout are those of ACC, the sum goes on in place
         SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, INSTRUCTION, 16])
         act_slice = gl.allocate_shared_memory(DTYPE, [ROWS, SLICE], act_desc.layout)
@@ -119,7 +121,7 @@ def int8_async_kernel(
     slices = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         tile_m, tile_n = tile_position(tile, M, N, ROWS, COLUMNS, BAND)
-        if BRANCH:
+        if LOW_RANK:
             _load_slice(
                 act_desc, up_desc, act_slice, up_slice, full.index(STAGES), tile_m, tile_n, 0, ROWS, COLUMNS, SLICE
             )
@@ -144,7 +146,7 @@ def int8_async_kernel(
         row_scale = gl.load(a_scale + row, mask=row < M, other=0.0)
         column_scale = gl.load(w_scale + column, mask=column < N, other=0.0) if RAGGED else gl.load(w_scale + column)
         y = sums.to(gl.float32) * row_scale[:, None] * column_scale[None, :]
-        if BRANCH:
+        if LOW_RANK:
             y = gl.convert_layout(y, SUM)
             for r in range(0, R, SLICE):
                 mbarrier.wait(full.index(STAGES), slices & 1)
@@ -170,12 +172,12 @@ def int8_async_kernel(
         mbarrier.invalidate(full.index(each))
 
 
-def tiling_of(n: int) -> Tiling:
+def tiling_of(n: int) -> RingTiling:
     """The tiling for N = n."""
     return WIDE if n % WIDE.columns == 0 else SQUARE
 
 
-def compile_time(tiling: Tiling, branch: bool, bias: bool) -> dict[str, object]:
+def compile_time(tiling: RingTiling, low_rank: bool, bias: bool) -> dict[str, object]:
     """The compile-time arguments of a launch."""
     return {
         "ROWS": tiling.rows,
@@ -186,13 +188,13 @@ def compile_time(tiling: Tiling, branch: bool, bias: bool) -> dict[str, object]:
         "BAND": BAND,
         "SLICE": SLICE,
         "INSTRUCTION": INSTRUCTION_COLUMNS,
-        "BRANCH": branch,
+        "LOW_RANK": low_rank,
         "HAS_BIAS": bias,
         "RAGGED": tiling is not WIDE,  # WIDE is only used where it divides N
     }
 
 
-def blocks(tiling: Tiling, dtype: torch.dtype) -> dict[str, tuple[list[int], object]]:
+def blocks(tiling: RingTiling, dtype: torch.dtype) -> dict[str, tuple[list[int], object]]:
     """{descriptor argument: (shape of a copied block, its order in shared memory)}"""
     shapes = {
         "a_desc": ([tiling.rows, tiling.depth], gl.int8),
@@ -206,47 +208,47 @@ def blocks(tiling: Tiling, dtype: torch.dtype) -> dict[str, tuple[list[int], obj
 
 
 def int8_gemm(
-    a8: torch.Tensor,
-    a_scale: torch.Tensor,
-    w8: torch.Tensor,
-    w_scale: torch.Tensor,
-    branch_act: torch.Tensor | None,
-    proj_up: torch.Tensor | None,
+    act: CodedActivation,
+    weight: torch.Tensor,
+    row_scales: torch.Tensor,
+    low_rank: LowRank | None,
     bias: torch.Tensor | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """out = (a8 @ w8.T) * a_scale[:, None] * w_scale + branch_act @ proj_up.T + bias
+    """out = (qact @ weight.T) * ascales[:, None] * row_scales + low_rank.act @ low_rank.up.T + bias
 
-    a8          (M, K) int8, w8 (N, K) int8, K a multiple of 16: rows of a copy start at 16 bytes
-    a_scale     (M,) float32, w_scale (N,) float32
-    branch_act  (M, R), proj_up (N, R), R a multiple of 8, both in the dtype of out; or both None
+    act         qact (M, K) int8, K a multiple of 16: rows of a copy start at 16 bytes; ascales (M,) float32
+    weight      (N, K) int8, row_scales (N,) float32
+    low_rank    in the dtype of out, here of any rank that is a multiple of 8; or None
     bias        (N,) any float dtype, or None
     out         (M, N) bfloat16 or float16; every tensor contiguous. Returns out
     """
-    (m, k), n = a8.shape, w8.shape[0]
+    qact, ascales = act
+    (m, k), n = qact.shape, weight.shape[0]
     if m == 0:
         return out
-    branch = proj_up is not None and proj_up.shape[1] > 0
     tiling = tiling_of(n)
-    tensors = {"a_desc": a8, "w_desc": w8} | ({"act_desc": branch_act, "up_desc": proj_up} if branch else {})
+    tensors = {"a_desc": qact, "w_desc": weight}
+    if low_rank is not None:
+        tensors |= {"act_desc": low_rank.act, "up_desc": low_rank.up}
     descriptors = {
         name: TensorDescriptor.from_tensor(tensors[name], block, layout) if name in tensors else None
         for name, (block, layout) in blocks(tiling, out.dtype).items()
     }
     tiles = -(-m // tiling.rows) * -(-n // tiling.columns)
-    programs = torch.cuda.get_device_properties(a8.device).multi_processor_count * (1 if tiling is WIDE else 2)
-    with torch.cuda.device_of(a8):  # a kernel is launched on the current device, whatever its tensors are on
+    programs = torch.cuda.get_device_properties(qact.device).multi_processor_count * (1 if tiling is WIDE else 2)
+    with torch.cuda.device_of(qact):  # a kernel is launched on the current device, whatever its tensors are on
         int8_async_kernel[(min(tiles, programs),)](
             **descriptors,
-            a_scale=a_scale,
-            w_scale=w_scale,
-            bias=a_scale if bias is None else bias,
+            a_scale=ascales,
+            w_scale=row_scales,
+            bias=ascales if bias is None else bias,
             out=out,
             M=m,
             N=n,
             K=k,
-            R=proj_up.shape[1] if branch else 0,
-            **compile_time(tiling, branch, bias is not None),
+            R=0 if low_rank is None else low_rank.up.shape[1],
+            **compile_time(tiling, low_rank is not None, bias is not None),
             num_warps=tiling.warps,
         )
     return out

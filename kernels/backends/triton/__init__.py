@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from ...formats import E2M1_CODE, OFFSET_8, TWOS_COMPLEMENT, Format
+from ...formats import E2M1_CODE, GROUP_SIZE, OFFSET_8, TWOS_COMPLEMENT, Format
 from .. import Backend, KernelCall
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CLAIM = 20
-GROUPS = {TWOS_COMPLEMENT: 64, E2M1_CODE: 16, OFFSET_8: 64}  # what a code means -> group size that the kernels know
+# what a code means -> group size that the kernels know
+GROUPS = {TWOS_COMPLEMENT: GROUP_SIZE, E2M1_CODE: 16, OFFSET_8: GROUP_SIZE}
 
 
 def interpreted() -> bool:

@@ -3,11 +3,15 @@
 import triton
 import triton.language as tl
 
-MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest even integer in a float's low bits
-MAGIC_BITS = tl.constexpr(0x4B400000)
+from ... import formats
+
+# 1.5 * 2**23: floats of this size lie one apart, so adding it rounds to the nearest even integer and leaves that one in
+# the low bits, without a conversion; with 1.5 instead of 1 negative integers do not borrow from the exponent
+MAGIC = tl.constexpr(12582912.0)
+MAGIC_BITS = tl.constexpr(0x4B400000)  # the bits of MAGIC as a float: MAGIC_BITS + i are those of MAGIC + i
 INFINITY_BITS = tl.constexpr(0x7F800000)
 SIGN_OFF = tl.constexpr(0x7FFFFFFF)
-GELU_SHIFT = tl.constexpr(0.171875)  # formats.int4.GELU_SHIFT; a kernel can only see constants of its own module
+GELU_SHIFT = tl.constexpr(formats.GELU_SHIFT)  # a kernel sees no globals but such constants
 
 
 @triton.jit

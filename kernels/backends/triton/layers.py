@@ -6,10 +6,10 @@ import torch
 
 from ...formats import E2M1_CODE
 from ...layer import Layer, Lora
-from ...stages import activate
+from ...stages import CodedActivation, Coding, activate
 from ...weight_cache import WeightCache
 from . import launch
-from .launch import Branches
+from .launch import Epilogue
 
 KEPT = 0.5  # of a GPU's free memory, for weights that w8a8 keeps expanded
 
@@ -20,61 +20,54 @@ class Work:
 
     x: torch.Tensor
     layer: Layer
-    epilogue: Branches
+    epilogue: Epilogue
 
     @property
     def proj_down(self) -> torch.Tensor | None:
         return self.layer["proj_down"] if self.layer.spec.rank else None
 
-    def quantize(self, codes: str) -> tuple[torch.Tensor, torch.Tensor, Branches]:
-        """(qact, ascales, epilogue with branch_act)"""
+    def quantize(self, codes: str) -> tuple[CodedActivation, Epilogue]:
+        """(x in codes, epilogue with branch_act)"""
         qact, ascales, branch_act = quantized(self.x, self.layer, codes)
-        return qact, ascales, replace(self.epilogue, branch_act=branch_act)
+        return CodedActivation(qact, ascales), replace(self.epilogue, branch_act=branch_act)
 
 
 def quantized(x: torch.Tensor, layer: Layer, codes: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(qact, ascales, x @ proj_down) of x (M, K); codes as in stages.quantize_activation"""
     spec, tensors = layer.spec, layer.tensors
-    return launch.quantize(
-        x,
-        tensors["smooth_factor"],
-        tensors.get("proj_down"),
-        codes,
-        spec.act_unsigned,
-        spec.act_rule,
-        tensors.get("act_mean"),
-    )
+    coding = Coding(codes, spec.act_unsigned, spec.act_rule)
+    return launch.quantize(x, tensors["smooth_factor"], tensors.get("proj_down"), coding, tensors.get("act_mean"))
 
 
 def w4a4(work: Work) -> torch.Tensor:
     layer, x = work.layer, work.x
-    qact, ascales, epilogue = work.quantize(layer.spec.format)
+    act, epilogue = work.quantize(layer.spec.format)
     epilogue = replace(epilogue, bias=layer.centred_bias(epilogue.bias))
     if layer.spec.fmt.code == E2M1_CODE:
-        scales = launch.channel_scales_of(layer.tensors)
-        return launch.multiply_nvfp4(qact, ascales, layer["qweight"], layer["wscales"], scales, epilogue, x.dtype)
-    unsigned = layer.spec.act_unsigned
-    return launch.multiply_w4(qact, ascales, layer["qweight"], layer["wscales"], epilogue, unsigned, x.dtype)[0]
+        return launch.multiply_nvfp4(act, layer.tensors, epilogue, x.dtype)
+    return launch.multiply_w4(act, layer.tensors, epilogue, layer.spec.act_unsigned, x.dtype)[0]
 
 
 def w4a8(work: Work) -> torch.Tensor:
-    layer, x = work.layer, work.x
-    qact, ascales, epilogue = work.quantize("int8_group")
+    act, epilogue = work.quantize("int8_group")
     # 8-bit codes have a sign bit to spare: the shift is in them, unsigned codes are not needed
-    return launch.multiply_w4(qact, ascales, layer["qweight"], layer["wscales"], epilogue, (0, 0), x.dtype)[0]
+    return launch.multiply_w4(act, work.layer.tensors, epilogue, (0, 0), work.x.dtype)[0]
 
 
 def expanded(layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight with one scale per row. torch's allocator hands out the same scratch memory for each call"""
-    return launch.expand(layer.spec.format, layer.tensors, dtype, launch.channel_scales_of(layer.tensors))
+    """W = weight * row_scales[:, None]. torch's allocator hands out the same scratch memory for each call"""
+    scales = launch.channel_scales_of(layer.tensors)
+    weight, row_scales = launch.expand(layer.spec.format, layer.tensors, dtype, scales)
+    assert row_scales is not None  # every 8-bit dtype of a format has them
+    return weight, row_scales
 
 
 def w4a8_jit(work: Work) -> torch.Tensor:
-    qact, ascales, epilogue = work.quantize("int8_row")
-    return launch.multiply_w8(qact, ascales, *expanded(work.layer, torch.int8), epilogue, work.x.dtype)
+    act, epilogue = work.quantize("int8_row")
+    return launch.multiply_w8(act, *expanded(work.layer, torch.int8), epilogue, work.x.dtype)
 
 
-_kept: dict[torch.device, WeightCache] = {}
+_kept: dict[torch.device, WeightCache[tuple[torch.Tensor, torch.Tensor]]] = {}
 
 
 def kept_weight(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,8 +83,8 @@ def kept_weight(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
 def w8a8(work: Work) -> torch.Tensor:
     """The same bytes as w4a8_jit, kept"""
     weight = kept_weight(work)
-    qact, ascales, epilogue = work.quantize("int8_row")
-    return launch.multiply_w8(qact, ascales, *weight, epilogue, work.x.dtype)
+    act, epilogue = work.quantize("int8_row")
+    return launch.multiply_w8(act, *weight, epilogue, work.x.dtype)
 
 
 def _may_keep(device: torch.device) -> int:
@@ -103,13 +96,13 @@ def _may_keep(device: torch.device) -> int:
 
 
 def fp8(work: Work) -> torch.Tensor:
-    """The product by torch, which has its own row scales; the branches are added to it"""
-    qact, ascales, epilogue = work.quantize("fp8_row")
+    """The product by torch, which has its own row scales; the epilogue follows it"""
+    (qact, ascales), epilogue = work.quantize("fp8_row")
     if not work.x.shape[0]:
         return work.x.new_empty(0, work.layer.spec.n)
     weight, row_scales = expanded(work.layer, torch.float8_e4m3fn)
     y = torch._scaled_mm(qact, weight.t(), scale_a=ascales[:, None], scale_b=row_scales[None], out_dtype=torch.bfloat16)
-    return add_branches(y.to(work.x.dtype), epilogue)
+    return finished(y.to(work.x.dtype), epilogue)
 
 
 def w16(work: Work) -> torch.Tensor:
@@ -124,21 +117,22 @@ def w16(work: Work) -> torch.Tensor:
         bias = shift if epilogue.bias is None else epilogue.bias.float() + shift
         epilogue = replace(epilogue, bias=bias.to(x.dtype))
     branch_act = None if work.proj_down is None else x @ work.proj_down.to(x.dtype)
-    return add_branches(x @ weight.t(), replace(epilogue, branch_act=branch_act))
+    return finished(x @ weight.t(), replace(epilogue, branch_act=branch_act))
 
 
 def w4a16(work: Work) -> torch.Tensor:
     layer, epilogue = work.layer, work.epilogue
     y = launch.multiply_gemv(work.x, layer["qweight"], layer["wscales"], layer["wzeros"], epilogue.bias)
-    return add_branches(y, replace(epilogue, bias=None))
+    return finished(y, replace(epilogue, bias=None))
 
 
-def add_branches(y: torch.Tensor, epilogue: Branches) -> torch.Tensor:
-    """What the fused epilogue does, by torch, in place of y"""
-    if epilogue.branch_act is not None:
+def finished(y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    """epilogue(y), what the kernels do in registers, by torch in place of y"""
+    if epilogue.branch_act is not None and epilogue.proj_up is not None:
         y.addmm_(epilogue.branch_act, epilogue.proj_up.to(y.dtype).t())
-    if epilogue.lora_act is not None:
-        y.addmm_(epilogue.weighted_lora(), epilogue.lora_up.to(y.dtype).t())
+    lora_act = epilogue.weighted_lora()
+    if lora_act is not None and epilogue.lora_up is not None:
+        y.addmm_(lora_act, epilogue.lora_up.to(y.dtype).t())
     if epilogue.bias is not None:
         y += epilogue.bias.to(y.dtype)
     return activate(y, epilogue.activation)
@@ -164,7 +158,7 @@ def work(
 ) -> Work:
     """A call, with the product of x and lora_down, which is torch's"""
     down, up, strength = (None, None, None) if lora is None else Lora(*lora)
-    epilogue = Branches(
+    epilogue = Epilogue(
         proj_up=layer["proj_up"] if layer.spec.rank else None,
         lora_act=None if down is None else x @ down.to(x.dtype),
         lora_up=up,

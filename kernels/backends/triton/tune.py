@@ -147,9 +147,9 @@ def _seconds(jobs: list[Job], chosen: Mapping[Place, Settings], time: Callable[[
                 raise
             except Exception as error:  # a compiler or driver fault has any type
                 return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-            error = ((y - job.wanted.float()).norm() / job.wanted.float().norm()).item()
-            if not error <= TOLERANCE:
-                return f"wrong by {error:.3g} of the result, allowed are {TOLERANCE}"
+            wrong = ((y - job.wanted.float()).norm() / job.wanted.float().norm()).item()
+            if not wrong <= TOLERANCE:
+                return f"wrong by {wrong:.3g} of the result, allowed are {TOLERANCE}"
             total += job.count * time(job.run)
     return total
 
