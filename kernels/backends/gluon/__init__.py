@@ -7,7 +7,6 @@ Nothing is imported from the compiler before the first call.
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from ...layer import Layer
 from .. import Backend, Call, discover
+from ..triton import versions
 
 PRIORITY = 30  # above Triton's own kernels, which do the same work with more instructions
 INT4_CORES = ((7, 5), (8, 9))  # first and last compute capability; from 9.0 on the instruction is a slow subroutine
@@ -27,12 +27,12 @@ STEPS_FROM = "triton"  # the backend that quantizes and expands for w4a8-jit
 @cache
 def missing() -> str | None:
     """Why the language is not there, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (package triton, on Windows triton-windows)"
+    if reason := versions.missing():
+        return reason
     try:
         importlib.import_module("triton.experimental.gluon")
     except ImportError as error:
-        return f"this Triton has no Gluon, 3.6 and newer have: {error}"
+        return f"this Triton has no Gluon, 3.5 and newer have: {error}"
     return None
 
 

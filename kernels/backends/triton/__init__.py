@@ -1,16 +1,16 @@
-"""Triton kernels: 8-bit tensor cores from sm_80 on and on AMD, NVFP4 on sm_100 and sm_120. Nothing to install.
+"""Triton kernels: 8-bit tensor cores from sm_80 on and on AMD, NVFP4 on sm_100 and sm_120.
 
 This file imports no Triton; that happens when the first layer runs on a GPU. With TRITON_INTERPRET=1 the same kernels
 run on a CPU, slowly, which is how they are tested without a GPU.
 """
 
-import importlib.util
 import os
 from typing import Any
 
 import torch
 
 from .. import Backend, Call
+from . import versions
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FORMATS = {
@@ -31,8 +31,8 @@ def interpreted() -> bool:
 def refuses(call: Call) -> str | None:
     if call.device.type != "cuda" and not (interpreted() and call.device.type == "cpu"):
         return f"needs an NVIDIA or AMD GPU, this is {call.device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (package triton, on Windows triton-windows)"
+    if reason := versions.missing():
+        return reason
     if call.dtype not in DTYPES:
         return f"computes in bf16, fp16 or fp32, not {call.dtype}"
     if call.format not in FORMATS.get(call.compute, ()):
@@ -53,6 +53,8 @@ def _gpu_lacks(call: Call) -> str | None:
         return f"needs compute capability 8.0 or newer, {has}"
     if (call.compute, call.format) == ("w4a4", "nvfp4") and call.capability[0] not in (10, 12):
         return f"NVFP4 tensor cores need compute capability 10.x or 12.x, {has}"
+    if (call.compute, call.format, call.capability[0]) == ("w4a4", "nvfp4", 12):
+        return versions.too_old(versions.LEAST_NVFP4_SM120)
     if call.compute == "fp8" and (call.capability < (8, 9) or call.capability[0] == 12):
         return f"torch multiplies fp8 with row scales on compute capability 8.9 to 10.x, {has}"
     return None
