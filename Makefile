@@ -21,7 +21,7 @@ PYTHON := "$(VENV)/bin/python"
 OLDEST := .venv-oldest
 WITH_HOST := COMFYUI_PATH="$(or $(COMFYUI_PATH),$(CURDIR)/.host/ComfyUI)" $(PYTHON)
 PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile --timeout 900 # a test that hangs ends the run, and its server
-FAST := not slow and not host and not browser and not network
+FAST := not slow and not network
 
 .PHONY: venv install install-oldest host lint check test test-oldest test-all demo bench clean
 
@@ -55,8 +55,8 @@ lint: venv
 check test test-oldest: export OMP_WAIT_POLICY ?= PASSIVE
 check test test-oldest: export OMP_NUM_THREADS ?= 1
 
-check: lint host
-	$(WITH_HOST) $(PYTEST) -m "$(FAST)"
+check: lint
+	$(PYTHON) $(PYTEST) -m "$(FAST)"
 
 test: lint host
 	$(WITH_HOST) $(PYTEST)
