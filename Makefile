@@ -1,4 +1,12 @@
-# make test | demo | lint | bench: each makes what it needs first, under .venv and .host, and only once.
+# Each target makes what it needs first, under .venv, .venv-oldest and .host, and only once. tests/README.md says what
+# each lane runs and how long it may take.
+#   make check        lint and the fast half of the tests: under two minutes once everything is installed
+#   make test         lint and all tests, against ComfyUI 0.3.75
+#   make test-oldest  the tests that need no ComfyUI, on the lowest versions the pack states
+#   make test-all     both of these and the demo
+#   make demo         quantize and sample a small model in a real ComfyUI, and draw the comparison
+#   make bench        measure the layers
+#
 #   VENV=...          another virtual environment (missing packages are installed into it)
 #   COMFYUI_PATH=...  a ComfyUI source tree to use instead of a downloaded one
 #   WORKERS=2         processes that the tests are spread over
@@ -9,33 +17,55 @@ WORKERS ?= 2
 # versions that were tested together; with an NVIDIA GPU the newest ones, whose build fits its driver
 TORCH ?= $(if $(shell command -v nvidia-smi),torch torchvision,torch==2.13.0 torchvision==0.28.0 triton==3.6.0)
 
-PYTHON := $(VENV)/bin/python
-STAMP := $(VENV)/.svdquant-installed
-HOST := $(or $(COMFYUI_PATH),$(CURDIR)/.host/ComfyUI)
-WITH_HOST := COMFYUI_PATH="$(HOST)" $(PYTHON)
+PYTHON := "$(VENV)/bin/python"
+OLDEST := .venv-oldest
+WITH_HOST := COMFYUI_PATH="$(or $(COMFYUI_PATH),$(CURDIR)/.host/ComfyUI)" $(PYTHON)
+PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile --timeout 900 # a test that hangs ends the run, and its server
+FAST := not slow and not network
 
-.PHONY: venv host test lint demo bench clean
+.PHONY: venv install install-oldest host lint check test test-oldest test-all demo bench clean
 
-venv: $(STAMP)
+# What was installed is compared by a recipe, because make cannot name a file whose path has a space.
+LISTS := { cat requirements.txt tests/requirements.txt tests/tools.txt tests/host/requirements.txt; echo "$(TORCH)"; }
 
-$(STAMP): requirements.txt tests/requirements.txt tests/host/requirements.txt
-	test -x $(PYTHON) || python3 -m venv $(VENV)
+venv:
+	@$(LISTS) | cmp -s - "$(VENV)/.svdquant-installed" || $(MAKE) --no-print-directory install
+
+install:
+	test -x $(PYTHON) || python3 -m venv "$(VENV)"
 	$(PYTHON) -m pip install --quiet $(TORCH)
 	$(PYTHON) -m pip install --quiet -r tests/host/requirements.txt -r tests/requirements.txt
-	touch $@
+	@$(LISTS) > "$(VENV)/.svdquant-installed"
+
+# torch's own dependencies are installed with it, CUDA and all: it does not load without them
+install-oldest:
+	test -x $(OLDEST)/bin/python || python3 -m venv $(OLDEST)
+	cat tests/oldest.txt tests/tools.txt | cmp -s - $(OLDEST)/.svdquant-installed || \
+	$(OLDEST)/bin/python -m pip install --quiet -r tests/oldest.txt -r tests/tools.txt
+	cat tests/oldest.txt tests/tools.txt > $(OLDEST)/.svdquant-installed
 
 host: venv
 	COMFYUI_PATH="$(COMFYUI_PATH)" $(PYTHON) tests/host/install.py .host
 
 lint: venv
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
 
 # torch's threads are to sleep while they wait: spinning starves them on a machine with few cores
-test: export OMP_WAIT_POLICY ?= PASSIVE
-test: export OMP_NUM_THREADS ?= 1
-# a test that hangs ends the run, and its server with it
+check test test-oldest: export OMP_WAIT_POLICY ?= PASSIVE
+check test test-oldest: export OMP_NUM_THREADS ?= 1
+
+check: lint
+	$(PYTHON) $(PYTEST) -m "$(FAST)"
+
 test: lint host
-	$(WITH_HOST) -m pytest -q -n $(WORKERS) --dist loadfile --timeout 900
+	$(WITH_HOST) $(PYTEST)
+
+test-oldest: install-oldest
+	$(OLDEST)/bin/python $(PYTEST) tests/quantize tests/kernels tests/test_layers.py \
+	--ignore tests/kernels/test_newest_triton.py
+
+test-all: test demo test-oldest
 
 demo: host
 	$(WITH_HOST) tests/demo.py
@@ -44,5 +74,5 @@ bench: venv
 	$(PYTHON) tests/bench/bench_linear.py
 
 clean:
-	rm -rf .venv .host demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(OLDEST) .host demo .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

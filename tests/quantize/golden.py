@@ -1,24 +1,17 @@
-"""Recorded files of the reference packers: `golden/public` beside the repository, or where SVDQUANT_GOLDEN points."""
+"""Recorded files of the reference packers, see tests/golden/README.md."""
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = Path(os.environ.get("SVDQUANT_GOLDEN", ROOT.parent / "shared" / "golden" / "public"))
+FOLDER = Path(__file__).resolve().parents[1] / "golden" / "public"
 SIDECARS: dict[str, dict[str, Any]] = {
     path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))
 }
-
-needs_golden = pytest.mark.skipif(
-    not SIDECARS, reason=f"no golden files in {FOLDER}: set SVDQUANT_GOLDEN to a folder of them"
-)
 
 
 def of_kind(kind: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Downloading from a hub that lies on the loopback device and breaks connections on request."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ def test_a_file_that_is_there_is_not_fetched_again(tmp_path, endpoint):
     assert fetch(tmp_path, endpoint).read_bytes() == CONTENT
 
 
+@pytest.mark.xfail(
+    int(version("huggingface_hub").split(".")[0]) < 1,
+    reason="huggingface_hub before 1.0 does not continue a body that ends early; the next run does",
+    strict=True,
+)
 def test_a_broken_connection_is_continued(tmp_path, endpoint):
     Hub.break_after = [11_000_000]
     assert fetch(tmp_path, endpoint).read_bytes() == CONTENT

@@ -7,7 +7,6 @@ Nothing is imported from the compiler before the first call.
 """
 
 import importlib
-import importlib.util
 from functools import cache
 
 import torch
@@ -15,6 +14,7 @@ import torch
 from ...formats import GROUP_SIZE, TWOS_COMPLEMENT
 from ...layer import Layer, Lora
 from .. import Backend, KernelCall, triton
+from ..triton import versions
 
 CLAIM = 30  # above Triton's own kernels, which do the same work with more instructions
 INT4_CORES = ((7, 5), (8, 9))  # first and last compute capability; from 9.0 on the instruction is a slow subroutine
@@ -25,12 +25,12 @@ HOPPER = (9, 0)
 @cache
 def missing() -> str | None:
     """Why the language is not there, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (package triton, on Windows triton-windows)"
+    if reason := versions.missing():
+        return reason
     try:
         importlib.import_module("triton.experimental.gluon")
     except ImportError as error:
-        return f"this Triton has no Gluon, 3.6 and newer have: {error}"
+        return f"this Triton has no Gluon, 3.5 and newer have: {error}"
     return None
 
 

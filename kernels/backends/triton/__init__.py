@@ -1,10 +1,9 @@
-"""Triton kernels: 8-bit tensor cores from sm_80 on and on AMD, NVFP4 on sm_100 and sm_120. Nothing to install.
+"""Triton kernels: 8-bit tensor cores from sm_80 on and on AMD, NVFP4 on sm_100 and sm_120.
 
 This file imports no Triton; that happens when the first layer runs on a GPU. With TRITON_INTERPRET=1 the same kernels
 run on a CPU, slowly, which is how they are tested without a GPU.
 """
 
-import importlib.util
 import os
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from ...formats import E2M1_CODE, GROUP_SIZE, OFFSET_8, TWOS_COMPLEMENT, Format
 from .. import Backend, KernelCall
+from . import versions
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CLAIM = 20
@@ -27,8 +27,8 @@ def claims(call: KernelCall) -> int | str:
     """How much these kernels want a call, or why they cannot run it."""
     if call.device.type != "cuda" and not (interpreted() and call.device.type == "cpu"):
         return f"needs an NVIDIA or AMD GPU, this is {call.device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (package triton, on Windows triton-windows)"
+    if reason := versions.missing():
+        return reason
     if call.dtype not in DTYPES:
         return f"computes in bf16, fp16 or fp32, not {call.dtype}"
     if not _has(call.compute, call.fmt):
@@ -67,6 +67,8 @@ def _gpu_lacks(call: KernelCall) -> str | None:
         return f"needs compute capability 8.0 or newer, {has}"
     if native and call.capability[0] not in (10, 12):
         return f"NVFP4 tensor cores need compute capability 10.x or 12.x, {has}"
+    if native and call.capability[0] == 12:
+        return versions.too_old(versions.LEAST_NVFP4_SM120)
     if call.compute == "fp8" and (call.capability < (8, 9) or call.capability[0] == 12):
         return f"torch multiplies fp8 with row scales on compute capability 8.9 to 10.x, {has}"
     return None
