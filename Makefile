@@ -50,6 +50,7 @@ host: venv
 lint: venv
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) tests/typecheck.py
 
 # torch's threads are to sleep while they wait: spinning starves them on a machine with few cores
 check test test-oldest: export OMP_WAIT_POLICY ?= PASSIVE
