@@ -73,7 +73,8 @@ class TensorFile(Mapping[str, torch.Tensor]):
             raise TensorFileError(f"{self.path}: {problem}")
         try:
             self._file = safe_open(self.path, framework="pt", device="cpu")
-            self.metadata: dict[str, str] = self._file.metadata() or {}
+            # sorted: the library hands them out in another order in every process, and what is kept is written again
+            self.metadata: dict[str, str] = dict(sorted((self._file.metadata() or {}).items()))
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a dict
             self.infos = {name: _info(part.get_shape(), part.get_dtype()) for name, part in slices.items()}
             self._starts = _data_starts(self.path)

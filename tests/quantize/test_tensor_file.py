@@ -55,6 +55,12 @@ def test_a_tensor_that_is_not_as_planned_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_metadata_has_one_order(tmp_path):
+    """What is kept of it is written again: in the library's own order no two conversions would be the same file."""
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {f"key{i}": "" for i in range(9, 0, -1)})
+    assert list(TensorFile(tmp_path / "a.safetensors").metadata) == [f"key{i}" for i in range(1, 10)]
+
+
 def test_metadata_of_any_size_fits(tmp_path):
     tensors = {"a": torch.arange(1000), "b": torch.zeros(0)}
     write(tmp_path / "x.safetensors", tensors, report="r" * 100_000)
