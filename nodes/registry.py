@@ -12,7 +12,7 @@ from .lora_limits import SVDQuantLoraLimits
 from .model_info import SVDQuantModelInfo
 from .quantize_model import SVDQuantQuantizeModel
 
-NODE_CLASS_MAPPINGS = {
+NODE_CLASS_MAPPINGS: dict[str, type] = {
     "SVDQuantLoadModel": SVDQuantLoadModel,
     "SVDQuantCalibrate": SVDQuantCalibrate,
     "SVDQuantQuantizeModel": SVDQuantQuantizeModel,
@@ -29,7 +29,7 @@ NODE_CLASS_MAPPINGS = {
     "SVDQuantDemoVae": SVDQuantDemoVae,
 }
 
-NODE_DISPLAY_NAME_MAPPINGS = {
+NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "SVDQuantLoadModel": "SVDQuant Load Model",
     "SVDQuantCalibrate": "SVDQuant Calibrate",
     "SVDQuantQuantizeModel": "SVDQuant Quantize Model",

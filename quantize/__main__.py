@@ -12,6 +12,7 @@ if __package__ != "svdquant_pack.quantize":  # started on its own: load the pack
 
     root = Path(__file__).resolve().parents[1]
     spec = importlib.util.spec_from_file_location("svdquant_pack", root / "__init__.py")
+    assert spec is not None and spec.loader is not None  # a file that is there has both
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
     runpy.run_module("svdquant_pack.quantize", run_name="__main__", alter_sys=True)

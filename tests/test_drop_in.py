@@ -23,6 +23,7 @@ NEEDED = (
     "__init__.py",
     "pyproject.toml",
     "tests/conftest.py",
+    "tests/slow.txt",
     "tests/kernels/interpreter_shim.py",
     "tests/host/cpu_shims.py",
     "tests/nodes/conftest.py",
