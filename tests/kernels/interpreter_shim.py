@@ -85,8 +85,9 @@ def install() -> None:
     patch = getattr(interpreter, "_patch_lang_tensor", None)
     if patch is not None:
 
-        def patch_with_index(tensor, scope):
-            patch(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))
+        def patch_with_index(tensor, *scope):  # 3.5 has no scope: what it sets, it leaves
+            patch(tensor, *scope)
+            set_attr = scope[0].set_attr if scope else setattr
+            set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))
 
         interpreter._patch_lang_tensor = patch_with_index
