@@ -13,7 +13,7 @@ from svdquant_pack.kernels import FORMATS, Layer, computes_of, svdquant_linear
 from svdquant_pack.kernels.backends import discover
 from svdquant_pack.kernels.dispatch import choose
 from svdquant_pack.quantize.calibration.file import Statistics
-from svdquant_pack.quantize.calibration.tokens import Call
+from svdquant_pack.quantize.calibration.tokens import ModelCall
 from svdquant_pack.quantize.cli.main import main
 from svdquant_pack.quantize.families import FAMILIES
 from svdquant_pack.quantize.files.convert import TARGETS, convert_file
@@ -53,7 +53,7 @@ def folder(tmp_path_factory) -> Path:
     statistics = Statistics.create(folder / "statistics.safetensors", widths, TOKENS, {"shared": READS})
     for layer, k in widths.items():
         x = torch.randn(2 * TOKENS, k, generator=generator) * (1 + torch.arange(k) % 7)
-        assert statistics.entries[layer].observe(x, Call(0, 1), generator)
+        assert statistics.entries[layer].observe(x, ModelCall(0, 1), generator)
     statistics.add_run(id="dummy", steps=1)
     for recipe in RECIPES:
         command = ["quantize", str(folder / "model.safetensors"), str(folder / f"{recipe}.safetensors")]
