@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...kernels.layer import RANK_TILE, LayerSpec, Lora
-from ...kernels.stages import branch as low_rank
+from ...kernels.stages import low_rank
 from ..linear import LowRank, PackedLinear
 from .deltas import Columns, Delta, Kron, scaled
 
