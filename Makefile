@@ -1,6 +1,6 @@
 # Each target makes what it needs first, under .venv, .venv-oldest and .host, and only once. tests/README.md says what
 # each lane runs and how long it may take.
-#   make check        lint and the fast half of the tests: under two minutes once everything is installed
+#   make check        lint, types and the fast half of the tests: under two minutes once everything is installed
 #   make test         lint and all tests, against ComfyUI 0.3.75
 #   make test-oldest  the tests that need no ComfyUI, on the lowest versions the pack states
 #   make test-all     both of these and the demo
@@ -23,7 +23,7 @@ WITH_HOST := COMFYUI_PATH="$(or $(COMFYUI_PATH),$(CURDIR)/.host/ComfyUI)" $(PYTH
 PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile --timeout 900 # a test that hangs ends the run, and its server
 FAST := not slow and not network
 
-.PHONY: venv install install-oldest host lint check test test-oldest test-all demo bench clean
+.PHONY: venv install install-oldest host lint types check test test-oldest test-all demo bench clean
 
 # What was installed is compared by a recipe, because make cannot name a file whose path has a space.
 LISTS := { cat requirements.txt tests/requirements.txt tests/tools.txt tests/host/requirements.txt; echo "$(TORCH)"; }
@@ -47,9 +47,11 @@ install-oldest:
 host: venv
 	COMFYUI_PATH="$(COMFYUI_PATH)" $(PYTHON) tests/host/install.py .host
 
-lint: venv
+lint: venv types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+types: venv
 	$(PYTHON) tests/typecheck.py
 
 # torch's threads are to sleep while they wait: spinning starves them on a machine with few cores
@@ -75,5 +77,5 @@ bench: venv
 	$(PYTHON) tests/bench/bench_linear.py
 
 clean:
-	rm -rf .venv $(OLDEST) .host demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(OLDEST) .host demo .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
