@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdquant_pack.kernels.backends import Call, gluon, triton
+from svdquant_pack.kernels.backends import KernelCall, gluon, triton
 from svdquant_pack.kernels.backends.triton import versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,15 +40,17 @@ def installed(monkeypatch):
     forget()
 
 
-def call(compute: str, capability: tuple[int, int], format: str = "int4") -> Call:
-    return Call(format, torch.device("cuda"), torch.float16, compute, capability, f"sm_{capability[0]}{capability[1]}")
+def call(compute: str, capability: tuple[int, int], format: str = "int4") -> KernelCall:
+    return KernelCall(
+        format, torch.device("cuda"), torch.float16, compute, capability, f"sm_{capability[0]}{capability[1]}"
+    )
 
 
 @pytest.mark.parametrize("package", ["triton", "triton_windows", "pytorch_triton_rocm"])
 @pytest.mark.parametrize(("found", "torch_here"), [("3.3.1", "2.7.1+cu128"), ("3.4.0.post21", "2.8.0")])
 def test_an_older_triton_is_refused_in_one_line(installed, package, found, torch_here):
     installed(**{package: found, "torch": torch_here})
-    for reason in (triton.refuses(call("w16", (8, 6))), gluon.refuses(call("w4a4", (8, 6)))):
+    for reason in (triton.claims(call("w16", (8, 6))), gluon.claims(call("w4a4", (8, 6)))):
         assert reason.startswith(f"needs Triton 3.5 or newer, found {found} (") and "\n" not in reason
         assert "torch 2.9 is the first with enough" in reason
 
@@ -56,15 +58,15 @@ def test_an_older_triton_is_refused_in_one_line(installed, package, found, torch
 @pytest.mark.parametrize("found", ["3.5.0", "3.5.1.post24", "3.6.0+git9c7b1e8d", "3.10.0", "4.0"])
 def test_a_newer_one_is_not(installed, found):
     installed(triton=found, torch="2.9.1")
-    assert versions.missing() is None and triton.refuses(call("w16", (8, 6))) is None
+    assert versions.missing() is None and triton.claims(call("w16", (8, 6))) == triton.CLAIM
 
 
 def test_nvfp4_on_sm_120_needs_a_newer_one(installed):
     installed(triton="3.5.1", torch="2.9.1")
-    assert triton.refuses(call("w4a4", (12, 0), "nvfp4")).startswith("needs Triton 3.6 or newer, found 3.5.1 (")
-    assert triton.refuses(call("w4a4", (10, 0), "nvfp4")) is None
+    assert triton.claims(call("w4a4", (12, 0), "nvfp4")).startswith("needs Triton 3.6 or newer, found 3.5.1 (")
+    assert triton.claims(call("w4a4", (10, 0), "nvfp4")) == triton.CLAIM
     installed(triton="3.6.0", torch="2.10.0")
-    assert triton.refuses(call("w4a4", (12, 0), "nvfp4")) is None
+    assert triton.claims(call("w4a4", (12, 0), "nvfp4")) == triton.CLAIM
 
 
 @pytest.mark.parametrize(
@@ -78,9 +80,9 @@ def test_nvfp4_on_sm_120_needs_a_newer_one(installed):
 )
 def test_without_triton_the_reason_says_which_one_fits_this_torch(installed, torch_here, advised):
     installed(torch=torch_here)
-    reason = triton.refuses(call("w16", (8, 6)))
+    reason = triton.claims(call("w16", (8, 6)))
     assert reason.startswith("Triton is not installed (") and advised in reason and "\n" not in reason
-    assert gluon.refuses(call("w4a4", (8, 6))) == reason
+    assert gluon.claims(call("w4a4", (8, 6))) == reason
 
 
 def test_the_version_is_read_without_importing_triton():
