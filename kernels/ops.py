@@ -3,12 +3,14 @@
 `operator` has the gradients of gradients.py. Where none is wanted its twin without them runs: on the way through
 autograd torch looks at every argument, which takes longer than all else that happens before a kernel starts.
 
-Two copies of the pack may be loaded. The second finds the name taken: it uses the operator if the schema is its own,
-else it registers one beside it under a numbered name.
+Two copies of the pack may be loaded, of two versions and with two sets of formats. They share no operator: a name ends
+in the version and a stamp of the folder, the same in every process, so that graphs compiled in one serve the next.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from . import dispatch, gradients
 from .formats import FORMATS
 from .layer import Layer, LayerSpec, Lora
 
+VERSION = "0.1.0"  # of the pack, as in pyproject.toml, which importing does not read
 NAMESPACE = "svdquant"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # the operators live as long as it does
 SCHEMA = (
@@ -28,22 +31,25 @@ Parts = Sequence[torch.Tensor | None]
 """The tensors of a layer, in the order of its format's part_names"""
 
 
-def register(
-    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
-    """torch.ops.svdquant.<name> with this schema, registered unless a copy of the pack has done so already."""
-    wanted, space = f"{NAMESPACE}::{name}{schema}", getattr(torch.ops, NAMESPACE)
-    number, free = 1, name
-    while hasattr(space, free):
-        if str(getattr(space, free).default._schema) == wanted.replace(f"::{name}(", f"::{free}("):
-            return getattr(space, free)
+def stamped(name: str) -> str:
+    """<name>_<version>_<stamp of this folder>, and a number where that is taken: the folder was imported twice."""
+    stamp = hashlib.sha256(str(Path(__file__).resolve().parent).encode(errors="surrogateescape")).hexdigest()[:8]
+    wanted = f"{name}_{VERSION.replace('.', '_')}_{stamp}"
+    free, number = wanted, 1
+    while hasattr(getattr(torch.ops, NAMESPACE), free):
         number += 1
-        free = f"{name}_{number}"
-    LIBRARY.define(free + schema)
+        free = f"{wanted}_{number}"
+    return free
+
+
+def register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """torch.ops.svdquant.<stamped name> with this schema."""
+    name = stamped(name)
+    LIBRARY.define(name + schema)
     # not torch.library.custom_op: its first call imports the compiler, seconds that only torch.compile needs
-    LIBRARY.impl(free, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{free}", fake, lib=LIBRARY)
-    return getattr(space, free)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name)
 
 
 def linear(
@@ -187,11 +193,7 @@ def _nothing(tensors: Parts) -> list[None] | None:
     return None if any(part is None for part in tensors) else [None] * len(tensors)
 
 
-def _differentiate(operation: Any, backward: Callable[..., Any], keep: Callable[..., Any]) -> None:
-    name = operation.default.name()
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd"):  # a copy of the pack may have done so
-        torch.library.register_autograd(name, backward, setup_context=keep, lib=LIBRARY)
-
-
-_differentiate(operator, _backward, _keep)
-_differentiate(times_weight, _times_weight_backward, _keep_weight)
+torch.library.register_autograd(operator.default.name(), _backward, setup_context=_keep, lib=LIBRARY)
+torch.library.register_autograd(
+    times_weight.default.name(), _times_weight_backward, setup_context=_keep_weight, lib=LIBRARY
+)
