@@ -6,6 +6,7 @@ import comfy.model_management
 import comfy.utils
 
 from .host.bake import bake
+from .host.changed import WRITTEN, changed, fingerprint_of_statistics, target_of
 from .host.files import NO_FILE, open_statistics, refuse_name, statistics_files, target
 from .host.model import load_model
 from .host.patcher import SVDQuantPatcher
@@ -59,6 +60,11 @@ class SVDQuantBakeLora:
     def VALIDATE_INPUTS(cls, file_name: str | None = None) -> bool | str:
         return refuse_name(file_name) or True
 
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> str:
+        reads = fingerprint_of_statistics(inputs.get("statistics_file"))
+        return changed([reads], target_of(inputs["file_name"]), inputs)
+
     def bake(
         self, model: Any, file_name: str, refit: bool, overwrite: bool = False, statistics_file: str = NO_FILE
     ) -> dict[str, Any]:
@@ -71,7 +77,8 @@ class SVDQuantBakeLora:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, total)
 
-        report = bake(model, path, refit, progress, open_statistics(statistics_file))
+        with WRITTEN.writing(path):
+            report = bake(model, path, refit, progress, open_statistics(statistics_file))
         text = (
             f"{path.name}: {report.layers} layers have the LoRAs inside, {report.lost:.3%} of their energy lost at most"
         )

@@ -6,7 +6,8 @@ import comfy.model_management
 import comfy.utils
 
 from ..quantize.files.convert import TARGETS, convert_file
-from .host.files import choices, find_or_raise, modified, refuse_name, target
+from .host.changed import WRITTEN, changed, fingerprint_of_model, target_of
+from .host.files import choices, find_or_raise, refuse_name, target
 
 
 class SVDQuantConvertModel:
@@ -46,8 +47,8 @@ class SVDQuantConvertModel:
         return refuse_name(file_name) or True
 
     @classmethod
-    def IS_CHANGED(cls, model_name: str, **others: Any) -> float:
-        return modified(model_name)
+    def IS_CHANGED(cls, **inputs: Any) -> str:
+        return changed([fingerprint_of_model(inputs["model_name"])], target_of(inputs["file_name"]), inputs)
 
     def convert(
         self, model_name: str, to: str, file_name: str, as_is: bool = False, overwrite: bool = False
@@ -59,6 +60,7 @@ class SVDQuantConvertModel:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, total)
 
-        report = convert_file(find_or_raise(model_name), path, to, as_is, progress)
+        with WRITTEN.writing(path):
+            report = convert_file(find_or_raise(model_name), path, to, as_is, progress)
         text = f"{path.name}: {report.layers} layers of family {report.family}, {report.source_dialect} -> {to}"
         return {"ui": {"text": ["\n".join((text, *report.notes))]}, "result": (path.name,)}

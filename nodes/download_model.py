@@ -7,6 +7,7 @@ import comfy.model_management
 import comfy.utils
 
 from ..quantize.files.hub import PUBLISHED, download
+from .host.changed import WRITTEN, changed
 from .host.files import FOLDER, write_folder
 
 OTHER = "(repo and file below)"
@@ -41,9 +42,10 @@ class SVDQuantDownloadModel:
         }
 
     @classmethod
-    def IS_CHANGED(cls, published: str, repo: str = "", file: str = "", revision: str = "main") -> float:
-        path = write_folder() / Path(_names(published, repo, file)[1]).name
-        return path.stat().st_mtime if path.is_file() else float("nan")  # a new nan each time equals no earlier one
+    def IS_CHANGED(cls, **inputs: Any) -> str:
+        names = inputs["published"], inputs.get("repo", ""), inputs.get("file", "")
+        file = "" if None in names else _names(*names)[1]  # None: what another node gives
+        return changed([], _target(file) if file else None, inputs)
 
     def download(self, published: str, repo: str = "", file: str = "", revision: str = "main") -> dict[str, Any]:
         repo, file = _names(published, repo, file)
@@ -55,9 +57,14 @@ class SVDQuantDownloadModel:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, max(done, total))
 
-        path = download(repo, file, write_folder(), revision.strip() or "main", progress)
+        with WRITTEN.writing(_target(file)):
+            path = download(repo, file, write_folder(), revision.strip() or "main", progress)
         text = f"{path.name}: {path.stat().st_size:,} bytes in models/{FOLDER}"
         return {"ui": {"text": [text]}, "result": (path.name,)}
+
+
+def _target(file: str) -> Path:
+    return write_folder() / Path(file).name
 
 
 def _names(published: str, repo: str, file: str) -> tuple[str, str]:

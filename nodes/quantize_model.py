@@ -15,6 +15,7 @@ from ..quantize.maker.model import QuantizeReport, Target, quantize_model
 from ..quantize.maker.report import summarize, write_report
 from ..quantize.recipe import NAMED, WITH_BRANCH, Recipe
 from .calibrate import STATISTICS
+from .host.changed import WRITTEN, changed, fingerprint_of_model, fingerprint_of_statistics, target_of
 from .host.files import FOLDER, NO_FILE, find_or_raise, open_statistics, refuse_name, statistics_files, target
 from .host.model import load_model
 from .host.source import ModelSource
@@ -74,6 +75,11 @@ class SVDQuantQuantizeModel:
     def VALIDATE_INPUTS(cls, file_name: str | None = None) -> bool | str:
         return refuse_name(file_name) or True
 
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> str:
+        reads = fingerprint_of_model(inputs["source"]), fingerprint_of_statistics(inputs.get("statistics_file"))
+        return changed(reads, target_of(inputs["file_name"]), inputs)
+
     def quantize(
         self,
         source: str,
@@ -116,7 +122,8 @@ class SVDQuantQuantizeModel:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, total)
 
-        report = quantize_model(weights, Target(path, resume), chosen, progress, str(device), known)
+        with WRITTEN.writing(path):
+            report = quantize_model(weights, Target(path, resume), chosen, progress, str(device), known)
         folder = Path(folder_paths.get_output_directory()) / "svdquant" / f"{path.stem}.report"
         write_report(report, folder)
         return {"ui": {"text": [_text(report, folder)]}, "result": (load_model(str(path)), path.name)}

@@ -124,6 +124,14 @@ class SVDQuantPatcher(ModelPatcher):
         self._record(patches, added, strength_patch, hook=True)  # the host adds them anew for every run
         return added
 
+    def add_weight_wrapper(self, name: str, function: Any) -> None:
+        if name in self.packed_layers():
+            raise LoraError(
+                f"TrainLora cannot train for the 4-bit layer {layer_name(name)!r}: it takes what it trains from a "
+                "weight's shape, and this one is a vector of bytes. Train on the 16-bit model; the LoRA loads here too"
+            )
+        super().add_weight_wrapper(name, function)
+
     def _refuse_merges(self, patches: Mapping[Any, Any]) -> None:
         packed = self.packed_layers()
         for target, value in patches.items():

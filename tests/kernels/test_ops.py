@@ -1,5 +1,7 @@
 """The public operations: what they refuse, how torch.compile sees them, and that they are there once."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,24 +61,51 @@ def test_shapes_without_data():
     assert mode is not None and y.shape == (2, 7, 96)
 
 
-def test_a_second_copy_of_the_pack_shares_the_operators(tmp_path):
-    """It loads, computes and registers nothing twice; one with another schema stands beside."""
+def test_copies_of_the_pack_share_no_operator(tmp_path):
+    """Another version in another folder has a format of its own, and the first knows nothing of it."""
     code = f"""
 import importlib.util, sys, torch
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, {str(ROOT / "__init__.py")!r})
+def load(name, root):
+    spec = importlib.util.spec_from_file_location(name, root + "/__init__.py")
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
-    return importlib.import_module(name + ".kernels.ops")
-one, two = load("first"), load("second")
-assert one.operator is two.operator
-other = two.register("linear", "(Tensor x) -> Tensor", lambda x: x + 1, lambda x: torch.empty_like(x))
-assert other is not one.operator and other(torch.zeros(1)).item() == 1
-assert two.register("linear", "(Tensor x) -> Tensor", None, None) is other
+    return importlib.import_module(name + ".kernels")
+here, other = load("here", {str(ROOT)!r}), load("other", "pack")
+again = load("again", {str(ROOT)!r})
+def run(kernels, format):
+    weight = kernels.FORMATS[format].encode_weight(torch.eye(64), torch.float32)
+    weight["smooth_factor"] = torch.ones(64)
+    layer = kernels.Layer(kernels.LayerSpec(format, 64, 64), weight)
+    x = torch.ones(2, 64, requires_grad=True)
+    kernels.svdquant_linear(x, layer, compute="w16").sum().backward()
+    return x.grad
+for kernels in (here, other, again):
+    assert torch.allclose(run(kernels, "int4"), torch.ones(2, 64)), kernels
+run(other, "dummy")
+assert "dummy" not in here.FORMATS
+names = [getattr(kernels.ops, name).default.name() for kernels in (here, other, again)
+         for name in ("operator", "plain_operator", "times_weight")]
+assert len(set(names)) == 9, names
+assert all("0_1_0" in name for name in names[:3]) and all("9_9" in name for name in names[3:6]), names
 assert "triton" not in sys.modules
+print(*names[:3])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    copy = tmp_path / "pack"
+    copy.mkdir()
+    shutil.copy(ROOT / "__init__.py", copy)
+    shutil.copytree(ROOT / "kernels", copy / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    formats = Path("kernels") / "formats"
+    shutil.copy(ROOT / "tests" / "drop_in" / formats / "dummy.py", copy / formats)
+    source = copy / "kernels" / "ops.py"
+    source.write_text(source.read_text().replace(f'VERSION = "{ops.VERSION}"', 'VERSION = "9.9"'))
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path) for _ in "12"]
+    assert runs[0].returncode == 0, runs[0].stderr
+    assert runs[0].stdout == runs[1].stdout, "a graph compiled in one process is found in the next"
+
+
+def test_the_version_is_the_packs():
+    stated = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert stated is not None and stated[1] == ops.VERSION
 
 
 def test_a_layer_on_a_cpu_imports_no_triton(tmp_path):
