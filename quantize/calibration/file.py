@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
+from ..files.bounded_json import HEADER, JsonError, Kind, read_object
 from ..files.tensor_file import DTYPE_NAMES, TensorFile, TensorInfo
 from .tokens import BUCKETS, InputStatistics
 
@@ -46,6 +47,9 @@ PARTS = {
     "count": torch.int64,
     "sensitivity": torch.float32,
 }
+
+
+KINDS: dict[str, Kind] = {"version": int, "family": str, "shared": dict, "runs": list, "seed": int}
 
 
 def _infos(layer: str, k: int, room: int) -> dict[str, TensorInfo]:
@@ -103,7 +107,11 @@ class Statistics:
         file = TensorFile(path)
         if "statistics" not in file.metadata:
             raise StatisticsError(f"{path.name}: is no statistics file, SVDQuant Calibrate writes those")
-        metadata = json.loads(file.metadata["statistics"])
+        try:
+            metadata = read_object(file.metadata["statistics"], f"{path.name}: statistics in the header", KINDS)
+        except JsonError as error:
+            raise StatisticsError(str(error)) from error
+        _check_metadata(path, metadata)
         if metadata.get("version") != 1:
             raise StatisticsError(f"{path.name}: statistics of version {metadata.get('version')}, this pack reads 1")
         names = dict.fromkeys(name.rpartition(".")[0] for name in file)
@@ -127,7 +135,7 @@ class Statistics:
         assert self._writable
         with self.path.open("r+b") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+            header = read_object(file.read(size), f"{self.path.name}: its header", limits=HEADER)
             header.pop("__metadata__", None)
             file.seek(0)
             _write_header(file, header, self.metadata, size)
@@ -136,6 +144,13 @@ class Statistics:
         """Note a finished run and save."""
         self.metadata.setdefault("runs", []).append(record)
         self.save()
+
+
+def _check_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
+    if not all(isinstance(name, str) for name in metadata.get("shared", {}).values()):
+        raise StatisticsError(f"{path.name}: shared in the header holds more than names of layers")
+    if not all(isinstance(run, dict) and "id" in run for run in metadata.get("runs", [])):
+        raise StatisticsError(f"{path.name}: runs in the header holds more than records of runs")
 
 
 def _taken(path: Path) -> int:
@@ -175,7 +190,7 @@ def _map_writable(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, torc
     """Views of the file that write through to it."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        header = read_object(file.read(size), f"{path.name}: its header", limits=HEADER)
     storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=path.stat().st_size)
     whole = torch.empty(0, dtype=torch.uint8).set_(cast(torch.UntypedStorage, storage))
     tensors = {}

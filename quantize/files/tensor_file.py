@@ -16,6 +16,8 @@ from types import TracebackType
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .bounded_json import HEADER, USUAL, read_object
+
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -119,7 +121,7 @@ def _data_starts(path: Path) -> dict[str, int]:
     """tensor name -> where its data starts in the file"""
     with path.open("rb") as stream:
         (size,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(size))
+        header = read_object(stream.read(size), "the header", limits=HEADER)
     return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
@@ -158,7 +160,8 @@ class TensorFolder(TensorFile):
         for name in ("config", "comfy_config"):
             file = self.path / f"{name}.json"
             if file.is_file():
-                self.metadata[name] = file.read_text(encoding="utf-8", errors="replace")
+                with file.open(encoding="utf-8", errors="replace") as stream:
+                    self.metadata[name] = stream.read(USUAL.size + 1)  # a longer one is refused where it is used
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._files[name][name]

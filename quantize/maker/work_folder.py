@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..files.bounded_json import JsonError, read_object
 from ..files.tensor_file import TensorFile, TensorFileError, TensorInfo, TensorWriter
 
 
@@ -43,9 +44,10 @@ class WorkFolder:
         """(tensors, record) kept under `key`; None where there is none or it was cut short."""
         try:
             file = TensorFile(self._file(key))
-        except TensorFileError:
+            record = read_object(file.metadata.get("record", ""), "record")
+        except (TensorFileError, JsonError):
             return None
-        return {name: file[name] for name in file}, json.loads(file.metadata["record"])
+        return {name: file[name] for name in file}, record
 
     def keep(self, key: str, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
         """Write whole or not at all."""
