@@ -1,5 +1,6 @@
 """Cosmos Predict2 (2B, 14B) and what is finetuned from it."""
 
+from ..model_config import BASE, FLAG, keys
 from . import Family
 
 FAMILY = Family(
@@ -24,4 +25,5 @@ FAMILY = Family(
         tuple(f"blocks.#.self_attn.{which}_proj" for which in "qkv"),
         tuple(f"blocks.#.cross_attn.{which}_proj" for which in "kv"),
     ),
+    config=keys(BASE, "min_fps max_fps") | keys(FLAG, "rope_enable_fps_modulation"),
 )

@@ -1,5 +1,6 @@
 """HiDream-I1 and E1: joint attention and a mixture of SwiGLU experts."""
 
+from ..model_config import BLOCKS, INDEX, keys
 from . import Family
 
 BLOCK = "{double,single}_stream_blocks.#.block"
@@ -31,4 +32,5 @@ FAMILY = Family(
         (f"{BLOCK}.ff_i.experts.#.w1", f"{BLOCK}.ff_i.experts.#.w3"),
         (f"{BLOCK}.ff_t.w1", f"{BLOCK}.ff_t.w3"),
     ),
+    config=keys(INDEX, "llama_layers") | keys(BLOCKS, "num_routed_experts num_activated_experts"),
 )

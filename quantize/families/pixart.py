@@ -1,5 +1,6 @@
 """PixArt-Sigma and PixArt-Alpha. Modulation is one layer for all blocks."""
 
+from ..model_config import FLAG, POSITIONS, keys
 from . import Family, all_inputs
 
 FAMILY = Family(
@@ -19,4 +20,5 @@ FAMILY = Family(
     ),
     keep16={"blocks.#.cross_attn.kv_linear": "reads the text, a few rows; kept in the reference as well"},
     unsigned={"blocks.#.mlp.fc2": all_inputs},
+    config=keys(POSITIONS, "model_max_length") | keys(FLAG, "micro_condition"),
 )

@@ -1,5 +1,6 @@
 """Z-Image and Z-Image-Turbo: ComfyUI's NextDiT with the small modulation (a bare linear, so its name ends in `.0`)."""
 
+from ..model_config import FLAG, POSITIONS, keys
 from . import Family
 
 FAMILY = Family(
@@ -24,4 +25,5 @@ FAMILY = Family(
             "{layers,noise_refiner,context_refiner}.#.feed_forward.w3",
         ),
     ),
+    config=keys(FLAG, "z_image_modulation") | keys(POSITIONS, "pad_tokens_multiple"),
 )
