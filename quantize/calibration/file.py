@@ -16,6 +16,7 @@ the end. X is a layer's name; layers that read the same activation share one ent
 Which tokens stay: see `tokens.py`.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -78,7 +79,7 @@ class Statistics:
     def create(
         cls, path: str | Path, widths: Mapping[str, int], room: int, metadata: Mapping[str, Any]
     ) -> "Statistics":
-        """A new file for layers of these input widths, `room` tokens each; sparse until it is filled."""
+        """A new file for layers of these input widths, `room` tokens each, all of whose disk is taken."""
         path = Path(path)
         infos = {name: info for layer, k in widths.items() for name, info in _infos(layer, k, room).items()}
         # widest numbers first: then each tensor is aligned for its own, without gaps, which safetensors forbids
@@ -96,7 +97,7 @@ class Statistics:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with temporary.open("wb") as file:
             _write_header(file, header, dict(metadata), None)
-            file.truncate(file.tell() + offset)
+            _allocate(file, file.tell() + offset)
         temporary.replace(path)
         return cls.open(path, writable=True)
 
@@ -144,6 +145,18 @@ class Statistics:
         """Note a finished run and save."""
         self.metadata.setdefault("runs", []).append(record)
         self.save()
+
+
+def _allocate(file: BinaryIO, size: int) -> None:
+    """Make a file this long, with its room on the disk: a disk that fills up under a mapped file kills the process."""
+    file.flush()
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot promise room
+                raise
+    file.truncate(size)
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
