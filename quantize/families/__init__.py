@@ -13,7 +13,18 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from ...kernels.discover import modules
+from ..model_config import BASE as BASE
+from ..model_config import BLOCKS as BLOCKS
+from ..model_config import FLAG as FLAG
+from ..model_config import INDEX as INDEX
+from ..model_config import LINEAR as LINEAR
+from ..model_config import NAME as NAME
+from ..model_config import NUMBER as NUMBER
+from ..model_config import POSITIONS as POSITIONS
+from ..model_config import RATIO as RATIO
+from ..model_config import SIZE as SIZE
 from ..model_config import Kind
+from ..model_config import keys as keys
 
 Channels = Callable[[int, int], tuple[int, int]]
 # newer ComfyUIs call the norms of q and k `weight` and read both names, older ones read `scale` alone

@@ -1,7 +1,6 @@
 """AuraFlow: joint blocks, then single blocks, all SwiGLU."""
 
-from ..model_config import SIZE, keys
-from . import Family
+from . import SIZE, Family, keys
 
 FAMILY = Family(
     name="auraflow",

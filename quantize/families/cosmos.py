@@ -1,7 +1,6 @@
 """Cosmos 1 world models (7B, 14B): blocks of self attention, cross attention and MLP, in this order."""
 
-from ..model_config import FLAG, NAME, keys
-from . import Family
+from . import FLAG, NAME, Family, keys
 
 FAMILY = Family(
     name="cosmos",

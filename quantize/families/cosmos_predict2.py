@@ -1,7 +1,6 @@
 """Cosmos Predict2 (2B, 14B) and what is finetuned from it."""
 
-from ..model_config import BASE, FLAG, keys
-from . import Family
+from . import BASE, FLAG, Family, keys
 
 FAMILY = Family(
     name="cosmos_predict2",

@@ -1,7 +1,6 @@
 """HiDream-I1 and E1: joint attention and a mixture of SwiGLU experts."""
 
-from ..model_config import BLOCKS, INDEX, keys
-from . import Family
+from . import BLOCKS, INDEX, Family, keys
 
 BLOCK = "{double,single}_stream_blocks.#.block"
 

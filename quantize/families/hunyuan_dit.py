@@ -1,7 +1,6 @@
 """HunyuanDiT 1.0 to 1.2: a DiT with long skip connections and cross attention."""
 
-from ..model_config import POSITIONS, SIZE, keys
-from . import Family, all_inputs
+from . import POSITIONS, SIZE, Family, all_inputs, keys
 
 FAMILY = Family(
     name="hunyuan_dit",

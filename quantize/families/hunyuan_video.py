@@ -1,7 +1,6 @@
 """HunyuanVideo (1.0, 1.5, image to video) and HunyuanImage 2.1: FLUX.1 blocks behind a refiner of the text tokens."""
 
-from ..model_config import FLAG, keys
-from . import QK_NORMS, Family, all_inputs, inputs_after_out_features
+from . import FLAG, QK_NORMS, Family, all_inputs, inputs_after_out_features, keys
 
 FAMILY = Family(
     name="hunyuan_video",

@@ -1,7 +1,6 @@
 """Kandinsky 5: image and video. ComfyUI has the class since 0.4."""
 
-from ..model_config import BLOCKS, NUMBER, SIZE, keys
-from . import Family
+from . import BLOCKS, NUMBER, SIZE, Family, keys
 
 FAMILY = Family(
     name="kandinsky5",

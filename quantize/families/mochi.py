@@ -1,7 +1,6 @@
 """Mochi 1: an image stream (x) and a narrower text stream (y), both SwiGLU with value and gate in one layer."""
 
-from ..model_config import FLAG, NUMBER, POSITIONS, RATIO, SIZE, keys
-from . import Family
+from . import FLAG, NUMBER, POSITIONS, RATIO, SIZE, Family, keys
 
 FAMILY = Family(
     name="mochi",

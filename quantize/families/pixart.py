@@ -1,7 +1,6 @@
 """PixArt-Sigma and PixArt-Alpha. Modulation is one layer for all blocks."""
 
-from ..model_config import FLAG, POSITIONS, keys
-from . import Family, all_inputs
+from . import FLAG, POSITIONS, Family, all_inputs, keys
 
 FAMILY = Family(
     name="pixart",

@@ -1,7 +1,6 @@
 """Stable Diffusion 3 and 3.5 (medium, large, turbo): the MMDiT."""
 
-from ..model_config import INDEX, LINEAR, NUMBER, POSITIONS, keys
-from . import Family, all_inputs
+from . import INDEX, LINEAR, NUMBER, POSITIONS, Family, all_inputs, keys
 
 FAMILY = Family(
     name="sd3",

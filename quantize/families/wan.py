@@ -1,7 +1,6 @@
 """Wan 2.1 and 2.2, text and image to video, and what is built on them (VACE, camera, HuMo, S2V, Animate)."""
 
-from ..model_config import BLOCKS, INDEX, SIZE, keys
-from . import Family, all_inputs
+from . import BLOCKS, INDEX, SIZE, Family, all_inputs, keys
 
 FAMILY = Family(
     name="wan",

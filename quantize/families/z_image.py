@@ -1,7 +1,6 @@
 """Z-Image and Z-Image-Turbo: ComfyUI's NextDiT with the small modulation (a bare linear, so its name ends in `.0`)."""
 
-from ..model_config import FLAG, POSITIONS, keys
-from . import Family
+from . import FLAG, POSITIONS, Family, keys
 
 FAMILY = Family(
     name="z_image",
