@@ -18,6 +18,7 @@ from ..quantize.cli import show
 from ..quantize.files.bounded_json import USUAL, JsonError, Limits, read_object
 
 PLACEHOLDER = "{prompt}"
+PATIENCE = 3  # questions in a row to which a run is nowhere, before it is given up
 SEEDS = ("seed", "noise_seed")
 LARGEST_ANSWER = Limits(size=1 << 27, items=1 << 22, text=1 << 24)  # a history repeats the workflow, texts and all
 PROMPTS = Path(__file__).resolve().parents[1] / "workflows" / "prompts" / "calibration.txt"
@@ -108,7 +109,8 @@ def calibrate(
 ) -> int:
     """Run the workflow for every prompt, one after another; returns how many.
 
-    raises  CalibrateError if the server refuses a run or a run fails, OSError if it cannot be reached
+    raises  CalibrateError if the server refuses a run, a run fails, or the server is started again meanwhile and has
+            forgotten it; OSError if it cannot be reached
     """
     if not any(node.get("class_type") == "SVDQuantCalibrate" for node in workflow.values()):
         raise CalibrateError("the workflow holds no SVDQuant Calibrate node: put it between the model and the sampler")
@@ -116,13 +118,16 @@ def calibrate(
         if progress is not None:
             progress(index, len(prompts), prompt)
         answer = _request(f"{server}/prompt", {"prompt": with_prompt(workflow, prompt, index)})
-        _wait(server, answer["prompt_id"], poll)
+        if "prompt_id" not in answer:
+            raise CalibrateError(f"{server} answers without a prompt_id; is it a ComfyUI?")
+        _wait(server, str(answer["prompt_id"]), poll)
     if progress is not None:
         progress(len(prompts), len(prompts), "")
     return len(prompts)
 
 
 def _wait(server: str, prompt_id: str, poll: float) -> None:
+    lost = 0
     while True:
         entry = _request(f"{server}/history/{prompt_id}").get(prompt_id)
         status = {} if entry is None else entry.get("status", {})
@@ -131,7 +136,19 @@ def _wait(server: str, prompt_id: str, poll: float) -> None:
         if status.get("status_str") == "error":
             said = [what.get("exception_message", "") for kind, what in status["messages"] if kind == "execution_error"]
             raise CalibrateError(f"the run failed: {'; '.join(said).strip() or 'the server gave no reason'}")
+        if entry is None:  # it is waiting, running, or forgotten; between two questions it may pass from one to another
+            lost = 0 if _is_queued(_request(f"{server}/queue"), prompt_id) else lost + 1
+            if lost > PATIENCE:
+                raise CalibrateError(
+                    f"{server} knows nothing of the run {prompt_id} any more: it was started again or its queue was "
+                    "cleared. Runs that were finished are in the statistics; start again for the prompts that are left"
+                )
         time.sleep(poll)
+
+
+def _is_queued(queue: Mapping[str, Any], prompt_id: str) -> bool:
+    entries = [*queue.get("queue_running", []), *queue.get("queue_pending", [])]
+    return any(isinstance(entry, list) and prompt_id in entry for entry in entries)
 
 
 def _request(url: str, data: Mapping[str, Any] | None = None) -> dict[str, Any]:

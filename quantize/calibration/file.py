@@ -28,9 +28,11 @@ import torch
 
 from ..files.bounded_json import HEADER, JsonError, Kind, read_object
 from ..files.tensor_file import DTYPE_NAMES, TensorFile, TensorInfo
-from .tokens import BUCKETS, InputStatistics
+from .tokens import BUCKETS, HALVES, POSITIONS, InputStatistics
 
 METADATA_ROOM = 1 << 18
+STRATA = BUCKETS * HALVES * POSITIONS
+LARGEST_VALUE = 1e15  # its square, added up over all tokens, is a float32 number
 ALIGNMENT = 64
 
 
@@ -74,6 +76,7 @@ class Statistics:
         self, path: Path, entries: Mapping[str, InputStatistics], metadata: dict[str, Any], writable: bool
     ) -> None:
         self.path, self.entries, self.metadata, self._writable = path, dict(entries), metadata, writable
+        self._checked: set[str] = set()
 
     @classmethod
     def create(
@@ -116,6 +119,7 @@ class Statistics:
         if metadata.get("version") != 1:
             raise StatisticsError(f"{path.name}: statistics of version {metadata.get('version')}, this pack reads 1")
         names = dict.fromkeys(name.rpartition(".")[0] for name in file)
+        _check_entries(path, names, file.infos)
         if writable:
             _check_disk(path, path.stat().st_size - _taken(path))
             tensors = _map_writable(path, file.infos)
@@ -123,9 +127,17 @@ class Statistics:
         return cls(path, _entries(names, file.__getitem__), metadata, False)
 
     def entry(self, layer: str) -> InputStatistics | None:
-        """The statistics of the activation that `layer` reads, None where the file has none."""
+        """The statistics of the activation that `layer` reads, None where the file has none.
+
+        raises  StatisticsError for numbers that no run can have written
+        """
         shared = self.metadata.get("shared", {})
-        return self.entries.get(shared.get(layer, layer))
+        name = shared.get(layer, layer)
+        entry = self.entries.get(name)
+        if entry is not None and name not in self._checked and not self._writable:
+            _check_values(self.path, name, entry)
+            self._checked.add(name)
+        return entry
 
     def of_group(self, layers: Iterable[str]) -> InputStatistics | None:
         """The statistics of the activation that all of `layers` read."""
@@ -145,6 +157,46 @@ class Statistics:
         """Note a finished run and save."""
         self.metadata.setdefault("runs", []).append(record)
         self.save()
+
+
+def _check_entries(path: Path, names: Iterable[str], infos: Mapping[str, TensorInfo]) -> None:
+    """Raise StatisticsError unless every layer has all parts, in the shapes and dtypes of one room and width."""
+    for layer in names:
+        tokens = infos.get(f"{layer}.tokens")
+        if tokens is None or len(tokens.shape) != 2 or 0 in tokens.shape:
+            found = "missing" if tokens is None else f"of shape {tokens.shape}"
+            raise StatisticsError(f"{path.name}: layer {layer!r}: tokens is {found}, needed (tokens, channels)")
+        room, k = tokens.shape
+        for name, needed in _infos(layer, k, room).items():
+            if infos.get(name) != needed:
+                raise StatisticsError(
+                    f"{path.name}: layer {layer!r}: {name.rpartition('.')[2]} is {infos.get(name)}, needed {needed}"
+                )
+    known = {f"{layer}.{part}" for layer in names for part in PARTS}
+    if infos.keys() - known:
+        raise StatisticsError(f"{path.name}: {min(infos.keys() - known)} is no part of statistics")
+
+
+def _check_values(path: Path, layer: str, entry: InputStatistics) -> None:
+    """Raise StatisticsError for NaN, Inf, and numbers out of range: they end in errors far from here, or in none."""
+    place = f"{path.name}: layer {layer!r}"
+    for part in ("tokens", "key", "absmax", "square", "sensitivity"):
+        tensor = getattr(entry, part)
+        if not all(edge.isfinite() for edge in tensor.aminmax()):  # NaN passes through aminmax
+            raise StatisticsError(f"{place}: {part} holds NaN or Inf: the file is damaged, calibrate again")
+    ranges = {"key": (0, 1), "hold": (0, 1), "stratum": (0, STRATA - 1), "count": (0, 1 << 62)}
+    for part, (least, most) in ranges.items():
+        low, high = (edge.item() for edge in getattr(entry, part).aminmax())
+        if low < least or high > most:
+            raise StatisticsError(f"{place}: {part} holds {low} to {high}, needed {least} to {most}: calibrate again")
+    for part in ("absmax", "square"):
+        if getattr(entry, part).amin() < 0:
+            raise StatisticsError(f"{place}: {part} holds a negative number: the file is damaged, calibrate again")
+    largest = entry.tokens.abs().amax().item()
+    if largest > LARGEST_VALUE:
+        raise StatisticsError(
+            f"{place}: tokens holds {largest:.3g}, at most {LARGEST_VALUE:.0e} can be squared and added"
+        )
 
 
 def _allocate(file: BinaryIO, size: int) -> None:
