@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ..quantize.cli import show
+from ..quantize.files.bounded_json import USUAL, JsonError, Limits, read_object
 
 PLACEHOLDER = "{prompt}"
+PATIENCE = 3  # questions in a row to which a run is nowhere, before it is given up
 SEEDS = ("seed", "noise_seed")
+LARGEST_ANSWER = Limits(size=1 << 27, items=1 << 22, text=1 << 24)  # a history repeats the workflow, texts and all
 PROMPTS = Path(__file__).resolve().parents[1] / "workflows" / "prompts" / "calibration.txt"
 
 Workflow = Mapping[str, Mapping[str, Any]]
@@ -34,6 +37,24 @@ def read_prompts(path: str | Path = PROMPTS) -> list[str]:
     if not prompts:
         raise CalibrateError(f"{Path(path).name}: holds no prompt")
     return prompts
+
+
+def read_workflow(path: str | Path) -> Workflow:
+    """A workflow in API form: {node: {"class_type", "inputs"}}. Raises CalibrateError for anything else."""
+    path = Path(path)
+    with path.open("rb") as stream:
+        text = stream.read(USUAL.size + 1)
+    try:
+        workflow = read_object(text, path.name)
+    except JsonError as error:
+        raise CalibrateError(str(error)) from error
+    for name, node in workflow.items():
+        if not (isinstance(node, dict) and isinstance(node.get("inputs"), dict)):
+            raise CalibrateError(
+                f"{path.name}: {name!r} is no node of the API form, which holds class_type and inputs: save the "
+                "workflow by ComfyUI's Export (API)"
+            )
+    return workflow
 
 
 def with_prompt(workflow: Workflow, prompt: str, seed: int) -> dict[str, Any]:
@@ -68,10 +89,11 @@ def _positive_texts(workflow: Mapping[str, Any]) -> list[dict[str, Any]]:
     seen: set[str] = set()
     while links:
         link = links.pop()
-        if not isinstance(link, list) or str(link[0]) in seen:
+        name = str(link[0]) if isinstance(link, list) and link else ""
+        if name in seen or name not in workflow:
             continue
-        seen.add(str(link[0]))
-        inputs = workflow[str(link[0])]["inputs"]
+        seen.add(name)
+        inputs = workflow[name]["inputs"]
         if isinstance(inputs.get("text"), str):
             texts.append(inputs)
         links += [value for value in inputs.values() if isinstance(value, list)]
@@ -87,7 +109,8 @@ def calibrate(
 ) -> int:
     """Run the workflow for every prompt, one after another; returns how many.
 
-    raises  CalibrateError if the server refuses a run or a run fails, OSError if it cannot be reached
+    raises  CalibrateError if the server refuses a run, a run fails, or the server is started again meanwhile and has
+            forgotten it; OSError if it cannot be reached
     """
     if not any(node.get("class_type") == "SVDQuantCalibrate" for node in workflow.values()):
         raise CalibrateError("the workflow holds no SVDQuant Calibrate node: put it between the model and the sampler")
@@ -95,13 +118,16 @@ def calibrate(
         if progress is not None:
             progress(index, len(prompts), prompt)
         answer = _request(f"{server}/prompt", {"prompt": with_prompt(workflow, prompt, index)})
-        _wait(server, answer["prompt_id"], poll)
+        if "prompt_id" not in answer:
+            raise CalibrateError(f"{server} answers without a prompt_id; is it a ComfyUI?")
+        _wait(server, str(answer["prompt_id"]), poll)
     if progress is not None:
         progress(len(prompts), len(prompts), "")
     return len(prompts)
 
 
 def _wait(server: str, prompt_id: str, poll: float) -> None:
+    lost = 0
     while True:
         entry = _request(f"{server}/history/{prompt_id}").get(prompt_id)
         status = {} if entry is None else entry.get("status", {})
@@ -110,7 +136,19 @@ def _wait(server: str, prompt_id: str, poll: float) -> None:
         if status.get("status_str") == "error":
             said = [what.get("exception_message", "") for kind, what in status["messages"] if kind == "execution_error"]
             raise CalibrateError(f"the run failed: {'; '.join(said).strip() or 'the server gave no reason'}")
+        if entry is None:  # it is waiting, running, or forgotten; between two questions it may pass from one to another
+            lost = 0 if _is_queued(_request(f"{server}/queue"), prompt_id) else lost + 1
+            if lost > PATIENCE:
+                raise CalibrateError(
+                    f"{server} knows nothing of the run {prompt_id} any more: it was started again or its queue was "
+                    "cleared. Runs that were finished are in the statistics; start again for the prompts that are left"
+                )
         time.sleep(poll)
+
+
+def _is_queued(queue: Mapping[str, Any], prompt_id: str) -> bool:
+    entries = [*queue.get("queue_running", []), *queue.get("queue_pending", [])]
+    return any(isinstance(entry, list) and prompt_id in entry for entry in entries)
 
 
 def _request(url: str, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -118,7 +156,9 @@ def _request(url: str, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
+            return read_object(answer.read(LARGEST_ANSWER.size + 1), f"the answer of {url}", limits=LARGEST_ANSWER)
+    except JsonError as error:
+        raise CalibrateError(f"{error}; is {url} a ComfyUI?") from error
     except urllib.error.HTTPError as error:
         raise CalibrateError(
             f"the server refuses the workflow: {error.read().decode(errors='replace')[:500]}"
@@ -136,7 +176,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    workflow = json.loads(Path(arguments.workflow).read_text(encoding="utf-8"))
+    workflow = read_workflow(arguments.workflow)
     prompts = read_prompts(arguments.prompts)[: arguments.count]
     runs = calibrate(arguments.server.rstrip("/"), workflow, prompts, None if arguments.json else show)
     return {"runs": runs}, f"{runs} runs; the statistics are in the server's output/svdquant folder"

@@ -11,10 +11,13 @@ import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...quantize.families import FAMILIES
 from ...quantize.files.checkpoint import CheckpointError
 from ...quantize.files.describe import describe
 from ...quantize.files.open import open_checkpoint
 from ...quantize.files.source import FileSource
+from ...quantize.files.tensor_file import TensorInfo
+from ...quantize.model_config import ConfigError, Extent, check_config
 from .describe import ATTACHMENT, FASTER, faster_format_of
 from .linear import operations
 from .patcher import adopt, layer_name
@@ -36,8 +39,9 @@ def load_model(path: str, compute: str = "auto", disable_dynamic: bool = False) 
         state_dict[f"{name}.weight"] = torch.empty(spec.n, spec.k, dtype=checkpoint.dtype, device="meta")
     provenance = checkpoint.provenance
     pinned = {key: provenance.unet_config[key] for key in provenance.pinned if key in provenance.unet_config}
+    _check_config(checkpoint.path.name, pinned, checkpoint.weight_infos(), provenance.family)
     options = {"custom_operations": operations(checkpoint, compute)}
-    bare = _load_state_dict(state_dict, options, pinned, disable_dynamic)
+    bare = _build(checkpoint.path.name, state_dict, options, pinned, disable_dynamic)
     if bare is None:
         raise CheckpointError(
             f"{checkpoint.path.name}: this ComfyUI does not know a model with these layers "
@@ -61,21 +65,46 @@ def load_model(path: str, compute: str = "auto", disable_dynamic: bool = False) 
 def load_pinned_model(path: str) -> ModelPatcher:
     """A 16-bit file whose metadata holds the model configuration (`config`, JSON), as a MODEL."""
     source = FileSource(path)
+    _check_config(source.name, source.unet_config, source.infos, source.family)
     state_dict = {name: source.tensor(name) for name in source.infos}
-    patcher = _load_state_dict(state_dict, {}, source.unet_config, disable_dynamic=False)
+    patcher = _build(source.name, state_dict, {}, source.unet_config, disable_dynamic=False)
     if patcher is None:
         raise CheckpointError(f"{source.name}: this ComfyUI does not know a model with these layers")
     return patcher
 
 
-def _load_state_dict(
-    state_dict: dict[str, torch.Tensor], options: dict[str, Any], pinned: Mapping[str, Any], disable_dynamic: bool
+def _check_config(file: str, pinned: Mapping[str, Any], infos: Mapping[str, TensorInfo], family: str | None) -> None:
+    """Raise CheckpointError for what no file may say of the host's model, before anything is built."""
+    more = FAMILIES[family].config if family in FAMILIES else {}
+    try:
+        check_config(pinned, Extent(infos, [info.shape for info in infos.values()]), more)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{file}: {error}. The header was edited, or a newer version of this pack may know it"
+        ) from error
+
+
+def _build(
+    file: str,
+    state_dict: dict[str, torch.Tensor],
+    options: dict[str, Any],
+    pinned: Mapping[str, Any],
+    disable_dynamic: bool,
 ) -> ModelPatcher | None:
+    """What the host makes of the tensors and of what is pinned; its complaint about the latter as a CheckpointError."""
     load = comfy.sd.load_diffusion_model_state_dict
     keywords = {"disable_dynamic": disable_dynamic} if "disable_dynamic" in inspect.signature(load).parameters else {}
     if pinned:
         load = _with_pinned_detection(load, pinned)
-    return load(state_dict, model_options=options, **keywords)
+    try:
+        return load(state_dict, model_options=options, **keywords)
+    except (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, AttributeError) as error:
+        if not pinned or isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{file}: ComfyUI cannot build a model as the header of the file says, with "
+            f"{', '.join(f'{key} {value!r:.40}' for key, value in pinned.items())}: {error}"
+        ) from error
 
 
 def _with_pinned_detection(load: types.FunctionType, pinned: Mapping[str, Any]) -> types.FunctionType:

@@ -8,14 +8,16 @@ import comfy.model_detection
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...quantize.families import FAMILIES
 from ...quantize.files.tensor_file import TensorInfo
+from ...quantize.model_config import ConfigError, Extent, check_config
 from .patcher import PREFIX, SVDQuantPatcher
 
 
 class ModelSource:
     """The weights of a loaded MODEL, LoRAs and merges included, as a quantize.Source.
 
-    raises  ValueError if the model is 4-bit already
+    raises  ValueError if the model is 4-bit already, or configured in a way that no file may state
     """
 
     family: str | None = None  # found from the keys
@@ -37,6 +39,12 @@ class ModelSource:
         self.pinned: tuple[str, ...] = tuple(
             key for key in config if key not in own and not (key in detected and _same(detected[key], config[key]))
         )
+        shapes = [info.shape for info in self.infos.values()]
+        more = {key: kind for family in FAMILIES.values() for key, kind in family.config.items()}
+        try:  # what is refused when the file is loaded is not written
+            check_config({key: config[key] for key in self.pinned}, Extent(self.infos, shapes), more)
+        except ConfigError as error:
+            raise ValueError(f"{self.name} cannot be quantized: {error}") from error
 
     def tensor(self, key: str) -> torch.Tensor:
         """The weight as sampling would see it."""

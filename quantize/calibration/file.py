@@ -16,6 +16,7 @@ the end. X is a layer's name; layers that read the same activation share one ent
 Which tokens stay: see `tokens.py`.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -25,10 +26,13 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
+from ..files.bounded_json import HEADER, JsonError, Kind, read_object
 from ..files.tensor_file import DTYPE_NAMES, TensorFile, TensorInfo
-from .tokens import BUCKETS, InputStatistics
+from .tokens import BUCKETS, HALVES, POSITIONS, InputStatistics
 
 METADATA_ROOM = 1 << 18
+STRATA = BUCKETS * HALVES * POSITIONS
+LARGEST_VALUE = 1e15  # its square, added up over all tokens, is a float32 number
 ALIGNMENT = 64
 
 
@@ -46,6 +50,9 @@ PARTS = {
     "count": torch.int64,
     "sensitivity": torch.float32,
 }
+
+
+KINDS: dict[str, Kind] = {"version": int, "family": str, "shared": dict, "runs": list, "seed": int}
 
 
 def _infos(layer: str, k: int, room: int) -> dict[str, TensorInfo]:
@@ -69,12 +76,13 @@ class Statistics:
         self, path: Path, entries: Mapping[str, InputStatistics], metadata: dict[str, Any], writable: bool
     ) -> None:
         self.path, self.entries, self.metadata, self._writable = path, dict(entries), metadata, writable
+        self._checked: set[str] = set()
 
     @classmethod
     def create(
         cls, path: str | Path, widths: Mapping[str, int], room: int, metadata: Mapping[str, Any]
     ) -> "Statistics":
-        """A new file for layers of these input widths, `room` tokens each; sparse until it is filled."""
+        """A new file for layers of these input widths, `room` tokens each, all of whose disk is taken."""
         path = Path(path)
         infos = {name: info for layer, k in widths.items() for name, info in _infos(layer, k, room).items()}
         # widest numbers first: then each tensor is aligned for its own, without gaps, which safetensors forbids
@@ -92,7 +100,7 @@ class Statistics:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with temporary.open("wb") as file:
             _write_header(file, header, dict(metadata), None)
-            file.truncate(file.tell() + offset)
+            _allocate(file, file.tell() + offset)
         temporary.replace(path)
         return cls.open(path, writable=True)
 
@@ -103,10 +111,15 @@ class Statistics:
         file = TensorFile(path)
         if "statistics" not in file.metadata:
             raise StatisticsError(f"{path.name}: is no statistics file, SVDQuant Calibrate writes those")
-        metadata = json.loads(file.metadata["statistics"])
+        try:
+            metadata = read_object(file.metadata["statistics"], f"{path.name}: statistics in the header", KINDS)
+        except JsonError as error:
+            raise StatisticsError(str(error)) from error
+        _check_metadata(path, metadata)
         if metadata.get("version") != 1:
             raise StatisticsError(f"{path.name}: statistics of version {metadata.get('version')}, this pack reads 1")
         names = dict.fromkeys(name.rpartition(".")[0] for name in file)
+        _check_entries(path, names, file.infos)
         if writable:
             _check_disk(path, path.stat().st_size - _taken(path))
             tensors = _map_writable(path, file.infos)
@@ -114,9 +127,17 @@ class Statistics:
         return cls(path, _entries(names, file.__getitem__), metadata, False)
 
     def entry(self, layer: str) -> InputStatistics | None:
-        """The statistics of the activation that `layer` reads, None where the file has none."""
+        """The statistics of the activation that `layer` reads, None where the file has none.
+
+        raises  StatisticsError for numbers that no run can have written
+        """
         shared = self.metadata.get("shared", {})
-        return self.entries.get(shared.get(layer, layer))
+        name = shared.get(layer, layer)
+        entry = self.entries.get(name)
+        if entry is not None and name not in self._checked and not self._writable:
+            _check_values(self.path, name, entry)
+            self._checked.add(name)
+        return entry
 
     def of_group(self, layers: Iterable[str]) -> InputStatistics | None:
         """The statistics of the activation that all of `layers` read."""
@@ -127,7 +148,7 @@ class Statistics:
         assert self._writable
         with self.path.open("r+b") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+            header = read_object(file.read(size), f"{self.path.name}: its header", limits=HEADER)
             header.pop("__metadata__", None)
             file.seek(0)
             _write_header(file, header, self.metadata, size)
@@ -136,6 +157,65 @@ class Statistics:
         """Note a finished run and save."""
         self.metadata.setdefault("runs", []).append(record)
         self.save()
+
+
+def _check_entries(path: Path, names: Iterable[str], infos: Mapping[str, TensorInfo]) -> None:
+    """Raise StatisticsError unless every layer has all parts, in the shapes and dtypes of one room and width."""
+    for layer in names:
+        tokens = infos.get(f"{layer}.tokens")
+        if tokens is None or len(tokens.shape) != 2 or 0 in tokens.shape:
+            found = "missing" if tokens is None else f"of shape {tokens.shape}"
+            raise StatisticsError(f"{path.name}: layer {layer!r}: tokens is {found}, needed (tokens, channels)")
+        room, k = tokens.shape
+        for name, needed in _infos(layer, k, room).items():
+            if infos.get(name) != needed:
+                raise StatisticsError(
+                    f"{path.name}: layer {layer!r}: {name.rpartition('.')[2]} is {infos.get(name)}, needed {needed}"
+                )
+    known = {f"{layer}.{part}" for layer in names for part in PARTS}
+    if infos.keys() - known:
+        raise StatisticsError(f"{path.name}: {min(infos.keys() - known)} is no part of statistics")
+
+
+def _check_values(path: Path, layer: str, entry: InputStatistics) -> None:
+    """Raise StatisticsError for NaN, Inf, and numbers out of range: they end in errors far from here, or in none."""
+    place = f"{path.name}: layer {layer!r}"
+    for part in ("tokens", "key", "absmax", "square", "sensitivity"):
+        tensor = getattr(entry, part)
+        if not all(edge.isfinite() for edge in tensor.aminmax()):  # NaN passes through aminmax
+            raise StatisticsError(f"{place}: {part} holds NaN or Inf: the file is damaged, calibrate again")
+    ranges = {"key": (0, 1), "hold": (0, 1), "stratum": (0, STRATA - 1), "count": (0, 1 << 62)}
+    for part, (least, most) in ranges.items():
+        low, high = (edge.item() for edge in getattr(entry, part).aminmax())
+        if low < least or high > most:
+            raise StatisticsError(f"{place}: {part} holds {low} to {high}, needed {least} to {most}: calibrate again")
+    for part in ("absmax", "square"):
+        if getattr(entry, part).amin() < 0:
+            raise StatisticsError(f"{place}: {part} holds a negative number: the file is damaged, calibrate again")
+    largest = entry.tokens.abs().amax().item()
+    if largest > LARGEST_VALUE:
+        raise StatisticsError(
+            f"{place}: tokens holds {largest:.3g}, at most {LARGEST_VALUE:.0e} can be squared and added"
+        )
+
+
+def _allocate(file: BinaryIO, size: int) -> None:
+    """Make a file this long, with its room on the disk: a disk that fills up under a mapped file kills the process."""
+    file.flush()
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot promise room
+                raise
+    file.truncate(size)
+
+
+def _check_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
+    if not all(isinstance(name, str) for name in metadata.get("shared", {}).values()):
+        raise StatisticsError(f"{path.name}: shared in the header holds more than names of layers")
+    if not all(isinstance(run, dict) and "id" in run for run in metadata.get("runs", [])):
+        raise StatisticsError(f"{path.name}: runs in the header holds more than records of runs")
 
 
 def _taken(path: Path) -> int:
@@ -175,7 +255,7 @@ def _map_writable(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, torc
     """Views of the file that write through to it."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        header = read_object(file.read(size), f"{path.name}: its header", limits=HEADER)
     storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=path.stat().st_size)
     whole = torch.empty(0, dtype=torch.uint8).set_(cast(torch.UntypedStorage, storage))
     tensors = {}

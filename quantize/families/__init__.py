@@ -13,6 +13,18 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from ...kernels.discover import modules
+from ..model_config import BASE as BASE
+from ..model_config import BLOCKS as BLOCKS
+from ..model_config import FLAG as FLAG
+from ..model_config import INDEX as INDEX
+from ..model_config import LINEAR as LINEAR
+from ..model_config import NAME as NAME
+from ..model_config import NUMBER as NUMBER
+from ..model_config import POSITIONS as POSITIONS
+from ..model_config import RATIO as RATIO
+from ..model_config import SIZE as SIZE
+from ..model_config import Kind
+from ..model_config import keys as keys
 
 Channels = Callable[[int, int], tuple[int, int]]
 # newer ComfyUIs call the norms of q and k `weight` and read both names, older ones read `scale` alone
@@ -54,6 +66,7 @@ class Family:
                   tanh or erf, whose minimum of -0.17 fits the shift; never SiLU, never the product of a gated unit,
                   and only where ComfyUI's layer has a bias: that is where the shift goes
     shared_input  layers of one block that read the same activation: one smoothing, one quantization of it
+    config        keys of ComfyUI's model configuration that this family alone has and a file may set -> what they hold
     published     4-bit files that exist
     refused       why this pack cannot run the family at all
     """
@@ -69,6 +82,7 @@ class Family:
     absent: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     keep16: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Kind] = field(default_factory=dict)
     published: str = ""
     refused: str = ""
 

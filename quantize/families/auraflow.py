@@ -1,6 +1,6 @@
 """AuraFlow: joint blocks, then single blocks, all SwiGLU."""
 
-from . import Family
+from . import SIZE, Family, keys
 
 FAMILY = Family(
     name="auraflow",
@@ -22,4 +22,5 @@ FAMILY = Family(
         tuple(f"{{double_layers,single_layers}}.#.attn.{{w1,w2}}{which}" for which in "qkv"),
         tuple(f"{{double_layers,single_layers}}.#.{{mlp,mlpC,mlpX}}.c_fc{which}" for which in "12"),
     ),
+    config=keys(SIZE, "cond_seq_dim global_conddim"),
 )

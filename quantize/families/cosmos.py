@@ -1,6 +1,6 @@
 """Cosmos 1 world models (7B, 14B): blocks of self attention, cross attention and MLP, in this order."""
 
-from . import Family
+from . import FLAG, NAME, Family, keys
 
 FAMILY = Family(
     name="cosmos",
@@ -17,4 +17,5 @@ FAMILY = Family(
         tuple(f"blocks.block#.blocks.0.block.attn.to_{which}.0" for which in "qkv"),
         tuple(f"blocks.block#.blocks.1.block.attn.to_{which}.0" for which in "kv"),
     ),
+    config=keys(NAME, "block_config block_x_format extra_per_block_abs_pos_emb_type") | keys(FLAG, "affline_emb_norm"),
 )

@@ -1,6 +1,6 @@
 """Cosmos Predict2 (2B, 14B) and what is finetuned from it."""
 
-from . import Family
+from . import BASE, FLAG, Family, keys
 
 FAMILY = Family(
     name="cosmos_predict2",
@@ -24,4 +24,5 @@ FAMILY = Family(
         tuple(f"blocks.#.self_attn.{which}_proj" for which in "qkv"),
         tuple(f"blocks.#.cross_attn.{which}_proj" for which in "kv"),
     ),
+    config=keys(BASE, "min_fps max_fps") | keys(FLAG, "rope_enable_fps_modulation"),
 )

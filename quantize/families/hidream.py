@@ -1,6 +1,6 @@
 """HiDream-I1 and E1: joint attention and a mixture of SwiGLU experts."""
 
-from . import Family
+from . import BLOCKS, INDEX, Family, keys
 
 BLOCK = "{double,single}_stream_blocks.#.block"
 
@@ -31,4 +31,5 @@ FAMILY = Family(
         (f"{BLOCK}.ff_i.experts.#.w1", f"{BLOCK}.ff_i.experts.#.w3"),
         (f"{BLOCK}.ff_t.w1", f"{BLOCK}.ff_t.w3"),
     ),
+    config=keys(INDEX, "llama_layers") | keys(BLOCKS, "num_routed_experts num_activated_experts"),
 )

@@ -1,6 +1,6 @@
 """HunyuanDiT 1.0 to 1.2: a DiT with long skip connections and cross attention."""
 
-from . import Family, all_inputs
+from . import POSITIONS, SIZE, Family, all_inputs, keys
 
 FAMILY = Family(
     name="hunyuan_dit",
@@ -18,4 +18,5 @@ FAMILY = Family(
         "blocks.#.default_modulation.1": "one shift per block: small",
     },
     unsigned={"blocks.#.mlp.fc2": all_inputs},
+    config=keys(SIZE, "text_states_dim text_states_dim_t5") | keys(POSITIONS, "text_len text_len_t5"),
 )

@@ -1,6 +1,6 @@
 """HunyuanVideo (1.0, 1.5, image to video) and HunyuanImage 2.1: FLUX.1 blocks behind a refiner of the text tokens."""
 
-from . import QK_NORMS, Family, all_inputs, inputs_after_out_features
+from . import FLAG, QK_NORMS, Family, all_inputs, inputs_after_out_features, keys
 
 FAMILY = Family(
     name="hunyuan_video",
@@ -48,4 +48,5 @@ FAMILY = Family(
         "double_blocks.#.{img,txt}_mlp.2": all_inputs,
         "single_blocks.#.linear2": inputs_after_out_features,
     },
+    config=keys(FLAG, "byt5 meanflow meanflow_sum use_cond_type_embedding"),
 )

@@ -1,6 +1,6 @@
 """Kandinsky 5: image and video. ComfyUI has the class since 0.4."""
 
-from . import Family
+from . import BLOCKS, NUMBER, SIZE, Family, keys
 
 FAMILY = Family(
     name="kandinsky5",
@@ -27,4 +27,7 @@ FAMILY = Family(
         tuple(f"visual_transformer_blocks.#.self_attention.to_{which}" for which in ("query", "key", "value")),
         tuple(f"visual_transformer_blocks.#.cross_attention.to_{which}" for which in ("key", "value")),
     ),
+    config=keys(SIZE, "model_dim ff_dim in_text_dim in_text_dim2 visual_embed_dim")
+    | keys(BLOCKS, "num_text_blocks num_visual_blocks")
+    | keys(NUMBER, "rope_scale_factor"),
 )

@@ -1,6 +1,6 @@
 """Mochi 1: an image stream (x) and a narrower text stream (y), both SwiGLU with value and gate in one layer."""
 
-from . import Family
+from . import FLAG, NUMBER, POSITIONS, RATIO, SIZE, Family, keys
 
 FAMILY = Family(
     name="mochi",
@@ -13,4 +13,9 @@ FAMILY = Family(
         "blocks.#.mlp_{x,y}.{w1,w2}",
     ),
     w4a16=("blocks.#.mod_{x,y}",),
+    config=keys(SIZE, "hidden_size_x hidden_size_y t5_feat_dim")
+    | keys(POSITIONS, "t5_token_length")
+    | keys(RATIO, "mlp_ratio_x mlp_ratio_y")
+    | keys(NUMBER, "attn_drop")
+    | keys(FLAG, "out_bias patch_embed_bias posenc_preserve_area timestep_mlp_bias attend_to_padding use_t5"),
 )

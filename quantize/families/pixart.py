@@ -1,6 +1,6 @@
 """PixArt-Sigma and PixArt-Alpha. Modulation is one layer for all blocks."""
 
-from . import Family, all_inputs
+from . import FLAG, POSITIONS, Family, all_inputs, keys
 
 FAMILY = Family(
     name="pixart",
@@ -19,4 +19,5 @@ FAMILY = Family(
     ),
     keep16={"blocks.#.cross_attn.kv_linear": "reads the text, a few rows; kept in the reference as well"},
     unsigned={"blocks.#.mlp.fc2": all_inputs},
+    config=keys(POSITIONS, "model_max_length") | keys(FLAG, "micro_condition"),
 )

@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5 (medium, large, turbo): the MMDiT."""
 
-from . import Family, all_inputs
+from . import INDEX, LINEAR, NUMBER, POSITIONS, Family, all_inputs, keys
 
 FAMILY = Family(
     name="sd3",
@@ -15,4 +15,8 @@ FAMILY = Family(
     ),
     w4a16=("joint_blocks.#.{x,context}_block.adaLN_modulation.1",),
     unsigned={"joint_blocks.#.{x,context}_block.mlp.fc2": all_inputs},
+    config=keys(POSITIONS, "num_patches pos_embed_max_size")
+    | keys(NUMBER, "pos_embed_scaling_factor")
+    | keys(INDEX, "x_block_self_attn_layers")
+    | keys(LINEAR, "context_embedder_config"),
 )

@@ -1,6 +1,6 @@
 """Wan 2.1 and 2.2, text and image to video, and what is built on them (VACE, camera, HuMo, S2V, Animate)."""
 
-from . import Family, all_inputs
+from . import BLOCKS, INDEX, SIZE, Family, all_inputs, keys
 
 FAMILY = Family(
     name="wan",
@@ -26,4 +26,5 @@ FAMILY = Family(
         tuple(f"{{blocks,vace_blocks}}.#.cross_attn.{which}" for which in "kv"),
         tuple(f"{{blocks,vace_blocks}}.#.cross_attn.{which}_img" for which in "kv"),
     ),
+    config=keys(INDEX, "window_size") | keys(BLOCKS, "vace_layers") | keys(SIZE, "vace_in_dim"),
 )

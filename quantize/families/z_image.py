@@ -1,6 +1,6 @@
 """Z-Image and Z-Image-Turbo: ComfyUI's NextDiT with the small modulation (a bare linear, so its name ends in `.0`)."""
 
-from . import Family
+from . import FLAG, POSITIONS, Family, keys
 
 FAMILY = Family(
     name="z_image",
@@ -24,4 +24,5 @@ FAMILY = Family(
             "{layers,noise_refiner,context_refiner}.#.feed_forward.w3",
         ),
     ),
+    config=keys(FLAG, "z_image_modulation") | keys(POSITIONS, "pad_tokens_multiple"),
 )

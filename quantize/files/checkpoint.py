@@ -14,6 +14,8 @@ from ...kernels import COMPUTES, computes_of
 from ...kernels.layer import Layer, LayerError, LayerSpec, check_values
 from .tensor_file import TensorInfo
 
+FLOATS = ("weight", "bias", "scale")  # what ends so in a 16-bit model is never a tensor of integers
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used. The message names file, layer, what was found and what was needed."""
@@ -46,6 +48,7 @@ class Checkpoint:
     specs       layer name -> LayerSpec of every 4-bit layer, under ComfyUI's layer names
     rest        tensor name -> TensorInfo of everything else, biases of 4-bit layers included
     metadata    header strings that mean nothing to us; they are kept when the model is written again
+    raises      CheckpointError for a weight, bias or scale of integers
     """
 
     path: Path
@@ -58,6 +61,14 @@ class Checkpoint:
     _read_rest: Callable[[str], torch.Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, info in self.rest.items():
+            if name.rpartition(".")[2] in FLOATS and not info.dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{self.path.name}: {name} has dtype {str(info.dtype).removeprefix('torch.')}, needed floating "
+                    "point. The header was edited or the file is damaged: download or write it again"
+                )
+
     def layer(self, name: str) -> Layer:
         """Read one layer. Raises CheckpointError if its tensors do not fit its spec or hold NaN or Inf."""
         spec, tensors = self.specs[name], self._read_layer(name)
@@ -69,8 +80,13 @@ class Checkpoint:
         return layer
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor of `rest`."""
-        return self._read_rest(name)
+        """Read one tensor of `rest`. Raises CheckpointError if it holds NaN or Inf."""
+        tensor = self._read_rest(name)
+        try:
+            check_values({name: tensor})
+        except LayerError as error:
+            raise CheckpointError(f"{self.path.name}: {error}") from error
+        return tensor
 
     def check_compute(self, compute: str) -> None:
         """Raise CheckpointError if some layers cannot compute in this mode (see kernels/modes.py), naming what can."""

@@ -7,15 +7,27 @@ recipe       JSON, settings of the quantization
 
 import json
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ...kernels.layer import LayerSpec
 from ..families import FamilyError
 from ..families import detect as detect_family
+from .bounded_json import JsonError, Kind, read_object
 from .checkpoint import CheckpointError, Provenance
 from .tensor_file import TensorFile
 
 VERSION = 1
 OURS = ("svdquant", "unet_config", "recipe")
+KINDS: dict[str, Kind] = {"version": int, "family": str, "pinned": list, "formats": dict, "source_hash": str}
+
+
+def entry(file: TensorFile, key: str) -> dict[str, Any]:
+    """One JSON object of the header, {} where there is none. Raises CheckpointError for anything else."""
+    where = f"{file.path.name}: {key} in the header"
+    try:
+        return read_object(file.metadata.get(key, "{}"), where, KINDS if key == "svdquant" else None)
+    except JsonError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def metadata_of(provenance: Provenance, specs: Mapping[str, LayerSpec]) -> dict[str, str]:
@@ -37,12 +49,10 @@ def metadata_of(provenance: Provenance, specs: Mapping[str, LayerSpec]) -> dict[
 
 def provenance_of(file: TensorFile, weights: Iterable[str], family: str | None = None) -> Provenance:
     """Read the header; where neither it nor the caller says it the family is found from the names of `weights`."""
-    try:
-        texts = (file.metadata.get(key, "{}") for key in ("svdquant", "unet_config", "recipe"))
-        svdquant, config, recipe = map(json.loads, texts)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file.path.name}: the metadata is not JSON ({error})") from error
-    _check_types(file, svdquant, config, recipe)
+    svdquant, config, recipe = (entry(file, key) for key in OURS)
+    pinned = svdquant.get("pinned", [])
+    if not all(isinstance(key, str) for key in pinned):
+        raise CheckpointError(f"{file.path.name}: svdquant in the header: pinned holds more than names")
     if svdquant.get("version", VERSION) > VERSION:
         raise CheckpointError(
             f"{file.path.name}: written as version {svdquant['version']} of the native checkpoint, this pack reads "
@@ -52,28 +62,12 @@ def provenance_of(file: TensorFile, weights: Iterable[str], family: str | None =
         family = family or svdquant.get("family") or detect_family(weights).name
     except FamilyError as error:
         raise CheckpointError(f"{file.path.name}: {error}") from error
-    return Provenance(family, config, tuple(svdquant.get("pinned", ())), recipe, svdquant.get("source_hash", ""))
-
-
-def _check_types(file: TensorFile, svdquant: object, config: object, recipe: object) -> None:
-    objects: dict[str, object] = {"svdquant": svdquant, "unet_config": config, "recipe": recipe}
-    kinds: dict[str, type] = dict.fromkeys(objects, dict)
-    if isinstance(svdquant, dict):
-        objects |= svdquant
-        kinds |= {"version": int, "family": str, "pinned": list, "formats": dict, "source_hash": str}
-    for key, kind in kinds.items():
-        if not isinstance(objects.get(key, kind()), kind):
-            raise CheckpointError(
-                f"{file.path.name}: {key} in the metadata is {objects[key]!r:.40}, needed {kind.__name__}"
-            )
-    pinned = objects.get("pinned")
-    if isinstance(pinned, list) and not all(isinstance(key, str) for key in pinned):
-        raise CheckpointError(f"{file.path.name}: pinned in the metadata holds more than names")
+    return Provenance(family, config, tuple(pinned), recipe, svdquant.get("source_hash", ""))
 
 
 def check_stated(file: TensorFile, specs: Mapping[str, LayerSpec]) -> None:
     """Raise CheckpointError where the metadata states another format than a layer's tensors have."""
-    for name, stated in json.loads(file.metadata.get("svdquant", "{}")).get("formats", {}).items():
+    for name, stated in entry(file, "svdquant").get("formats", {}).items():
         if name in specs and specs[name].format != stated:
             raise CheckpointError(
                 f"{file.path.name}: layer {name!r}: the metadata says {stated}, its tensors are {specs[name].format}. "

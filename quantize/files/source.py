@@ -1,6 +1,5 @@
 """Where 16-bit weights come from: a file here, a loaded model in a host. Both look like a Source."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from ..families import detect
+from .bounded_json import JsonError, read_object
 from .dialects import speaking
 from .tensor_file import PREFIXES, TensorFile, TensorFileError, TensorInfo
 
@@ -128,7 +128,7 @@ def shards(path: Path) -> list[Path]:
 def model_config(file: TensorFile) -> dict[str, Any]:
     """ComfyUI's model configuration from a file's metadata, {} where it has none. Not every `config` is one."""
     try:
-        config = json.loads(file.metadata.get("config", "{}"))
-    except json.JSONDecodeError:
+        config = read_object(file.metadata.get("config", "{}"), f"{file.path.name}: config in the header")
+    except JsonError:
         return {}
-    return config if isinstance(config, dict) and "_class_name" not in config else {}
+    return {} if "_class_name" in config else config

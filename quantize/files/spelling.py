@@ -13,6 +13,8 @@ import torch
 
 from ...kernels.formats import FORMATS, SIXTEEN_BIT, Format
 from ...kernels.layer import LayerError, LayerSpec
+from .bounded_json import MARKER as LARGEST_MARKER
+from .bounded_json import JsonError, read_object
 from .tensor_file import TensorFile, TensorInfo
 
 MARKER = "comfy_quant"
@@ -70,13 +72,14 @@ def marker_tensor(marker: Mapping[str, Any]) -> torch.Tensor:
 
 def read_marker(file: TensorFile, layer: str) -> dict[str, Any]:
     """The `comfy_quant` JSON of a layer. Raises LayerError for anything else."""
+    name = f"{layer}.{MARKER}"
+    size = file.infos[name].nbytes
+    if size > LARGEST_MARKER.size:  # before it is read
+        raise LayerError(f"{MARKER} has {size:,} bytes, at most {LARGEST_MARKER.size:,} are read")
     try:
-        marker = json.loads(bytes(file[f"{layer}.{MARKER}"].flatten().view(torch.uint8).numpy()))
-    except (ValueError, RecursionError) as error:
-        raise LayerError(f"{MARKER} is not JSON ({error})") from error
-    if not isinstance(marker, dict):
-        raise LayerError(f"{MARKER} is a {type(marker).__name__}, needed an object")
-    return marker
+        return read_object(bytes(file.read(name).flatten().view(torch.uint8).numpy()), MARKER, limits=LARGEST_MARKER)
+    except JsonError as error:
+        raise LayerError(str(error)) from error
 
 
 def marked_layers(file: TensorFile) -> list[str]:

@@ -1,10 +1,12 @@
 """Safetensors files, read lazily and written one tensor at a time.
 
-Reading maps the file into memory: a tensor costs nothing until it is used. Writing streams: the header's room is
+`read` copies a tensor into memory. `file[name]` maps it, which costs nothing until it is used, but a mapped file that
+somebody cuts short kills the process: it is for files that nobody else writes. Writing streams: the header's room is
 computed from a plan, data follows as it is made, and the file gets its name only when it is whole.
 """
 
 import contextlib
+import io
 import json
 import os
 import struct
@@ -15,6 +17,8 @@ from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from .bounded_json import HEADER, USUAL, read_object
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -59,7 +63,7 @@ class TensorInfo:
 
 
 class TensorFile(Mapping[str, torch.Tensor]):
-    """name -> memory-mapped tensor of one safetensors file.
+    """name -> memory-mapped tensor of one safetensors file; see `read` for a copy.
 
     infos     name -> TensorInfo, from the header alone
     metadata  the header's string table
@@ -77,7 +81,8 @@ class TensorFile(Mapping[str, torch.Tensor]):
             self.metadata: dict[str, str] = dict(sorted((self._file.metadata() or {}).items()))
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a dict
             self.infos = {name: _info(part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-            self._starts = _data_starts(self.path)
+            self._stream = self.path.open("rb", buffering=0)  # of this very file, whatever its name stands for later
+            self._starts = _data_starts(self._stream)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise TensorFileError(
                 f"{self.path.name}: not a whole safetensors file ({error}). It may be truncated: compare its size "
@@ -96,17 +101,24 @@ class TensorFile(Mapping[str, torch.Tensor]):
         """
         info = self.infos[name]
         data = torch.empty(info.nbytes, dtype=torch.uint8) if buffer is None else buffer[: info.nbytes]
-        with self.path.open("rb", buffering=0) as stream:
-            stream.seek(self._starts[name])
-            view, done = data.numpy().data, 0
-            while done < info.nbytes:
-                count = stream.readinto(view[done:])
-                if not count:
-                    raise TensorFileError(
-                        f"{self.path.name}: {name} ends early; the file was changed while it was read"
-                    )
-                done += count
+        view, done = data.numpy().data, 0
+        while done < info.nbytes:
+            try:
+                count = self._read_at(self._starts[name] + done, view[done:])
+            except OSError as error:
+                raise TensorFileError(f"{self.path.name}: {name} cannot be read ({error})") from error
+            if not count:
+                raise TensorFileError(f"{self.path.name}: {name} ends early; the file was changed after it was opened")
+            done += count
         return data.view(info.dtype).view(info.shape)
+
+    def _read_at(self, start: int, buffer: memoryview) -> int:
+        """Fill `buffer` with what is in the file from `start` on, for any thread; returns how many bytes that were."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._stream.fileno(), [buffer], start)
+        with self.path.open("rb", buffering=0) as stream:  # Windows, where an open file cannot be replaced
+            stream.seek(start)
+            return stream.readinto(buffer)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
@@ -115,11 +127,10 @@ class TensorFile(Mapping[str, torch.Tensor]):
         return len(self.infos)
 
 
-def _data_starts(path: Path) -> dict[str, int]:
+def _data_starts(stream: io.FileIO) -> dict[str, int]:
     """tensor name -> where its data starts in the file"""
-    with path.open("rb") as stream:
-        (size,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(size))
+    (size,) = struct.unpack("<Q", stream.read(8))
+    header = read_object(stream.read(size), "the header", limits=HEADER)
     return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
@@ -158,7 +169,8 @@ class TensorFolder(TensorFile):
         for name in ("config", "comfy_config"):
             file = self.path / f"{name}.json"
             if file.is_file():
-                self.metadata[name] = file.read_text(encoding="utf-8", errors="replace")
+                with file.open(encoding="utf-8", errors="replace") as stream:
+                    self.metadata[name] = stream.read(USUAL.size + 1)  # a longer one is refused where it is used
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._files[name][name]

@@ -19,7 +19,7 @@ from .deltas import Delta, LoraError, Offset, span
 from .fit import Dora, LoraLimits, dora, fit
 from .loras import LayerLoras
 from .store import FactorStore
-from .terms import DenseDelta, Factors, Term, WeightFunction, factored, grouped
+from .terms import DenseDelta, Factors, Term, WeightFunction, check_numbers, factored, grouped
 
 
 class Note(NamedTuple):
@@ -85,6 +85,7 @@ class PatchedWeight:
 
     def _apply(self, group: list[Term]) -> None:
         term, form = group[0], group[0].form
+        check_numbers(term)
         if term.own != 1:
             self._scale(term.own, term.offset)
         if isinstance(form, DenseDelta):

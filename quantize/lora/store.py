@@ -1,5 +1,6 @@
 """What was made of LoRA files, kept for as long as the files are in memory."""
 
+import math
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -56,9 +57,10 @@ class FactorStore:
         self.get((layer, "plain"), plain.identity, sources, lambda: None)
 
     def at_strengths(self, layer: str, identity: tuple[object, ...], strengths: Sequence[float]) -> LayerLoras | None:
-        """The LoRAs that a layer was last given, with other strengths; None if it was given others."""
+        """The LoRAs that a layer was last given, with other strengths; None if it was given others, or they
+        are not finite, which `PatchedWeight.loras` refuses by name."""
         plain = self._plain.get(layer)
-        if plain is None or plain.identity != identity:
+        if plain is None or plain.identity != identity or not all(map(math.isfinite, strengths)):
             return None
         scales = tuple(strength * alpha for strength, alpha in zip(strengths, plain.alphas, strict=True))
         return LayerLoras(plain.deltas, scales)

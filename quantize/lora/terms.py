@@ -9,6 +9,7 @@ What a delta is made of decides how it gets into factored form:
     WeightFunction  the nearest columns of f(W) - W at this very strength (set, OFT, BOFT, GLoRA)
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -129,6 +130,16 @@ class Term:
     own: float
     offset: Offset | None
     form: Factors | DenseDelta | WeightFunction | None
+
+
+def check_numbers(term: Term) -> None:
+    """Raise LoraError for a strength or alpha that is NaN or infinite: every output of the layer would be."""
+    numbers = {"strength": term.strength, "strength of the model": term.own}
+    if isinstance(term.form, LoraFactors | LohaFactors | LokrFactors):
+        numbers["alpha over its rank"] = term.form.alpha
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise LoraError(f"the {name} is {number}, needed a finite number")
 
 
 def factored(group: Sequence[Term], shape: tuple[int, int], limits: LoraLimits) -> tuple[Delta, float]:

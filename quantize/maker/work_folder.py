@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..files.bounded_json import JsonError, read_object
 from ..files.tensor_file import TensorFile, TensorFileError, TensorInfo, TensorWriter
 
 
@@ -28,6 +29,12 @@ def digest(parts: Iterable[str | torch.Tensor]) -> str:
     return made.hexdigest()
 
 
+def _checksum(tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> str:
+    """Of everything in an entry: a flipped byte is not taken up into the file."""
+    named = [part for name in sorted(tensors) for part in (name, tensors[name])]
+    return digest([json.dumps(record, sort_keys=True), *named])
+
+
 class WorkFolder:
     """The folder of one target file; made when the first layer is kept, gone when the run is finished."""
 
@@ -40,12 +47,14 @@ class WorkFolder:
         return cls(target.with_name(f".{target.name}.work"))
 
     def find(self, key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """(tensors, record) kept under `key`; None where there is none or it was cut short."""
+        """(tensors, record) kept under `key`; None where there is none, or it is not what was kept."""
         try:
             file = TensorFile(self._file(key))
-        except TensorFileError:
+            tensors = {name: file.read(name) for name in file}
+            record = read_object(file.metadata.get("record", ""), "record")
+        except (TensorFileError, JsonError):
             return None
-        return {name: file[name] for name in file}, json.loads(file.metadata["record"])
+        return (tensors, record) if file.metadata.get("checksum") == _checksum(tensors, record) else None
 
     def keep(self, key: str, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
         """Write whole or not at all."""
@@ -53,6 +62,7 @@ class WorkFolder:
             for name, part in tensors.items():
                 writer.write(name, part)
             writer.metadata["record"] = json.dumps(record)
+            writer.metadata["checksum"] = _checksum(tensors, record)
 
     def clear(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

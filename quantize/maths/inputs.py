@@ -6,18 +6,19 @@ x is what the model hands to the layer, the shift is that of unsigned channels. 
 kernels call `smooth_factor`, here always (K,) float32 that holds 16-bit values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from ...kernels.formats import GELU_SHIFT
-from ...kernels.layer import LayerSpec
+from ...kernels.layer import LayerError, LayerSpec
 from ...kernels.roundtrip import rounded as round_trip
 from ..recipe import HESSIAN_STEP
 
 TOKENS_AT_ONCE = 2048
+MOST_DAMPINGS = 12  # each ten times the one before
 LARGEST_BLOCK = 16384  # columns of one Gram block: float32 takes 1 GiB there
 
 
@@ -153,12 +154,32 @@ def _root(block: torch.Tensor, damping: float) -> torch.Tensor:
     wide = block.clone() if len(block) > Gram.WIDE else block.double()
     level = wide.diagonal().mean().clamp_min(1e-30)
     wide.diagonal().add_(damping * level)
-    lower, failed = torch.linalg.cholesky_ex(wide)
-    while failed:
-        damping = max(10 * damping, 1e-6)
-        wide.diagonal().add_(damping * level)
-        lower, failed = torch.linalg.cholesky_ex(wide)
-    return lower.float()
+    more, dampings = damping, []
+    for _ in range(MOST_DAMPINGS):
+        more = max(10 * more, 1e-6)
+        dampings.append(more * level)
+    return cholesky(wide, dampings).float()
+
+
+def cholesky(matrix: torch.Tensor, dampings: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Lower triangular C with C C.T = matrix + as many of `dampings` on its diagonal as that needs; in place
+
+    More than a few are needed by no matrix of second moments. raises  LayerError after the last one
+    """
+    if not matrix.diagonal().isfinite().all():
+        raise LayerError("the second moments of its input are not finite; the statistics hold NaN, Inf or huge values")
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    for damping in dampings:
+        if not failed:
+            break
+        matrix.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+    if failed or not lower.isfinite().all():
+        raise LayerError(
+            f"the second moments of its input cannot be factorized, with {len(dampings)} dampings either; calibrate "
+            "again, the statistics are damaged"
+        )
+    return lower
 
 
 @dataclass(frozen=True)

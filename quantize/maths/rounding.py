@@ -12,10 +12,11 @@ import torch
 
 from ...kernels.formats import Format
 from ...kernels.packing import pack
-from .inputs import Gram
+from .inputs import MOST_DAMPINGS, Gram, cholesky
 
 CHUNK = 1 << 18  # elements worked on at once: they stay in the processor's cache
 DAMPING = 0.01  # of the mean diagonal, added to it
+ALIKE = 64  # dampings of the same size, before they rise
 BLOCK = 128  # columns between two updates of everything that follows
 
 
@@ -123,10 +124,9 @@ def _factorize_block(hessian: torch.Tensor, damping: float) -> tuple[torch.Tenso
     damped.diagonal().add_(damping * level)
     damped.diagonal()[(diagonal <= 0)[flipped]] = 1
     wide = damped if len(damped) > Gram.WIDE else damped.double()
-    lower, failed = torch.linalg.cholesky_ex(wide)
-    while failed:  # round-off of a nearly singular float32 matrix
-        wide.diagonal().add_(damping * level)
-        lower, failed = torch.linalg.cholesky_ex(wide)
+    # round-off of a nearly singular float32 matrix: the same again, and where many do not help, more and more
+    rising = [max(damping, 1e-6) * 10**power for power in range(1, MOST_DAMPINGS + 1)]
+    lower = cholesky(wide, [more * level for more in [damping] * ALIKE + rising])
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
     return order, upper.float().contiguous()

@@ -168,3 +168,28 @@ def test_a_layer_that_lacks_its_scale_is_refused(tmp_path):
     del stored["transformer_blocks.0.out_proj.wtscale"]
     with pytest.raises(CheckpointError, match=r"out_proj' has no scale per tensor"):
         open_checkpoint(save_model(tmp_path / "x.safetensors", stored))
+
+
+INTEGERS = {"b.0.bias": torch.ones(128, dtype=torch.int16), "head.weight": torch.ones(4, 4, dtype=torch.int8)}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_a_tensor_of_integers_is_no_weight(tmp_path, name):
+    """A bias of int16 was loaded, with the wrong numbers."""
+    tensors = native.encode_layer("b.0", random_layer("int4", 128, 128, 16, dtype=torch.bfloat16))
+    path = save_model(tmp_path / "x.safetensors", tensors | {name: INTEGERS[name]})
+    with pytest.raises(CheckpointError, match=rf"^x.safetensors: .*{name} has dtype int"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_nan_outside_the_4bit_layers_is_named(tmp_path, bad):
+    tensors = native.encode_layer("b.0", random_layer("int4", 128, 128, 16, dtype=torch.bfloat16))
+    tensors |= {"b.0.bias": torch.zeros(128), "head.weight": torch.zeros(4, 4), "position_ids": torch.arange(3)}
+    for name in ("b.0.bias", "head.weight"):
+        damaged = tensors[name].clone()
+        damaged.view(-1)[-1] = bad
+        checkpoint = open_checkpoint(save_model(tmp_path / "x.safetensors", tensors | {name: damaged}))
+        assert checkpoint.tensor("position_ids").tolist() == [0, 1, 2]
+        with pytest.raises(CheckpointError, match=rf"^x.safetensors: {name} holds NaN or Inf"):
+            checkpoint.tensor(name)

@@ -38,7 +38,13 @@ def server():
 
         def do_GET(self):
             place = self.path.rpartition("/")[2]
+            if place == "queue":
+                self.answer(200, {"queue_running": [], "queue_pending": []})
+                return
             status = {"completed": True, "status_str": "success", "messages": []}
+            if queued[int(place)]["3"]["inputs"]["text"] == "forget":  # as after a restart
+                self.answer(200, {})
+                return
             if queued[int(place)]["3"]["inputs"]["text"] == "fail":
                 message = ["execution_error", {"exception_message": "out of luck\n"}]
                 status = {"completed": False, "status_str": "error", "messages": [message]}
@@ -57,7 +63,10 @@ def test_every_prompt_is_run_once_with_its_own_seed(server):
     assert [graph["8"]["inputs"]["seed"] for graph in queued] == [0, 1]
 
 
-@pytest.mark.parametrize(("prompt", "message"), [("fail", "out of luck"), ("refuse", "invalid_prompt")])
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("fail", "out of luck"), ("refuse", "invalid_prompt"), ("forget", "knows nothing of the run 0")],
+)
 def test_failures_say_what_the_server_said(server, prompt, message):
     with pytest.raises(CalibrateError, match=message):
         calibrate(server[0], WORKFLOW, [prompt], poll=0)
@@ -87,3 +96,9 @@ def test_the_shipped_prompts_are_many_and_distinct(tmp_path):
     (tmp_path / "p.txt").write_text("# nothing\n\n")
     with pytest.raises(CalibrateError, match="holds no prompt"):
         read_prompts(tmp_path / "p.txt")
+
+
+def test_a_server_that_is_gone_is_an_error_of_the_system(server):
+    url = server[0].rpartition(":")[0] + ":9"
+    with pytest.raises(OSError, match=r"refused|cannot"):
+        calibrate(url, WORKFLOW, ["a cat"], poll=0)

@@ -232,3 +232,19 @@ def test_a_kronecker_product_of_full_rank_takes_no_columns(packed):
     loras = weight.loras([term(FORMS["lokr"][0])])
     assert isinstance(loras.deltas[0], Kron) and loras.rank == 0
     assert [(note.kind, note.columns, note.kept) for note in weight.notes] == [("LokrFactors", 0, 1.0)]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_refused_by_name(packed, number):
+    numbers = {
+        "strength": term(lora(), number),
+        "strength of the model": term(lora(), own=number),
+        "alpha over its rank": term(lora(alpha=number)),
+    }
+    for name, bad in numbers.items():
+        with pytest.raises(LoraError, match=f"LoraFactors.*the {name} is {number}"):
+            weight_of(packed).loras([bad])
+    store, plain = FactorStore(), weight_of(packed).loras([term(lora())])
+    store.remember("layer", PlainLoras((1,), plain.deltas, (0.5,)), [])
+    assert store.at_strengths("layer", (1,), [2.0]).scales == (1.0,)
+    assert store.at_strengths("layer", (1,), [number]) is None

@@ -1,12 +1,19 @@
 """Safetensors files: lazy reading, streamed writing, nothing half-written."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from svdquant_pack.quantize.files.dialects import native
 from svdquant_pack.quantize.files.tensor_file import DTYPES, TensorFile, TensorFileError, TensorInfo, TensorWriter
+from svdquant_pack.tests.kernels.layers import random_layer
 
 FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 
@@ -95,3 +102,44 @@ def test_a_damaged_file_is_named(tmp_path, kind):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(TensorFileError, match="no such file"):
         TensorFile(tmp_path / "gone.safetensors")
+
+
+CUT_SHORT = """
+import importlib.util, os, sys
+sys.path.insert(0, {tests!r})
+import conftest
+from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.files.tensor_file import TensorFileError
+checkpoint = open_checkpoint({path!r})
+os.truncate({path!r}, os.path.getsize({path!r}) // 2)
+said = []
+for read, names in ((checkpoint.layer, checkpoint.specs), (checkpoint.tensor, checkpoint.rest)):
+    for name in names:
+        try:
+            read(name)
+        except TensorFileError as error:
+            said.append(str(error))
+assert said and all("x.safetensors" in text and "ends early" in text for text in said), said
+print("refused", len(said))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="Windows does not let an open file be cut short")
+def test_a_file_cut_short_after_opening_is_an_error_and_no_signal(tmp_path):
+    """In a process of its own: reading a mapped file there ends it by SIGBUS."""
+    layers = {f"blocks.{i}.proj": random_layer("int4", 128, 512, 16, dtype=torch.bfloat16) for i in range(8)}
+    tensors = {key: part for name, layer in layers.items() for key, part in native.encode_layer(name, layer).items()}
+    path = tmp_path / "x.safetensors"
+    save_file(tensors | {"head.weight": torch.ones(256, 256)}, path)
+    script = CUT_SHORT.format(tests=str(Path(__file__).resolve().parents[1]), path=str(path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("refused"), (done.returncode, done.stderr[-500:])
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="Windows does not let an open file be replaced")
+def test_a_replaced_file_is_still_the_one_that_was_opened(tmp_path):
+    save_file({"a": torch.zeros(8)}, tmp_path / "x.safetensors")
+    save_file({"long name": torch.ones(99), "a": torch.ones(8)}, tmp_path / "new.safetensors")
+    file = TensorFile(tmp_path / "x.safetensors")
+    (tmp_path / "new.safetensors").replace(file.path)
+    assert not file.read("a").any()

@@ -20,7 +20,6 @@ by smooth_factor when it is read. A missing act_unsigned means true for the laye
 act_unsigned holds for a whole layer or not at all.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -31,6 +30,7 @@ from ....kernels.formats import STOCK_RULE
 from ....kernels.layer import RANK_TILE, Layer, LayerError, LayerSpec
 from .. import spelling
 from .. import tiles as layout
+from ..bounded_json import JsonError, read_object
 from ..checkpoint import Checkpoint, CheckpointError
 from ..header import kept_metadata, metadata_of, provenance_of
 from ..spelling import MARKER, formats_of, marker_tensor, read_marker
@@ -73,9 +73,9 @@ def speaks(file: TensorFile) -> bool:
 def _stated(file: TensorFile) -> dict[str, dict[str, Any]]:
     """Our formats' layers in the header's `_quantization_metadata`."""
     try:
-        layers = json.loads(file.metadata.get("_quantization_metadata", "{}"))["layers"]
+        layers = read_object(file.metadata.get("_quantization_metadata", "{}"), "_quantization_metadata")["layers"]
         return {name: marker for name, marker in layers.items() if marker["format"] in tuple(formats_of(NAME))}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (JsonError, TypeError, KeyError, AttributeError):
         return {}
 
 

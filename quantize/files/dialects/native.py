@@ -202,8 +202,8 @@ def open_file(file: TensorFile) -> Checkpoint:
         provenance=provenance,
         specs=specs,
         rest=rest,
-        _read_layer=lambda layer: {part: file[name] for part, name in layers[layer].items()},
-        _read_rest=file.__getitem__,
+        _read_layer=lambda layer: {part: file.read(name) for part, name in layers[layer].items()},
+        _read_rest=file.read,
         metadata=kept_metadata(file),
     )
 

@@ -8,13 +8,13 @@ svdquant             JSON, ours: "shapes" {stored layer: [N, K]} of padded layer
                      checkpoint has there
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .....kernels.formats import FORMATS
 from .....kernels.layer import RANK_TILE, LayerSpec
 from ...checkpoint import CheckpointError
+from ...header import entry
 from ...tensor_file import TensorFile
 from .layers import up_to
 from .names import NAME_MAPS
@@ -28,17 +28,6 @@ PRECISIONS = {  # what headers call a format with a low-rank branch
     if fmt.low_rank
 }
 WRITERS_DEFAULT_RANK = 32  # what Nunchaku's merge tool writes where it finds no `lora_down`, whatever the rank is
-
-
-def entry(file: TensorFile, key: str) -> dict[str, Any]:
-    """One JSON object of the header, {} where there is none. Raises CheckpointError for anything else."""
-    try:
-        value = json.loads(file.metadata.get(key, "{}"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{file.path.name}: {key} in the header is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file.path.name}: {key} in the header is a {type(value).__name__}, needed an object")
-    return value
 
 
 def detect_names(keys: Iterable[str], file: str) -> NameMap:

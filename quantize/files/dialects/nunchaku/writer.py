@@ -8,6 +8,7 @@ import torch
 
 from .....kernels.formats import DEFAULT, FORMATS, STOCK_RULE, Format
 from .....kernels.layer import RANK_TILE, Layer, LayerError, LayerSpec, shifted_bias_term
+from ...bounded_json import read_object
 from ...checkpoint import Checkpoint, CheckpointError
 from ...header import VERSION, metadata_of
 from ...tensor_file import TensorWriter
@@ -349,7 +350,7 @@ def _metadata(run: SaveRun) -> dict[str, str]:
     kept = {key: text for key, text in checkpoint.metadata.items() if key != "quantization_config"}
     ours = metadata_of(checkpoint.provenance, {})
     if run.shapes:
-        ours["svdquant"] = json.dumps({**json.loads(ours["svdquant"]), "shapes": run.shapes})
+        ours["svdquant"] = json.dumps({**read_object(ours["svdquant"], "svdquant"), "shapes": run.shapes})
     made = {"config": json.dumps({"_class_name": names.class_name}), "model_class": names.model_class}
     if names.name == "flux" and checkpoint.provenance.unet_config:
         config = dict(checkpoint.provenance.unet_config)

@@ -1,0 +1,83 @@
+"""Statistics that no run can have written are refused by file, layer and part; what they led to ends by itself."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from svdquant_pack.kernels.layer import LayerError
+from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
+from svdquant_pack.quantize.calibration.tokens import ModelCall
+from svdquant_pack.quantize.files.tensor_file import TensorFile
+from svdquant_pack.quantize.maths.inputs import Gram
+from svdquant_pack.quantize.maths.rounding import factorize
+
+BAD = float("nan"), float("inf")
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """(part, change) -> a statistics file in which that part of layer `a` is changed"""
+    path = tmp_path / "s.safetensors"
+    statistics = Statistics.create(path, {"a": 64}, 16, {"family": "flux", "runs": []})
+    x = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(0))
+    statistics.entries["a"].observe(x, ModelCall(0, 4), torch.Generator().manual_seed(0))
+    statistics.save()
+
+    def change(part, edit):
+        tensors, metadata = load_file(path), TensorFile(path).metadata
+        changed = edit(tensors.pop(f"a.{part}"))
+        save_file(tensors | ({} if changed is None else {f"a.{part}": changed}), path, metadata)
+        return path
+
+    return change
+
+
+def first(value):
+    def edit(tensor):
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return edit
+
+
+@pytest.mark.parametrize("part", ["tokens", "key", "stratum", "hold", "absmax", "square", "count", "sensitivity"])
+@pytest.mark.parametrize(
+    "edit", [lambda t: None, lambda t: t[:-1].clone(), lambda t: t[None].clone(), lambda t: t.double()]
+)
+def test_a_part_of_another_form_is_refused_on_opening(damaged, part, edit):
+    with pytest.raises(StatisticsError, match=r"^s.safetensors: layer 'a': "):
+        Statistics.open(damaged(part, edit))
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [(part, bad) for part in ("tokens", "key", "absmax", "square", "sensitivity") for bad in BAD]
+    + [("tokens", 3e38), ("key", 2), ("stratum", 999), ("stratum", -1), ("hold", 7), ("count", -1), ("absmax", -1)],
+)
+def test_numbers_that_no_run_has_written_are_refused_when_used(damaged, part, value):
+    statistics = Statistics.open(damaged(part, first(value)))
+    with pytest.raises(StatisticsError, match=rf"^s.safetensors: layer 'a': {part} holds"):
+        statistics.of_group(["a"])
+
+
+def test_what_a_run_has_written_is_used(damaged):
+    assert Statistics.open(damaged("tokens", lambda t: t)).entry("a").kept == 16
+
+
+@pytest.mark.parametrize("bad", [*BAD, -1e9])
+def test_a_hessian_that_has_no_factor_ends_with_an_error(bad):
+    """It was damped for ever: NaN plus a damping is NaN."""
+    block = torch.eye(64)
+    block[3, 5] = block[5, 3] = bad
+    for work in (factorize, lambda gram: gram.root(0.01)):
+        try:
+            made = work(Gram((0,), (block.clone(),)))
+        except LayerError as error:
+            assert "second moments" in str(error)
+            continue
+        assert bad == -1e9 and made  # dampings that rise are enough for this one
+    block[7, 7] = bad
+    for work in (factorize, lambda gram: gram.root(0.01)):
+        if bad != -1e9:
+            with pytest.raises(LayerError, match="not finite"):
+                work(Gram((0,), (block.clone(),)))
