@@ -5,6 +5,7 @@ from pathlib import Path
 import folder_paths
 
 from ...quantize.calibration.file import Statistics
+from ...quantize.files.lifecycle import leftovers
 from ...quantize.files.names import FileNameError, inside
 from ...quantize.files.tensor_file import LEGACY_FOLDER, folder_files
 
@@ -70,6 +71,17 @@ def refuse_name(file_name: str | None) -> str | None:
     None, which the host passes for a text that comes from another node, is checked when that text is there.
     """
     return None if file_name is None else _reason(write_folder(), file_name, MODEL_SUFFIX)
+
+
+def leftover_text() -> str:
+    """What stopped runs left in the folders that the pack writes to, in one line; empty where there is nothing."""
+    folders = [folder for folder in (write_folder(), statistics_folder()) if folder.is_dir()]
+    found = [each for folder in folders for each in leftovers(folder) if not each.in_use or each.elsewhere]
+    if not found:
+        return ""
+    where = " and ".join(dict.fromkeys(str(each.path.parent) for each in found))
+    size = sum(each.size for each in found)
+    return f"{len(found)} unfinished files of stopped runs, {size:,} bytes, in {where}: `python -m quantize clean` them"
 
 
 def _reason(folder: Path, file_name: str, suffix: str) -> str | None:

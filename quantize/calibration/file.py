@@ -17,7 +17,6 @@ Which tokens stay: see `tokens.py`.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
+from ..files.lifecycle import reserve, temporary_for
 from ..files.tensor_file import DTYPE_NAMES, TensorFile, TensorInfo
 from .tokens import BUCKETS, InputStatistics
 
@@ -74,7 +74,7 @@ class Statistics:
     def create(
         cls, path: str | Path, widths: Mapping[str, int], room: int, metadata: Mapping[str, Any]
     ) -> "Statistics":
-        """A new file for layers of these input widths, `room` tokens each; sparse until it is filled."""
+        """A new file for layers of these input widths, `room` tokens each, which has its whole room on disk at once."""
         path = Path(path)
         infos = {name: info for layer, k in widths.items() for name, info in _infos(layer, k, room).items()}
         # widest numbers first: then each tensor is aligned for its own, without gaps, which safetensors forbids
@@ -88,12 +88,18 @@ class Statistics:
             }
             offset += info.nbytes
         path.parent.mkdir(parents=True, exist_ok=True)
-        _check_disk(path, offset - _taken(path))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            _write_header(file, header, dict(metadata), None)
-            file.truncate(file.tell() + offset)
-        temporary.replace(path)
+        temporary = temporary_for(path)
+        _check_disk(path, offset)
+        try:
+            with temporary.open("wb") as file:
+                _write_header(file, header, dict(metadata), None)
+                size = file.tell() + offset
+                reserve(file, size)
+                file.truncate(size)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         return cls.open(path, writable=True)
 
     @classmethod

@@ -11,6 +11,7 @@ from ..files.convert import TARGETS, convert_file
 from ..files.describe import inspect_file
 from ..measure.files import compare_files
 from . import add_target, target_of
+from .clean import add_commands as add_cleaning
 from .quantizer import add_commands, inspect_statistics, is_statistics
 from .tune import add_commands as add_tuning
 
@@ -55,7 +56,7 @@ def _parser(more: Sequence[AddCommands]) -> argparse.ArgumentParser:
     command.add_argument("--as-is", action="store_true", help="keep layer names, each layer on its own")
     command.set_defaults(run=_convert)
 
-    for add in (add_tuning, *more):
+    for add in (add_tuning, add_cleaning, *more):
         add(commands)
 
     for command in commands.choices.values():

@@ -60,7 +60,7 @@ def inspect_statistics(path: str) -> tuple[dict[str, Any], str]:
     layers = found["layers"]
     lines = [
         f"{found['file']}: statistics of {len(layers)} inputs, family {found['family']}, {len(found['runs'])} runs",
-        f"size    {found['bytes']:,} bytes at most, unused room is sparse",
+        f"size    {found['bytes']:,} bytes, unused room included",
     ]
     lines += [
         f"{layer['tokens']:>7} tokens of {layer['seen']:>9}, {layer['hold_out']:>5} held out, absmax "

@@ -11,6 +11,7 @@ machine lives: what that left is listed, and removed only where it is asked for.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import platform
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 LONGEST_PART = 255  # bytes of one name, on every file system that models are kept on
 ROOM_FOR_OWNER = 96  # ... of which a hidden name needs these for key, owner and suffix
@@ -162,6 +164,19 @@ def temporary_for(path: Path) -> Path:
     return path.with_name(f".{_short(path.name)}.{Owner.this()}.tmp")
 
 
+def reserve(stream: BinaryIO, size: int) -> None:
+    """Take the room for `size` bytes of a new file from the disk now, not when it is full; OSError if there is none.
+
+    Does nothing where the system has no way to do it.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(stream.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV):
+                raise
+
+
 def partial_for(path: Path, key: str) -> Path:
     """The hidden file for the download of `key` to `path`: that of a dead process, taken over, or a new name.
 
@@ -240,6 +255,11 @@ def _work(path: Path, name: str) -> Leftover | None:
         return None
     if not all(IN_WORK.fullmatch(entry) for entry in names):
         return None  # somebody else's folder
-    owners = [Owner.parse(entry.removesuffix(".owner")) for entry in names if entry.endswith(".owner")]
-    owners.sort(key=lambda owner: (owner.is_here and owner.lives, owner.lives))
+    owners = sorted(users(path), key=lambda owner: (owner.is_here and owner.lives, owner.lives))
     return Leftover(path, name, "work", owner=owners[-1] if owners else None)
+
+
+def users(work: Path) -> list[Owner]:
+    """The processes that say in a work folder that they use it, alive or not."""
+    marks = (path.name.removesuffix(".owner") for path in work.glob("*.owner"))
+    return [Owner.parse(mark) for mark in marks if re.fullmatch(OWNER, mark)]

@@ -131,7 +131,7 @@ def test_disk_limits_the_tokens(tmp_path):
     assert tokens_for({"a": 1000, "b": 1000}, 8192, 4000 * 100) == 100
     assert tokens_for({"a": 1000}, 50, 10**9) == 64
     path = new(tmp_path / "s.safetensors", room=100_000).path
-    assert path.stat().st_blocks * 512 < path.stat().st_size / 10  # sparse: unused room costs nothing
+    assert path.stat().st_blocks * 512 >= path.stat().st_size  # all of it: a disk that is full later is no matter
 
 
 def test_other_files_are_named(tmp_path):
