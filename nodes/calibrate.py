@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .host.files import SUFFIX, refuse_name, statistics_folder
+from .host.files import refuse_statistics_name, statistics_target
 from .host.watch import Collector
 
 STATISTICS = "SVDQUANT_STATISTICS"
@@ -69,13 +69,11 @@ class SVDQuantCalibrate:
 
     @classmethod
     def VALIDATE_INPUTS(cls, file_name: str | None = None) -> bool | str:
-        return refuse_name(file_name) or True
+        return refuse_statistics_name(file_name) or True
 
     def calibrate(
         self, model: Any, file_name: str, tokens: int, disk_gb: float, start_over: bool, sensitivity: bool = False
     ) -> tuple[Any, Collector]:
-        if reason := refuse_name(file_name):
-            raise ValueError(reason)
-        path = statistics_folder() / f"{file_name.removesuffix(SUFFIX)}{SUFFIX}"
+        path = statistics_target(file_name)
         collector = Collector.of(model, path, tokens, int(disk_gb * GB), not start_over, sensitivity)
         return collector.watch(model), collector

@@ -1,22 +1,23 @@
 """Node: SVDQuant Download Model."""
 
-from pathlib import Path
+import re
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
 
-from ..quantize.files.hub import PUBLISHED, download
+from ..quantize.files.hub import PUBLISHED, HubFile, download, refuse_file
 from .host.changed import WRITTEN, changed
 from .host.files import FOLDER, write_folder
 
 OTHER = "(repo and file below)"
+REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 class SVDQuantDownloadModel:
     DESCRIPTION = (
         "Fetches a published 4-bit checkpoint into models/diffusion_models. An interrupted download continues where "
-        "it stopped; a file that is there already is only checked."
+        "it stopped; a file that is there already is only checked, another one of that name is replaced on request."
     )
     CATEGORY = "SVDQuant"
     FUNCTION = "download"
@@ -38,18 +39,34 @@ class SVDQuantDownloadModel:
                 "repo": ("STRING", {"default": "", "tooltip": "Another repository, as owner/name."}),
                 "file": ("STRING", {"default": "", "tooltip": "The file in that repository."}),
                 "revision": ("STRING", {"default": "main", "tooltip": "Branch, tag or commit."}),
+                "overwrite": ("BOOLEAN", {"default": False, "tooltip": "Replace another file of this name."}),
             },
         }
 
     @classmethod
-    def IS_CHANGED(cls, **inputs: Any) -> str:
-        names = inputs["published"], inputs.get("repo", ""), inputs.get("file", "")
-        file = "" if None in names else _names(*names)[1]  # None: what another node gives
-        return changed([], _target(file) if file else None, inputs)
+    def VALIDATE_INPUTS(
+        cls, published: str | None = None, repo: str | None = None, file: str | None = None
+    ) -> bool | str:
+        # None: the text comes from another node, and is checked when it is there
+        if published not in (None, OTHER, *(known.title for known in PUBLISHED)):
+            return f"published is {published!r}, needed one of the list"
+        if published != OTHER:
+            return True
+        if repo is not None and not REPO.fullmatch(repo.strip()):
+            return f"repo is {repo!r}, needed owner/name"
+        return (file is not None and refuse_file(file.strip())) or True
 
-    def download(self, published: str, repo: str = "", file: str = "", revision: str = "main") -> dict[str, Any]:
-        repo, file = _names(published, repo, file)
-        if not (repo and file):
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> str:
+        choice = inputs["published"], inputs.get("repo", ""), inputs.get("file", "")
+        name = "" if None in choice else _wanted(*choice, "main").name  # None: what another node gives
+        return changed([], write_folder() / name if name else None, inputs)
+
+    def download(
+        self, published: str, repo: str = "", file: str = "", revision: str = "main", overwrite: bool = False
+    ) -> dict[str, Any]:
+        wanted = _wanted(published, repo, file, revision.strip() or "main")
+        if not (wanted.repo and wanted.file):
             raise ValueError(f"published is {OTHER}, needed a repo (owner/name) and a file")
         bar = comfy.utils.ProgressBar(1)
 
@@ -57,18 +74,17 @@ class SVDQuantDownloadModel:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, max(done, total))
 
-        with WRITTEN.writing(_target(file)):
-            path = download(repo, file, write_folder(), revision.strip() or "main", progress)
-        text = f"{path.name}: {path.stat().st_size:,} bytes in models/{FOLDER}"
-        return {"ui": {"text": [text]}, "result": (path.name,)}
+        with WRITTEN.writing(write_folder() / wanted.name):
+            found = download(wanted, write_folder(), overwrite, progress)
+        text = f"{wanted.name}: {found.path.stat().st_size:,} bytes in models/{FOLDER}"
+        if not found.checked:
+            text += "; the hub states no sha256, so only its size was compared"
+        return {"ui": {"text": [text]}, "result": (wanted.name,)}
 
 
-def _target(file: str) -> Path:
-    return write_folder() / Path(file).name
-
-
-def _names(published: str, repo: str, file: str) -> tuple[str, str]:
-    """(repository, file) of a choice."""
+def _wanted(published: str, repo: str, file: str, revision: str) -> HubFile:
+    """The file of a choice."""
     if published == OTHER:
-        return repo.strip(), file.strip()
-    return next((known.repo, known.file) for known in PUBLISHED if known.title == published)
+        return HubFile(repo.strip(), file.strip(), revision)
+    known = next(known for known in PUBLISHED if known.title == published)
+    return HubFile(known.repo, known.file, revision)

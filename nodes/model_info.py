@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from .host.describe import FASTER, describe_model
+from .host.files import leftover_text
 
 
 class SVDQuantModelInfo:
@@ -21,6 +22,8 @@ class SVDQuantModelInfo:
 
     def describe(self, model: Any) -> dict[str, Any]:
         text = report(describe_model(model))
+        if left := leftover_text():
+            text += f"\nleftover  {left}"
         return {"ui": {"text": [text]}, "result": (text,)}
 
 

@@ -5,10 +5,13 @@ from pathlib import Path
 import folder_paths
 
 from ...quantize.calibration.file import Statistics
+from ...quantize.files.lifecycle import leftovers
+from ...quantize.files.names import FileNameError, inside
 from ...quantize.files.tensor_file import LEGACY_FOLDER, folder_files
 
 FOLDER = "diffusion_models"
 SUFFIX = ".statistics.safetensors"
+MODEL_SUFFIX = ".safetensors"
 NO_FILE = "(none)"
 
 
@@ -54,30 +57,54 @@ def target(file_name: str, overwrite: bool) -> Path:
     """models/diffusion_models/<file_name>.safetensors. Raises ValueError if it exists and may not be replaced, or for a
     name that leaves the folder.
     """
-    if reason := refuse_name(file_name):
-        raise ValueError(reason)
-    path = write_folder() / (file_name if file_name.endswith(".safetensors") else f"{file_name}.safetensors")
+    path = inside(write_folder(), file_name, MODEL_SUFFIX)
+    if path.is_dir():
+        raise ValueError(f"{path.name} in {path.parent} is a folder: choose another name")
     if path.exists() and not overwrite:
         raise ValueError(f"{path.name} exists already in {path.parent}: choose another name or turn overwrite on")
     return path
 
 
 def refuse_name(file_name: str | None) -> str | None:
-    """Why `file_name` is no name for a new file inside the folder, or None if it is.
+    """Why `file_name` is no name for a new model, or None if it is.
 
     None, which the host passes for a text that comes from another node, is checked when that text is there.
     """
-    if file_name is None:
-        return None
-    name = Path(file_name)
-    if not file_name.strip() or name.is_absolute() or ".." in name.parts:
-        return f"file_name is {file_name!r}, needed a name inside models/{FOLDER}"
+    return None if file_name is None else _reason(write_folder(), file_name, MODEL_SUFFIX)
+
+
+def leftover_text() -> str:
+    """What stopped runs left in the folders that the pack writes to, in one line; empty where there is nothing."""
+    folders = [folder for folder in (write_folder(), statistics_folder()) if folder.is_dir()]
+    found = [each for folder in folders for each in leftovers(folder) if not each.in_use or each.elsewhere]
+    if not found:
+        return ""
+    where = " and ".join(dict.fromkeys(str(each.path.parent) for each in found))
+    size = sum(each.size for each in found)
+    return f"{len(found)} unfinished files of stopped runs, {size:,} bytes, in {where}: `python -m quantize clean` them"
+
+
+def _reason(folder: Path, file_name: str, suffix: str) -> str | None:
+    try:
+        inside(folder, file_name, suffix)
+    except FileNameError as error:
+        return str(error)
     return None
 
 
 def statistics_folder() -> Path:
     """Where statistics are written and looked for."""
     return Path(folder_paths.get_output_directory()) / "svdquant"
+
+
+def statistics_target(file_name: str) -> Path:
+    """output/svdquant/<file_name>.statistics.safetensors. Raises ValueError for a name that leaves the folder."""
+    return inside(statistics_folder(), file_name, SUFFIX)
+
+
+def refuse_statistics_name(file_name: str | None) -> str | None:
+    """As `refuse_name`, for new statistics."""
+    return None if file_name is None else _reason(statistics_folder(), file_name, SUFFIX)
 
 
 def statistics_files() -> list[str]:

@@ -16,9 +16,7 @@ the end. X is a layer's name; layers that read the same activation share one ent
 Which tokens stay: see `tokens.py`.
 """
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -27,6 +25,7 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from ..files.bounded_json import HEADER, JsonError, Kind, read_object
+from ..files.lifecycle import reserve, temporary_for
 from ..files.tensor_file import DTYPE_NAMES, TensorFile, TensorInfo
 from .tokens import BUCKETS, HALVES, POSITIONS, InputStatistics
 
@@ -96,12 +95,18 @@ class Statistics:
             }
             offset += info.nbytes
         path.parent.mkdir(parents=True, exist_ok=True)
-        _check_disk(path, offset - _taken(path))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            _write_header(file, header, dict(metadata), None)
-            _allocate(file, file.tell() + offset)
-        temporary.replace(path)
+        temporary = temporary_for(path)
+        _check_disk(path, offset)
+        try:
+            with temporary.open("wb") as file:
+                _write_header(file, header, dict(metadata), None)
+                size = file.tell() + offset
+                reserve(file, size)
+                file.truncate(size)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         return cls.open(path, writable=True)
 
     @classmethod
@@ -197,18 +202,6 @@ def _check_values(path: Path, layer: str, entry: InputStatistics) -> None:
         raise StatisticsError(
             f"{place}: tokens holds {largest:.3g}, at most {LARGEST_VALUE:.0e} can be squared and added"
         )
-
-
-def _allocate(file: BinaryIO, size: int) -> None:
-    """Make a file this long, with its room on the disk: a disk that fills up under a mapped file kills the process."""
-    file.flush()
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot promise room
-                raise
-    file.truncate(size)
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, Any]) -> None:

@@ -1,8 +1,28 @@
 """The commands behind `python -m quantize`."""
 
+import argparse
 import sys
+from pathlib import Path
 
 
 def show(done: int, total: int, what: str) -> None:
     """Progress on standard error, in one line."""
     sys.stderr.write(f"\r{done}/{total} {what:<60.60}" + ("\n" if done == total else ""))
+
+
+def add_target(command: argparse.ArgumentParser) -> None:
+    """Add OUT and --overwrite to a command that writes a file."""
+    command.add_argument("target", metavar="OUT")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+
+
+def target_of(arguments: argparse.Namespace, *sources: str) -> Path:
+    """OUT of a command that reads `sources`. Raises ValueError if it is one of them, or may not be replaced."""
+    path = Path(arguments.target)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, needed the name of a file to write")
+    if any(Path(source).exists() and path.exists() and path.samefile(source) for source in sources):
+        raise ValueError(f"{path}: is what is read, needed the name of another file")
+    if path.exists() and not arguments.overwrite:
+        raise ValueError(f"{path}: is there already; choose another name, or --overwrite to replace it")
+    return path

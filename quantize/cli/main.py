@@ -10,6 +10,8 @@ from typing import Any
 from ..files.convert import TARGETS, convert_file
 from ..files.describe import inspect_file
 from ..measure.files import compare_files
+from . import add_target, target_of
+from .clean import add_commands as add_cleaning
 from .quantizer import add_commands, inspect_statistics, is_statistics
 from .tune import add_commands as add_tuning
 
@@ -49,12 +51,12 @@ def _parser(more: Sequence[AddCommands]) -> argparse.ArgumentParser:
 
     command = commands.add_parser("convert", help="write a 4-bit file in another dialect")
     command.add_argument("source", metavar="IN", help="a file, or a folder of files")
-    command.add_argument("target", metavar="OUT")
+    add_target(command)
     command.add_argument("--to", choices=TARGETS, required=True)
     command.add_argument("--as-is", action="store_true", help="keep layer names, each layer on its own")
     command.set_defaults(run=_convert)
 
-    for add in (add_tuning, *more):
+    for add in (add_tuning, add_cleaning, *more):
         add(commands)
 
     for command in commands.choices.values():
@@ -85,7 +87,7 @@ def _compare(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _convert(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     start = time.perf_counter()
-    report = convert_file(arguments.source, arguments.target, arguments.to, arguments.as_is)
+    report = convert_file(arguments.source, target_of(arguments, arguments.source), arguments.to, arguments.as_is)
     seconds = time.perf_counter() - start
     result = {
         "file": str(report.path),

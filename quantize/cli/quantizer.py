@@ -12,14 +12,14 @@ from ..files.source import FileSource
 from ..maker.model import Target, quantize_model
 from ..maker.report import summarize, write_report
 from ..recipe import NAMED, WITH_BRANCH, Recipe
-from . import show
+from . import add_target, show, target_of
 
 
 def add_commands(commands: Any) -> None:
     """Add the parsers of this file's commands to those of `python -m quantize`."""
     command = commands.add_parser("quantize", help="make a 4-bit file of a 16-bit model")
     command.add_argument("source", metavar="IN", help="16-bit or fp8; of several shards any one")
-    command.add_argument("target", metavar="OUT")
+    add_target(command)
     command.add_argument("--format", choices=WITH_BRANCH, default=DEFAULT)
     command.add_argument("--rank", default="32", help="width of the low-rank branch, a multiple of 16, or auto")
     command.add_argument("--device", default="cpu", help="where to compute, e.g. cuda")
@@ -39,7 +39,7 @@ def add_commands(commands: Any) -> None:
     command.set_defaults(run=_quantize)
 
     command = commands.add_parser("merge", help="join statistics of several runs of one model")
-    command.add_argument("target", metavar="OUT")
+    add_target(command)
     command.add_argument("sources", metavar="IN", nargs="+")
     command.set_defaults(run=_merge)
 
@@ -71,7 +71,7 @@ def inspect_statistics(path: str) -> tuple[dict[str, Any], str]:
 
 
 def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    start = time.perf_counter()
+    start, target = time.perf_counter(), target_of(arguments, arguments.source)
     statistics = Statistics.open(arguments.statistics) if arguments.statistics else None
     auto = arguments.rank == "auto"
     if not auto and not arguments.rank.lstrip("-").isdigit():
@@ -89,7 +89,7 @@ def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     report = quantize_model(
         FileSource(arguments.source),
-        Target(Path(arguments.target), arguments.resume),
+        Target(target, arguments.resume),
         recipe,
         None if arguments.json else show,
         arguments.device,
@@ -125,5 +125,5 @@ def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _merge(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    merge(arguments.sources, arguments.target)
+    merge(arguments.sources, target_of(arguments, *arguments.sources))
     return inspect_statistics(arguments.target)

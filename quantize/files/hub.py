@@ -1,27 +1,71 @@
 """Published 4-bit files, and how to fetch one: resumable, checked, all or nothing.
 
-The transfer is huggingface_hub's. What is added here: a partial file outlives an interrupted run and is continued by
-the next one, the sha256 that the hub states is compared, and the caller hears of every piece and may stop.
+The transfer is huggingface_hub's `HfFileSystem`, asked for one range after another: the library finds the file, adds
+the user's token where that belongs and nowhere else, follows redirects and tries again. Its `hf_hub_download` cannot be
+stopped in every version, throws a partial file away since 2.0, and removes the older file before it has the new one.
+What is added here: a partial file outlives an interrupted run and is continued by the next one, nothing comes over
+plain http but from a hub that is itself configured so, and the sha256 that the hub states is compared.
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, cast
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+from urllib.parse import urlsplit
 
+from .lifecycle import partial_for
+from .names import inside, refuse
 from .spelling import formats_of
 
 Progress = Callable[[int, int], None]
 """progress(bytes so far, bytes in all), called after every piece; raise from it to stop, the partial file stays"""
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+SUFFIXES = (".safetensors", ".json")  # nothing that a program could be made to run
+ENDPOINT = "https://huggingface.co"
+FIRST_PIECE, LARGEST_PIECE = 1 << 22, 1 << 26  # bytes of a request
+PIECE_SECONDS = 1.0  # pieces grow until one takes as long: few requests, and a cancel is soon heard
+TRIES = 3  # for one piece ...
+PATIENCE = 10.0  # ... but once where it takes more seconds: then the library has tried again on its own
 
 
 class DownloadError(RuntimeError):
     """A file could not be fetched. The message names repository and file and says what to do."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a repository, `owner/name`, at a branch, tag or commit."""
+
+    repo: str
+    file: str
+    revision: str = "main"
+
+    @property
+    def title(self) -> str:
+        return f"{self.repo}/{self.file}"
+
+    @property
+    def name(self) -> str:
+        """What it is called on this machine."""
+        return PurePosixPath(self.file).name
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """A file that is there.
+
+    fetched  False where it was there before
+    checked  whether its sha256 is the one that the hub states; False where the hub states none
+    """
+
+    path: Path
+    fetched: bool
+    checked: bool
 
 
 @dataclass(frozen=True)
@@ -64,90 +108,167 @@ PUBLISHED: tuple[PublishedFile, ...] = (
 )
 
 
-class _Reporting:
-    """A binary file that reports what is written to it. `stopped` is what `progress` raised."""
-
-    def __init__(self, file: BinaryIO, total: int, progress: Progress) -> None:
-        self._file, self._total, self._progress = file, total, progress
-        self.stopped: BaseException | None = None
-
-    def write(self, data: bytes) -> int:
-        written = self._file.write(data)
-        try:
-            self._progress(self._file.tell(), self._total)
-        except BaseException as error:
-            self.stopped = error
-            raise
-        return written
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._file, name)
+def refuse_file(file: str) -> str | None:
+    """Why a file of a repository is not fetched, by its name alone, or None."""
+    if not file.endswith(SUFFIXES):
+        return f"file is {file!r}, needed one that ends in {' or '.join(SUFFIXES)}"
+    reason = refuse(HubFile("", file).name)
+    return None if reason is None else f"file is {file[:300]!r}, which is no name to write: {reason}"
 
 
 def download(
-    repo: str,
-    file: str,
+    wanted: HubFile,
     folder: str | Path,
-    revision: str = "main",
+    overwrite: bool = False,
     progress: Progress = lambda done, total: None,
     endpoint: str | None = None,
-) -> Path:
-    """Fetch one file of a hub repository into `folder` under its own base name; returns its path.
+) -> Downloaded:
+    """Fetch one file of a hub repository into `folder` under its own base name.
 
-    A file that is there already with the right size and sha256 is not fetched again. The endpoint is HF_ENDPOINT's
-    unless given.
+    A file that is there already with the right size and sha256 is not fetched again; another one of that name is
+    replaced only with `overwrite`, and not before the new one is whole. The endpoint is HF_ENDPOINT's unless given.
 
-    raises  DownloadError when the file does not exist, the connection stays broken, the disk is full or the content
-            is not what the hub says; whatever `progress` raises
+    raises  DownloadError when the file does not exist or is not of a kind that is fetched, another file is in its
+            place, the connection is not safe or stays broken, the disk is full or the content is not what the hub
+            says; whatever `progress` raises
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
-    name = f"{repo}/{file}"
-    try:
-        url = hf_hub_url(repo, file, revision=revision, endpoint=endpoint or os.environ.get("HF_ENDPOINT"))
-        found = get_hf_file_metadata(url)
-    except Exception as error:  # the library's transport, and with it the errors, differ between its versions
-        reason = f"{name} at {revision!r}: {_first_line(error)}. Check the names and the network."
-        raise DownloadError(reason) from error
-    target = Path(folder) / Path(file).name
-    if target.is_file() and _is_whole(target, found.size, found.etag):
-        return target
-    partial = target.with_name(f"{target.name}.{(found.etag or 'x')[:12]}.partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    reporting = None
-    try:
-        with partial.open("ab") as stream:
-            reporting = _Reporting(stream, found.size or 0, progress)
-            http_get(
-                found.location or url,
-                cast(BinaryIO, reporting),
-                resume_size=stream.tell(),
-                headers=build_hf_headers(),
-                expected_size=found.size,
+    if reason := refuse_file(wanted.file):
+        raise DownloadError(f"{wanted.title}: {reason}")
+    remote = _Remote.find(wanted, endpoint or os.environ.get("HF_ENDPOINT") or ENDPOINT)
+    folder = Path(folder)
+    target = inside(folder, wanted.name)
+    if target.exists():
+        if target.is_file() and remote.is_content_of(target):
+            return Downloaded(target, False, remote.sha256 is not None)
+        if target.is_dir() or not overwrite:
+            raise DownloadError(
+                f"{wanted.title}: another {wanted.name} is in {folder.name} already. Turn overwrite on to replace it, "
+                "or rename it"
             )
-    except Exception as error:
-        if reporting is not None and reporting.stopped is error:
-            raise
-        raise DownloadError(
-            f"{name}: stopped at {partial.stat().st_size:,} of {found.size or 0:,} bytes ({_first_line(error)}). "
-            "Run it again to continue from there."
-        ) from error
-    if not _is_whole(partial, found.size, found.etag):
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = partial_for(target, remote.key)
+    try:
+        remote.fetch_into(partial, progress)
+    except BaseException:
+        if partial.exists() and not partial.stat().st_size:
+            partial.unlink()
+        raise
+    if not remote.is_content_of(partial):
         partial.unlink()
-        raise DownloadError(f"{name}: what arrived does not have the size and sha256 the hub states. Run it again.")
+        raise DownloadError(
+            f"{wanted.title}: what arrived does not have the size and sha256 the hub states. Run it again."
+        )
     partial.replace(target)
-    return target
+    return Downloaded(target, True, remote.sha256 is not None)
 
 
-def _is_whole(path: Path, size: int | None, etag: str | None) -> bool:
-    if size is not None and path.stat().st_size != size:
-        return False
-    if not etag or not SHA256.fullmatch(etag):  # small files have a git hash here
-        return size is not None
-    with path.open("rb") as stream:
-        return _sha256(stream) == etag
+class _Stopped(Exception):
+    """Carries what `progress` raised past the handlers of network errors."""
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """A file as the hub describes it: pinned to a commit, so that no range is of another version."""
+
+    wanted: HubFile
+    endpoint: str
+    commit: str
+    size: int
+    etag: str
+
+    @classmethod
+    def find(cls, wanted: HubFile, endpoint: str) -> "_Remote":
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        try:
+            url = hf_hub_url(wanted.repo, wanted.file, revision=wanted.revision, endpoint=endpoint)
+            found = get_hf_file_metadata(url)
+        except Exception as error:  # the library's transport, and with it the errors, differ between its versions
+            raise DownloadError(
+                f"{wanted.title} at {wanted.revision!r}: {_first_line(error)}. Check the names and the network."
+            ) from error
+        if not _is_safe(found.location or url, endpoint):
+            host = urlsplit(found.location).hostname
+            raise DownloadError(
+                f"{wanted.title}: the hub sends us to {host} by plain http, needed https. Is HF_ENDPOINT right?"
+            )
+        if found.size is None or not found.etag:
+            raise DownloadError(f"{wanted.title}: the hub states no size or no hash for it, so nothing can be checked")
+        return cls(wanted, endpoint, found.commit_hash or wanted.revision, found.size, found.etag)
+
+    @property
+    def sha256(self) -> str | None:
+        """What the hub states; small files have a hash of git's instead."""
+        return self.etag if SHA256.fullmatch(self.etag) else None
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(self.etag.encode()).hexdigest()[:12]
+
+    def is_content_of(self, path: Path) -> bool:
+        """Whether a file has the size that the hub states, and the sha256 if it states one."""
+        if path.stat().st_size != self.size:
+            return False
+        if self.sha256 is None:
+            return True
+        with path.open("rb") as stream:
+            return _sha256(stream) == self.sha256
+
+    def fetch_into(self, partial: Path, progress: Progress) -> None:
+        """Append to a partial file what it lacks. Raises DownloadError, or what `progress` raises."""
+        if partial.exists() and partial.stat().st_size > self.size:
+            partial.unlink()
+        try:
+            with partial.open("ab") as stream:
+                for piece in self._pieces(stream.tell()):
+                    stream.write(piece)
+                    stream.flush()
+                    try:
+                        progress(stream.tell(), self.size)
+                    except BaseException as error:
+                        raise _Stopped from error
+        except _Stopped as stopped:
+            assert stopped.__cause__ is not None
+            raise stopped.__cause__ from None
+        except Exception as error:
+            raise DownloadError(
+                f"{self.wanted.title}: stopped at {partial.stat().st_size:,} of {self.size:,} bytes "
+                f"({_first_line(error)}). Run it again to continue from there."
+            ) from error
+
+    def _pieces(self, start: int) -> Iterator[bytes]:
+        """The bytes from `start` on. A piece that breaks is asked for again, smaller."""
+        from huggingface_hub import HfFileSystem
+
+        if start >= self.size:
+            return
+        # skip_instance_cache: the library would hand out one that still believes what a repository held
+        hub = HfFileSystem(endpoint=self.endpoint, skip_instance_cache=True)
+        path = f"{self.wanted.repo}@{self.commit}/{self.wanted.file}"
+        length, tries = FIRST_PIECE, 0
+        with hub.open(path, "rb", revision=self.commit, cache_type="none") as remote:
+            while start < self.size:
+                wanted, begun = min(length, self.size - start), time.monotonic()
+                try:
+                    remote.seek(start)
+                    piece = remote.read(wanted)
+                    if len(piece) != wanted:
+                        raise OSError(f"asked for {wanted:,} bytes, {len(piece):,} came")
+                except Exception:
+                    tries, length = tries + 1, max(FIRST_PIECE, length // 4)
+                    if tries == TRIES or time.monotonic() - begun > PATIENCE:
+                        raise
+                    continue
+                if time.monotonic() - begun < PIECE_SECONDS:
+                    length = min(2 * length, LARGEST_PIECE)
+                tries, start = 0, start + wanted
+                yield piece
+
+
+def _is_safe(location: str, endpoint: str) -> bool:
+    """Whether content may come from there: by https, or by plain http from the host that was configured with it."""
+    there, configured = urlsplit(location), urlsplit(endpoint)
+    return there.scheme == "https" or (configured.scheme == there.scheme and configured.hostname == there.hostname)
 
 
 def _sha256(stream: BinaryIO) -> str:

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .bounded_json import HEADER, USUAL, read_object
+from .lifecycle import reserve, temporary_for
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -205,6 +206,7 @@ class TensorWriter:
     extra   how many tensors more will come through `add`, whose shapes are not known yet
     raises  TensorFileError when a tensor is not as planned or one is missing at the end. On any exception, also one
             that comes from the `with` body, the temporary file is removed and an older file of that name is untouched.
+            OSError at the start when the disk cannot hold what is planned
     """
 
     def __init__(self, path: str | Path, plan: Mapping[str, TensorInfo], extra: int = 0) -> None:
@@ -212,14 +214,15 @@ class TensorWriter:
         self.metadata: dict[str, str] = {}
         self._plan = dict(plan)
         self._offsets: dict[str, tuple[int, int]] = {}
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         longest = dict.fromkeys(self._plan, (10**15, 10**15))  # no offset has more digits than this
         self._room = len(self._header(longest)) + METADATA_ROOM + METADATA_ROOM_PER_TENSOR * len(self._plan)
 
     def __enter__(self) -> "TensorWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = temporary_for(self.path)
         self._stream = self._temporary.open("wb")
         try:
+            reserve(self._stream, 8 + self._room + sum(info.nbytes for info in self._plan.values()))
             self._stream.write(bytes(8 + self._room))
         except OSError:
             self._discard()

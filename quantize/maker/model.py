@@ -1,5 +1,6 @@
 """Make a 4-bit model: plan, decide, make group after group, write. Resumable, one group of layers in memory."""
 
+import contextlib
 import errno
 import hashlib
 import time
@@ -103,7 +104,7 @@ def quantize_model(
                 `progress` raises. In every such case the file at `target` is as it was before.
     """
     target = target if isinstance(target, Target) else Target(Path(target))
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, target.work or contextlib.nullcontext():
         begun = time.perf_counter()
         plan = plan_model(source, recipe)
         decisions = decide(plan, source, recipe, statistics)
@@ -117,8 +118,7 @@ def quantize_model(
             kept = "; the finished layers are kept for it" if target.resume else ""
             where = f"while {target.path.name} was written to {target.path.parent}"
             raise OSError(error.errno, f"{error.strerror} {where}: make room there and run again{kept}") from error
-        if target.work is not None:
-            target.work.clear()
+        WorkFolder.beside(target.path).clear() if target.work is None else target.work.clear()
         if progress is not None:
             progress(len(plan.specs), len(plan.specs), "")
     return replace(

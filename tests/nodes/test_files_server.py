@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from svdquant_pack.quantize.files.convert import convert_file
+from svdquant_pack.quantize.files.hub import FIRST_PIECE
 from svdquant_pack.quantize.files.source import FileSource
 from svdquant_pack.quantize.maker.model import quantize_model
 from svdquant_pack.quantize.recipe import Recipe
@@ -49,14 +50,18 @@ def host(nunchaku):
 def models(host) -> Path:
     """The server's folder of models, without what an earlier test has fetched."""
     folder = host.base / "models" / "diffusion_models"
-    for file in folder.glob(f"{FILE}*"):
+    for file in [*folder.glob(f"{FILE}*"), *unfinished(folder)]:
         file.unlink()
-    Hub.break_after, Hub.ranges, Hub.hold_after = [], [], None
+    Hub.break_after, Hub.ranges, Hub.hold_at, Hub.lost_from = [], [], None, None
     return folder
 
 
-def download(file: str = FILE) -> dict:
-    inputs = {"published": "(repo and file below)", "repo": "owner/name", "file": file}
+def unfinished(folder: Path) -> list[Path]:
+    return list(folder.glob(".*.partial"))
+
+
+def download(**inputs: object) -> dict:
+    inputs = {"published": "(repo and file below)", "repo": "owner/name", "file": FILE} | inputs
     return {"1": {"class_type": "SVDQuantDownloadModel", "inputs": inputs}}
 
 
@@ -76,41 +81,67 @@ def offered(host) -> list[str]:
 
 
 def test_a_download_goes_on_after_a_broken_connection_and_the_model_runs(host, models):
-    Hub.break_after = [15_000_000]
+    Hub.break_after = [FIRST_PIECE, 1_000_000]
     (text,) = host.texts(host.run(download()))
     assert text == f"{FILE}: {len(Hub.content):,} bytes in models/diffusion_models"
-    assert Hub.ranges == [None, "bytes=10485760-"]
+    assert Hub.ranges[0] == f"bytes=0-{FIRST_PIECE - 1}" and Hub.ranges[2].startswith(f"bytes={FIRST_PIECE}-")
     assert (models / FILE).read_bytes() == Hub.content and FILE in offered(host)
     assert len(host.images(host.run(paint(FILE)))) == 2
 
 
 def test_a_connection_that_stays_broken_fails_and_the_next_run_goes_on(host, models):
-    Hub.break_after = [15_000_000, *[0] * 5]
-    with pytest.raises(ExecutionFailed, match=r"stopped at 10,485,760 of .* Run it again to continue"):
+    Hub.lost_from = FIRST_PIECE
+    with pytest.raises(ExecutionFailed, match=rf"stopped at {FIRST_PIECE:,} of .* Run it again to continue"):
         host.run(download())
     assert FILE not in offered(host), "a part is never offered"
-    Hub.ranges.clear()
+    Hub.lost_from, Hub.ranges = None, []
     host.run(download())
-    assert Hub.ranges == ["bytes=10485760-"] and [file.name for file in models.glob(f"{FILE}*")] == [FILE]
+    assert Hub.ranges[0].startswith(f"bytes={FIRST_PIECE}-") and not unfinished(models)
     assert (models / FILE).read_bytes() == Hub.content
 
 
 def test_a_cancelled_download_leaves_a_part_that_the_next_run_completes(host, models):
-    Hub.hold_after = 15_000_000
+    Hub.hold_at = 15_000_000
     prompt, deadline = host.queue(download()), time.monotonic() + 60
-    while not any(part.stat().st_size for part in models.glob("*.partial")) and time.monotonic() < deadline:
+    while not any(part.stat().st_size for part in unfinished(models)) and time.monotonic() < deadline:
         time.sleep(0.05)
     host.interrupt()
     Hub.go_on.set()
     with pytest.raises(ExecutionFailed, match="Interrupted"):
         host.wait(prompt)
-    (part,) = models.glob(f"{FILE}*")
+    (part,) = unfinished(models)
     had = part.read_bytes()
-    assert part.suffix == ".partial" and 0 < len(had) < len(Hub.content) and Hub.content.startswith(had)
+    assert 0 < len(had) < len(Hub.content) and Hub.content.startswith(had) and not (models / FILE).exists()
     Hub.ranges.clear()
     host.run(download())
-    assert Hub.ranges == [f"bytes={len(had)}-"] and (models / FILE).read_bytes() == Hub.content
-    assert not list(models.glob("*.partial"))
+    assert Hub.ranges[0].startswith(f"bytes={len(had)}-") and (models / FILE).read_bytes() == Hub.content
+    assert not unfinished(models)
+
+
+def test_a_download_replaces_another_file_only_on_request(host, models):
+    (models / FILE).write_bytes(b"my own model")
+    with pytest.raises(ExecutionFailed, match="Turn overwrite on"):
+        host.run(download())
+    assert (models / FILE).read_bytes() == b"my own model"
+    host.run(download(overwrite=True))
+    assert (models / FILE).read_bytes() == Hub.content
+
+
+@pytest.mark.parametrize(
+    ("inputs", "why"),
+    [
+        ({"file": "run.py"}, "needed one that ends in"),
+        ({"file": ".."}, "needed one that ends in"),
+        ({"file": "sub/CON.safetensors"}, "is a device on Windows"),
+        ({"repo": "../../etc"}, "needed owner/name"),
+        ({"repo": ""}, "needed owner/name"),
+        ({"published": "nobody/nothing"}, "needed one of the list"),
+    ],
+)
+def test_what_is_never_fetched_is_refused_when_it_is_queued(host, models, inputs, why):
+    with pytest.raises(PromptRefused, match=why):
+        host.queue(download(**inputs))
+    assert not Hub.ranges
 
 
 def test_a_file_that_was_removed_is_fetched_again(host, models):
@@ -122,7 +153,7 @@ def test_a_file_that_was_removed_is_fetched_again(host, models):
 
 def test_a_wrong_name_fails_and_says_so(host, models):
     with pytest.raises(ExecutionFailed, match=r"owner/name/gone\.safetensors at 'main'.*Check the names"):
-        host.run(download("gone.safetensors"))
+        host.run(download(file="gone.safetensors"))
 
 
 def test_a_folder_of_the_older_layout_is_one_model(host, nunchaku):

@@ -12,7 +12,7 @@ import comfy.sd
 import comfy.utils
 
 from svdquant_pack.kernels import COMPUTES
-from svdquant_pack.nodes.host import describe
+from svdquant_pack.nodes.host import describe, files
 from svdquant_pack.nodes.host.describe import describe_model
 from svdquant_pack.nodes.host.model import load_model
 from svdquant_pack.nodes.host.source import ModelSource
@@ -94,6 +94,16 @@ def test_the_info_node_tells_backend_and_reason(checkpoints):
     text = SVDQuantModelInfo().describe(patcher)["result"][0]
     for expected in ("flux", "20 int4", "6 awq_w4a16", "16 (20 layers)", "reference w4a4"):
         assert expected in text, text
+
+
+def test_the_info_node_tells_what_stopped_runs_left(checkpoints, tmp_path, monkeypatch):
+    patcher = load_model(str(checkpoints["int4"]))
+    monkeypatch.setattr(files, "write_folder", lambda: tmp_path)
+    monkeypatch.setattr(files, "statistics_folder", lambda: tmp_path / "none")
+    assert "leftover" not in SVDQuantModelInfo().describe(patcher)["result"][0]
+    (tmp_path / ".x.safetensors.999999999.tmp").write_bytes(bytes(1234))
+    text = SVDQuantModelInfo().describe(patcher)["result"][0]
+    assert f"leftover  1 unfinished files of stopped runs, 1,234 bytes, in {tmp_path}: `python -m quantize" in text
 
 
 MODES = [(format, compute) for format in ("int4", "nvfp4") for compute in COMPUTES if compute != "auto"]

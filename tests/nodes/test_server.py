@@ -135,6 +135,11 @@ def test_the_info_node_tells_the_mode_that_was_asked_for(host, quantized):
         ({"format": "int3"}, "value_not_in_list"),
         ({"file_name": "../outside"}, "needed a name inside"),
         ({"file_name": ""}, "needed a name inside"),
+        ({"file_name": "C:evil"}, "starts at a drive or at the root"),
+        ({"file_name": "\\Windows\\evil"}, "starts at a drive or at the root"),
+        ({"file_name": "sub/aux"}, "is a device on Windows"),
+        ({"file_name": "x\0"}, "it holds"),
+        ({"file_name": "x" * 300}, "at most 255 are possible"),
     ],
 )
 def test_bad_values_are_refused_when_queued(host, changes, message):

@@ -29,7 +29,7 @@ def quantize(folder: Path, largest_file: int | None = None) -> subprocess.Comple
     limit = resource.RLIM_INFINITY if largest_file is None else largest_file
     command = ["quantize", str(folder / "model.safetensors"), str(folder / "out.safetensors")]
     return subprocess.run(
-        [sys.executable, "-m", "quantize", *command, "--rank", "16", "--resume", "--json"],
+        [sys.executable, "-m", "quantize", *command, "--rank", "16", "--resume", "--overwrite", "--json"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from svdquant_pack.quantize.calibration.file import Statistics
 from svdquant_pack.tests.quantize.stored_models import legacy_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,25 @@ def test_it_runs_from_anywhere_by_path(quantized, tmp_path):
     assert done.returncode == 0 and "flux" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["quantize", "convert", "merge"])
+def test_a_file_that_is_there_is_replaced_only_on_request(quantized, tmp_path, command):
+    seen = Statistics.create(tmp_path / "s.safetensors", {"blocks.0.proj": 64}, 64, {"family": "generic"}).path
+    names = {"quantize": (DEMO, "--rank", 16), "convert": (quantized, "--to", "kitchen"), "merge": (seen,)}
+    source, *options = names[command]
+    out = tmp_path / "out.safetensors"
+    order = (out, source) if command == "merge" else (source, out)
+    out.write_bytes(b"my own model")
+    done = run(command, *order, *options)
+    assert done.returncode == 1 and f"error: {out}: is there already; choose another name, or --ov" in done.stderr
+    assert out.read_bytes() == b"my own model"
+    done = run(command, *order, *options, "--overwrite")
+    assert done.returncode == 0 and out.read_bytes() != b"my own model", done.stderr
+    before = Path(source).read_bytes()
+    done = run(command, source, source, *options, "--overwrite")
+    assert done.returncode == 1 and "is what is read, needed the name of another" in done.stderr
+    assert Path(source).read_bytes() == before
+
+
 def test_bad_input_is_one_line_and_leaves_nothing(quantized, tmp_path):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(quantized.read_bytes()[:5000])
@@ -89,6 +109,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(quantized, tmp_path):
         (("quantize", poisoned, out), "blocks.0.proj.weight holds NaN or Inf"),
         (("quantize", empty, out), "no linear layer"),
         (("quantize", DEMO, out, "--rank", 20), "multiple of 16"),
+        (("quantize", DEMO, tmp_path), "is a folder, needed the name of a file"),
         (("compare", DEMO, empty), "no linear layer in common"),
     ):
         done = run(*arguments)

@@ -143,3 +143,21 @@ def test_a_replaced_file_is_still_the_one_that_was_opened(tmp_path):
     file = TensorFile(tmp_path / "x.safetensors")
     (tmp_path / "new.safetensors").replace(file.path)
     assert not file.read("a").any()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve room on a disk")
+def test_the_room_is_taken_before_the_first_tensor_comes(tmp_path):
+    data = torch.arange(1 << 20).to(torch.uint8)
+    with TensorWriter(tmp_path / "x.safetensors", {"a": TensorInfo.of(data)}) as writer:
+        (temporary,) = tmp_path.iterdir()
+        assert temporary.stat().st_blocks * 512 >= data.nbytes
+        writer.write("a", data)
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], data)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_what_a_dead_process_left_goes_when_the_file_is_written_again(tmp_path):
+    stale = tmp_path / ".x.safetensors.999999999.tmp"
+    stale.write_bytes(bytes(100))
+    write(tmp_path / "x.safetensors", {"a": torch.ones(1)})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
