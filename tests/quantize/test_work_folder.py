@@ -21,7 +21,7 @@ def test_every_flipped_byte_is_seen(tmp_path):
     """It went into the finished file."""
     work = WorkFolder.beside(tmp_path / "x.safetensors")
     work.keep("key", TENSORS, RECORD)
-    (path,) = work.path.iterdir()
+    (path,) = work.path.glob("*.safetensors")
     whole = path.read_bytes()
     data = len(whole) - sum(tensor.nbytes for tensor in TENSORS.values())
     header = [place for place in range(8, data, 7) if whole[place : place + 1] != b" "]
