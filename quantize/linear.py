@@ -16,6 +16,14 @@ class PackedLinear:
     """The description of a blob: everything about a layer but its bytes.
 
     compute  one of kernels.COMPUTES
+
+        >>> from svdquant_pack.kernels import FORMATS
+        >>> tensors = FORMATS["int4"].encode_weight(torch.eye(64), torch.float32) | {"smooth_factor": torch.ones(64)}
+        >>> blob, packed = PackedLinear.pack(Layer(LayerSpec("int4", n=64, k=64), tensors))
+        >>> blob.shape, packed.spec.where
+        (torch.Size([2560]), 'int4 at N=64, K=64, rank 0')
+        >>> packed.forward(torch.full((1, 64), 7.0), blob, bias=torch.ones(64), lora=None)[0, :3]
+        tensor([8., 8., 8.])
     """
 
     spec: LayerSpec

@@ -62,6 +62,12 @@ class Recipe:
     modulation       format of modulation layers, or "16bit" to leave them alone
     seed             of the randomized SVD
     raises           ValueError that names field, value and what is needed
+
+        >>> Recipe(rank=64, seed=7).needs_data
+        False
+        >>> Recipe(rank=33)
+        Traceback (most recent call last):
+        ValueError: rank is 33, needed a multiple of 16, or 0 for no low-rank branch
     """
 
     name: str = "fast"
@@ -101,7 +107,12 @@ class Recipe:
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> "Recipe":
-        """A named recipe with some settings changed."""
+        """A named recipe with some settings changed.
+
+        >>> best = Recipe.named("best", rank=64)
+        >>> best.rank, best.rounds, best.needs_data
+        (64, 5, True)
+        """
         if name not in NAMED:
             raise ValueError(f"recipe is {name!r}, known are {', '.join(NAMED)}")
         return cls(name=name, **(NAMED[name] | changes))

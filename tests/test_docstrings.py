@@ -26,6 +26,20 @@ SHOWN = (  # module: what has to have an example
     ("kernels.packing", "pack"),
     ("kernels.packing", "sign_extend"),
     ("kernels.packing", "unpack"),
+    ("quantize.calibration.file", "Statistics"),
+    ("quantize.families", "detect"),
+    ("quantize.files.convert", "convert_file"),
+    ("quantize.files.describe", "inspect_file"),
+    ("quantize.files.open", "open_checkpoint"),
+    ("quantize.files.source", "FileSource"),
+    ("quantize.files.tensor_file", "TensorFile"),
+    ("quantize.files.tensor_file", "TensorWriter"),
+    ("quantize.linear", "PackedLinear"),
+    ("quantize.lora.loras", "LayerLoras"),
+    ("quantize.maker.model", "quantize_model"),
+    ("quantize.measure.files", "compare_files"),
+    ("quantize.recipe", "Recipe"),
+    ("quantize.recipe", "Recipe.named"),
 )
 
 

@@ -12,7 +12,6 @@ MOST = 6
 JIT = ("triton.jit", "gluon.jit")  # a kernel has pointers, sizes and constants, and nothing to group them by
 ALLOWED = {  # "file:function" -> who dictates its parameters
     "kernels/ops.py:_run": "a torch operator's schema has tensors, numbers and words, and no objects",
-    "quantize/files/dialects/nunchaku/tables.py:same": "a row of a table, written by keyword",
     "nodes/compare_models.py:compare": "ComfyUI calls a node with all its inputs",
     "nodes/quantize_model.py:quantize": "ComfyUI calls a node with all its inputs",
     "nodes/host/linear.py:_load_from_state_dict": "torch.nn.Module's signature",

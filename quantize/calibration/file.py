@@ -69,6 +69,17 @@ class Statistics:
     """layer -> InputStatistics of one statistics file.
 
     metadata  family, shared (layer -> the entry it reads), runs (one record per finished run), seed
+
+        >>> import tempfile
+        >>> from svdquant_pack.quantize.calibration.tokens import ModelCall
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = Statistics.create(f"{folder}/s.safetensors", {"blocks.0.proj": 128}, 64, {"family": "generic"})
+        ...     x = torch.randn(1, 100, 128)  # what the layer reads in step 0 of 8
+        ...     _ = made.entry("blocks.0.proj").observe(x, ModelCall(0, 8), torch.Generator())
+        ...     made.add_run(id="1", steps=8)
+        ...     entry = Statistics.open(made.path).entry("blocks.0.proj")
+        >>> entry.kept, int(entry.count.sum()), torch.equal(entry.channel_absmax(), x.abs().amax((0, 1)))
+        (64, 100, True)
     """
 
     def __init__(

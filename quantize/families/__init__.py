@@ -150,6 +150,12 @@ def detect(keys: Iterable[str]) -> Family:
     """The one family whose markers match `keys`, or the generic one, which is logged.
 
     raises  FamilyError if several match, or one that cannot be run
+
+        >>> parts = ("attn.add_q_proj", "img_mlp.net.0.proj", "img_mod.1")
+        >>> detect(["txt_norm.weight", *(f"transformer_blocks.0.{part}.weight" for part in parts)]).name
+        'qwen_image'
+        >>> detect(["blocks.0.proj.weight", "blocks.1.proj.weight"]).name
+        'generic'
     """
     keys = list(keys)
     found = [family for family in _ALL if family.markers and family.detect(keys)]

@@ -38,6 +38,19 @@ def convert_file(
     as_is   keep layer names, each layer on its own: no family is needed, nothing is joined, split or reordered
     raises  CheckpointError naming file, layer and reason, whatever `progress` raises, and OSError;
             in every such case `target` is as it was before
+
+        >>> import tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> from svdquant_pack.quantize.files.source import FileSource
+        >>> from svdquant_pack.quantize.maker.model import quantize_model
+        >>> from svdquant_pack.quantize.recipe import Recipe
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     wide, path = f"{folder}/wide.safetensors", f"{folder}/4bit.safetensors"
+        ...     save_file({"blocks.0.proj.weight": torch.randn(256, 128), "head.weight": torch.randn(8, 128)}, wide)
+        ...     _ = quantize_model(FileSource(wide), path, Recipe(rank=16))
+        ...     report = convert_file(path, f"{folder}/kitchen.safetensors", to="kitchen")
+        >>> report.source_dialect, report.dialect, report.layers, report.notes
+        ('native', 'kitchen', 1, ())
     """
     if to not in TARGETS:
         raise CheckpointError(f"{to!r} is no dialect to write, known are {', '.join(TARGETS)}")

@@ -40,5 +40,19 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def inspect_file(path: str | Path) -> dict[str, Any]:
-    """`describe` of a file or a folder of files. Raises CheckpointError for anything that is not a 4-bit model."""
+    """`describe` of a file or a folder of files. Raises CheckpointError for anything that is not a 4-bit model.
+
+    >>> import tempfile, torch
+    >>> from safetensors.torch import save_file
+    >>> from svdquant_pack.quantize.files.source import FileSource
+    >>> from svdquant_pack.quantize.maker.model import quantize_model
+    >>> from svdquant_pack.quantize.recipe import Recipe
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     wide, path = f"{folder}/wide.safetensors", f"{folder}/4bit.safetensors"
+    ...     save_file({"blocks.0.proj.weight": torch.randn(256, 128), "head.weight": torch.randn(8, 128)}, wide)
+    ...     _ = quantize_model(FileSource(wide), path, Recipe(rank=16))
+    ...     found = inspect_file(path)
+    >>> found["dialect"], found["family"], found["formats"], found["ranks"]
+    ('native', 'generic', {'int4': 1}, {'16': 1})
+    """
     return describe(open_checkpoint(path))

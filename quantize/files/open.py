@@ -14,6 +14,22 @@ def open_checkpoint(path: str | Path, as_is: bool = False) -> Checkpoint:
 
     as_is   keep the file's own layer names, each layer on its own: what no model family is needed for
     raises  CheckpointError for a file that is damaged, not a 4-bit model, or of an unknown family or format
+
+        >>> import tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> from svdquant_pack.quantize.files.source import FileSource
+        >>> from svdquant_pack.quantize.maker.model import quantize_model
+        >>> from svdquant_pack.quantize.recipe import Recipe
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     wide, path = f"{folder}/wide.safetensors", f"{folder}/4bit.safetensors"
+        ...     save_file({"blocks.0.proj.weight": torch.randn(256, 128), "head.weight": torch.randn(8, 128)}, wide)
+        ...     _ = quantize_model(FileSource(wide), path, Recipe(rank=16))
+        ...     checkpoint = open_checkpoint(path)
+        ...     layer = checkpoint.layer("blocks.0.proj")  # read here
+        >>> checkpoint.dialect, list(checkpoint.specs), list(checkpoint.rest)
+        ('native', ['blocks.0.proj'], ['head.weight'])
+        >>> layer.spec.where, layer.nbytes()
+        ('int4 at N=256, K=128, rank 16', 29952)
     """
     try:
         file = open_tensors(path)

@@ -55,6 +55,16 @@ class FileSource:
 
     raises  TensorFileError for a damaged file, a missing shard, or one that is 4-bit already; FamilyError for a model
             of several families or of one that ComfyUI has no class for
+
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> fp8, scale = torch.full((128, 128), 3.0).to(torch.float8_e4m3fn), torch.tensor(0.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = f"{folder}/fp8.safetensors"
+        ...     save_file({"blocks.0.proj.weight": fp8, "blocks.0.proj.scale_weight": scale}, path)
+        ...     source = FileSource(path)
+        ...     source.family, list(source.infos), source.tensor("blocks.0.proj.weight")[0, :2]
+        ('generic', ['blocks.0.proj.weight'], tensor([1.5000, 1.5000], dtype=torch.bfloat16))
     """
 
     def __init__(self, path: str | Path) -> None:

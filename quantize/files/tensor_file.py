@@ -69,6 +69,14 @@ class TensorFile(Mapping[str, torch.Tensor]):
     infos     name -> TensorInfo, from the header alone
     metadata  the header's string table
     raises    TensorFileError for a missing, truncated or foreign file, KeyError for an unknown name
+
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"a": torch.arange(3)}, f"{folder}/x.safetensors", {"family": "flux"})
+        ...     file = TensorFile(f"{folder}/x.safetensors")
+        ...     file.infos["a"].shape, file.read("a"), file.metadata
+        ((3,), tensor([0, 1, 2]), {'family': 'flux'})
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -198,15 +206,20 @@ def _info(shape: list[int], dtype: str) -> TensorInfo:
 class TensorWriter:
     """Write one safetensors file, tensor after tensor, in any order.
 
-        with TensorWriter(path, plan) as writer:
-            writer.write("a", tensor)
-            writer.metadata["family"] = "flux"
-
     plan    name -> TensorInfo of everything that will be written
     extra   how many tensors more will come through `add`, whose shapes are not known yet
     raises  TensorFileError when a tensor is not as planned or one is missing at the end. On any exception, also one
             that comes from the `with` body, the temporary file is removed and an older file of that name is untouched.
             OSError at the start when the disk cannot hold what is planned
+
+        >>> import tempfile
+        >>> tensor = torch.arange(3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with TensorWriter(f"{folder}/x.safetensors", {"a": TensorInfo.of(tensor)}) as writer:
+        ...         writer.write("a", tensor)
+        ...         writer.metadata["family"] = "flux"
+        ...     TensorFile(writer.path).read("a")
+        tensor([0, 1, 2])
     """
 
     def __init__(self, path: str | Path, plan: Mapping[str, TensorInfo], extra: int = 0) -> None:

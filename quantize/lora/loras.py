@@ -26,6 +26,11 @@ class LayerLoras:
     rows    (N,) or None: factor of every output channel of W
     cols    (K,) or None: factor of every input channel of W
     shift   (N,) or None: what a layer with unsigned activations keeps in its bias for their shift; needed beside `rows`
+
+        >>> change = Columns(down=torch.ones(64, 16), up=torch.ones(32, 16))  # 16 everywhere
+        >>> loras = LayerLoras((change,), scales=(0.5,))
+        >>> loras.rank, loras.dense_weight(torch.zeros(32, 64))[0, :3]
+        (16, tensor([8., 8., 8.]))
     """
 
     deltas: tuple[Delta, ...]

@@ -102,6 +102,16 @@ def quantize_model(
     raises      QuantizeError for a model without a layer to quantize, with NaN or Inf, or already quantized;
                 StatisticsError for statistics of another model; BudgetError; OSError when the disk is full; whatever
                 `progress` raises. In every such case the file at `target` is as it was before.
+
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> from svdquant_pack.quantize.files.source import FileSource
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     wide, path = f"{folder}/wide.safetensors", f"{folder}/4bit.safetensors"
+        ...     save_file({f"blocks.{i}.proj.weight": torch.randn(256, 128) for i in range(2)}, wide)
+        ...     report = quantize_model(FileSource(wide), path, Recipe(rank=16))
+        >>> report.family, list(report.errors), report.bytes_16bit, report.bytes_4bit
+        ('generic', ['blocks.0.proj', 'blocks.1.proj'], 131072, 59904)
     """
     target = target if isinstance(target, Target) else Target(Path(target))
     with PeakMemory() as peak, target.work or contextlib.nullcontext():

@@ -41,6 +41,15 @@ def compare_files(a: str | Path, b: str | Path) -> dict[str, float]:
     """layer -> ||A - B|| / ||A||, largest first, over the linear layers that both files have and that differ
 
     raises  ValueError when the files share no layer or a layer's shapes differ
+
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     a, b = f"{folder}/a.safetensors", f"{folder}/b.safetensors"
+        ...     save_file({f"blocks.{i}.proj.weight": torch.ones(128, 128) for i in range(2)}, a)
+        ...     save_file({f"blocks.{i}.proj.weight": torch.full((128, 128), 1 + i / 4) for i in range(2)}, b)
+        ...     compare_files(a, b)
+        {'blocks.1.proj': 0.25}
     """
     (shapes_a, read_a), (shapes_b, read_b) = dense_weights(a), dense_weights(b)
     common = [layer for layer in shapes_a if layer in shapes_b]

@@ -6,7 +6,7 @@ symbols, "h" (the hidden size) and "mlp" (the width inside the MLP), each option
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 NUMBER = "#"
@@ -54,31 +54,43 @@ class LinearRow:
         """Every spelling, Nunchaku's own first."""
         return (self.stored, *self.also, *((self.lite,) if self.lite else ()))
 
+    def but(
+        self,
+        *,
+        unsigned: bool = False,
+        chunks: int = 0,
+        swap: bool = False,
+        bias: bool = True,
+        optional: bool = False,
+    ) -> "LinearRow":
+        """This row, and what is given holds of it as well; `unsigned` holds of all its spellings but the lite one."""
+        parts = (self.stored, *self.also)
+        stored, *also = (tuple(replace(part, unsigned=unsigned or part.unsigned) for part in each) for each in parts)
+        return replace(
+            self,
+            stored=stored,
+            also=tuple(also),
+            chunks=chunks or self.chunks,
+            swap=swap or self.swap,
+            bias=bias and self.bias,
+            optional=optional or self.optional,
+        )
+
 
 def same(
     host: str,
     stored: str,
     n: str | None = None,
     k: str | None = None,
-    *,
     also: tuple[str, ...] = (),
     lite: str = "",
-    unsigned: bool = False,
-    chunks: int = 0,
-    swap: bool = False,
-    bias: bool = True,
-    optional: bool = False,
 ) -> LinearRow:
     """A row of a table, for a linear that is one in the file and one in ComfyUI; the parameters are its columns."""
     return LinearRow(
         (host,),
-        (StoredName(stored, n, k, unsigned),),
-        tuple((StoredName(name, n, k, unsigned),) for name in also),
+        (StoredName(stored, n, k),),
+        tuple((StoredName(name, n, k),) for name in also),
         (StoredName(lite, n, k),) if lite else (),
-        chunks=chunks,
-        swap=swap,
-        bias=bias,
-        optional=optional,
     )
 
 

@@ -19,7 +19,7 @@ def stream(host: str, norm: str, suffix: str, attention: tuple[str, ...], feed_f
     """
     q, k, v, out, merged = (f"attn.{name}" for name in attention)
     return (
-        same(f"{host}_mod.lin", f"{norm}.linear", "6h", "h", chunks=6),
+        same(f"{host}_mod.lin", f"{norm}.linear", "6h", "h").but(chunks=6),
         LinearRow(
             (f"{host}_attn.qkv",),
             (StoredName(f"qkv_proj{suffix}", "3h", "h"),),
@@ -40,10 +40,9 @@ def stream(host: str, norm: str, suffix: str, attention: tuple[str, ...], feed_f
             f"mlp{suffix}_fc2",
             "h",
             "mlp",
-            unsigned=True,
             also=(f"{feed_forward}.net.2",),
             lite=f"{feed_forward}.net.2",
-        ),
+        ).but(unsigned=True),
     )
 
 
@@ -70,7 +69,7 @@ SINGLE = Block(
     "single_transformer_blocks.#",
     "single_blocks.#",
     (
-        same("modulation.lin", "norm.linear", "3h", "h", chunks=3),
+        same("modulation.lin", "norm.linear", "3h", "h").but(chunks=3),
         LinearRow(
             ("linear1",),
             (StoredName("qkv_proj", "3h", "h"), StoredName("mlp_fc1", "mlp", "h")),
@@ -109,7 +108,7 @@ OUTSIDE = Block(
     (
         same("img_in", "x_embedder", "h"),
         same("txt_in", "context_embedder", "h"),
-        same("final_layer.adaLN_modulation.1", "norm_out.linear", "2h", "h", swap=True),
+        same("final_layer.adaLN_modulation.1", "norm_out.linear", "2h", "h").but(swap=True),
         same("final_layer.linear", "proj_out", None, "h"),
     ),
 )

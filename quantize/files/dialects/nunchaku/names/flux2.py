@@ -18,9 +18,9 @@ def stream(host: str, suffix: str, attention: tuple[str, ...], feed_forward: str
             lite=tuple(StoredName(name, "h", "h") for name in (q, k, v)),
             bias=False,
         ),
-        same(f"{host}_attn.proj", f"out_proj{suffix}", "h", "h", also=(out,), lite=out, bias=False),
-        same(f"{host}_mlp.0", f"mlp{suffix}_fc1", "2mlp", "h", also=(linear_in,), lite=linear_in, bias=False),
-        same(f"{host}_mlp.2", f"mlp{suffix}_fc2", "h", "mlp", also=(linear_out,), lite=linear_out, bias=False),
+        same(f"{host}_attn.proj", f"out_proj{suffix}", "h", "h", also=(out,), lite=out).but(bias=False),
+        same(f"{host}_mlp.0", f"mlp{suffix}_fc1", "2mlp", "h", also=(linear_in,), lite=linear_in).but(bias=False),
+        same(f"{host}_mlp.2", f"mlp{suffix}_fc2", "h", "mlp", also=(linear_out,), lite=linear_out).but(bias=False),
     )
 
 
@@ -65,7 +65,10 @@ SINGLE = Block(
 
 
 def embedder(host: str, stored: str, optional: bool = False) -> Block:
-    linears = (same("in_layer", "linear_1", "h", bias=False), same("out_layer", "linear_2", "h", "h", bias=False))
+    linears = (
+        same("in_layer", "linear_1", "h").but(bias=False),
+        same("out_layer", "linear_2", "h", "h").but(bias=False),
+    )
     return Block(f"time_guidance_embed.{stored}", host, linears, optional=optional)
 
 
@@ -78,13 +81,13 @@ OUTSIDE = Block(
     "",
     "",
     (
-        same("img_in", "x_embedder", "h", bias=False),
-        same("txt_in", "context_embedder", "h", bias=False),
-        same("double_stream_modulation_img.lin", "double_stream_modulation_img.linear", "6h", "h", bias=False),
-        same("double_stream_modulation_txt.lin", "double_stream_modulation_txt.linear", "6h", "h", bias=False),
-        same("single_stream_modulation.lin", "single_stream_modulation.linear", "3h", "h", bias=False),
-        same("final_layer.adaLN_modulation.1", "norm_out.linear", "2h", "h", swap=True, bias=False),
-        same("final_layer.linear", "proj_out", None, "h", bias=False),
+        same("img_in", "x_embedder", "h").but(bias=False),
+        same("txt_in", "context_embedder", "h").but(bias=False),
+        same("double_stream_modulation_img.lin", "double_stream_modulation_img.linear", "6h", "h").but(bias=False),
+        same("double_stream_modulation_txt.lin", "double_stream_modulation_txt.linear", "6h", "h").but(bias=False),
+        same("single_stream_modulation.lin", "single_stream_modulation.linear", "3h", "h").but(bias=False),
+        same("final_layer.adaLN_modulation.1", "norm_out.linear", "2h", "h").but(swap=True, bias=False),
+        same("final_layer.linear", "proj_out", None, "h").but(bias=False),
     ),
 )
 

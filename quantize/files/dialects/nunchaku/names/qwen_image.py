@@ -14,9 +14,9 @@ def merged(q: str, k: str, v: str, stored: str) -> LinearRow:
 
 def stream(name: str) -> tuple[LinearRow, ...]:
     return (
-        same(f"{name}_mod.1", f"{name}_mod.1", "6h", "h", chunks=6),
+        same(f"{name}_mod.1", f"{name}_mod.1", "6h", "h").but(chunks=6),
         same(f"{name}_mlp.net.0.proj", f"{name}_mlp.net.0.proj", "mlp", "h"),
-        same(f"{name}_mlp.net.2", f"{name}_mlp.net.2", "h", "mlp", unsigned=True),
+        same(f"{name}_mlp.net.2", f"{name}_mlp.net.2", "h", "mlp").but(unsigned=True),
     )
 
 

@@ -15,9 +15,9 @@ TRANSFORMER = (
         bias=False,
     ),
     same("attn1.to_out.0", "attn1.to_out.0"),
-    same("attn2.to_q", "attn2.to_q", bias=False),
-    same("attn2.to_k", "attn2.to_k", bias=False),
-    same("attn2.to_v", "attn2.to_v", bias=False),
+    same("attn2.to_q", "attn2.to_q").but(bias=False),
+    same("attn2.to_k", "attn2.to_k").but(bias=False),
+    same("attn2.to_v", "attn2.to_v").but(bias=False),
     same("attn2.to_out.0", "attn2.to_out.0"),
     same("ff.net.0.proj", "ff.net.0.proj"),
     same("ff.net.2", "ff.net.2"),
@@ -30,7 +30,7 @@ RESNET = (
     same("emb_layers.1", "time_emb_proj"),
     same("out_layers.0", "norm2"),
     same("out_layers.3", "conv2"),
-    same("skip_connection", "conv_shortcut", optional=True),
+    same("skip_connection", "conv_shortcut").but(optional=True),
 )
 
 

@@ -11,7 +11,7 @@ GATED = (StoredName("feed_forward.w3", "mlp", "h"), StoredName("feed_forward.w1"
 
 LINEARS = (
     LinearRow(("attention.qkv",), (StoredName("attention.to_qkv", "3h", "h"),), lite=ATTENTION, bias=False),
-    same("attention.out", "attention.to_out.0", "h", "h", bias=False),
+    same("attention.out", "attention.to_out.0", "h", "h").but(bias=False),
     LinearRow(
         ("feed_forward.w3", "feed_forward.w1"),
         (StoredName("feed_forward.net.0.proj", "2mlp", "h"),),
@@ -19,7 +19,7 @@ LINEARS = (
         bias=False,
         plain="stored",
     ),
-    same("feed_forward.w2", "feed_forward.net.2", "h", "mlp", lite="feed_forward.w2", bias=False),
+    same("feed_forward.w2", "feed_forward.net.2", "h", "mlp", lite="feed_forward.w2").but(bias=False),
 )
 TENSORS = {
     "attention.q_norm.weight": ("attention.norm_q.weight",),
