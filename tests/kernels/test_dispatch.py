@@ -96,8 +96,9 @@ def test_the_table_names_what_exists(format):
 @pytest.mark.parametrize("format", FORMATS)
 def test_on_every_gpu_some_kernel_claims_the_call(format, capability, monkeypatch):
     """What runs there when all is installed; plain torch stays the last resort."""
-    for backend in ("kitchen", "gluon"):
-        monkeypatch.setattr(f"svdquant_pack.kernels.backends.{backend}.missing", lambda: None)
+    for missing in ("kitchen.missing", "gluon.missing", "triton.versions.missing"):
+        monkeypatch.setattr(f"svdquant_pack.kernels.backends.{missing}", lambda: None)
+    monkeypatch.setattr("svdquant_pack.kernels.backends.triton.versions.too_old", lambda needed: None)
     arch = f"sm_{capability[0]}{capability[1]}"
     winners = {}
     for rows in (1, 4096):
