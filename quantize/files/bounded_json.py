@@ -38,7 +38,7 @@ class Limits:
 
 USUAL = Limits()
 MARKER = Limits(size=1 << 16, depth=8, items=1 << 12, text=1 << 12)  # what describes one layer
-HEADER = Limits(size=100_000_000, items=1 << 23, text=1 << 24)  # of a safetensors file; its library has the same size
+HEADER = Limits(size=100_000_000, items=1 << 23, text=100_000_000)  # of a safetensors file: its library has this size
 
 
 def read_json(text: str | bytes, where: str, limits: Limits = USUAL) -> Any:

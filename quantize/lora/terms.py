@@ -139,7 +139,7 @@ def check_numbers(term: Term) -> None:
         numbers["alpha over its rank"] = term.form.alpha
     for name, number in numbers.items():
         if not math.isfinite(number):
-            raise LoraError(f"the {name} is {number}, needed a finite number")
+            raise LoraError(f"the {name} is {number}: NaN or infinite, needed a finite number")
 
 
 def factored(group: Sequence[Term], shape: tuple[int, int], limits: LoraLimits) -> tuple[Delta, float]:
