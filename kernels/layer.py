@@ -243,13 +243,17 @@ def mean_term(weight: torch.Tensor, smooth_factor: torch.Tensor, act_mean: torch
     return (weight.double() @ (act_mean.double() / smooth_factor.double())).float()
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of floats, of any width, holds neither NaN nor Inf; without a mask of its size."""
+    values = tensor.float() if tensor.itemsize == 1 else tensor
+    return not values.numel() or all(bool(edge.isfinite()) for edge in values.aminmax())  # NaN passes through aminmax
+
+
 def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise LayerError if a float tensor holds NaN or Inf, or smooth_factor (a divisor) a zero."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point():
-            values = tensor.float() if tensor.itemsize == 1 else tensor
-            if values.numel() and not all(edge.isfinite() for edge in values.aminmax()):  # NaN passes through aminmax
-                raise LayerError(f"{name} holds NaN or Inf; the file is damaged or was written by a failed run")
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise LayerError(f"{name} holds NaN or Inf; the file is damaged or was written by a failed run")
     if "smooth_factor" in tensors and (tensors["smooth_factor"] == 0).any():
         raise LayerError("smooth_factor holds a zero, the activation is divided by it")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...kernels.layer import LayerSpec
+from ...kernels.layer import LayerSpec, is_finite
 from ..calibration.file import Statistics
 from ..calibration.tokens import InputStatistics
 from ..files.checkpoint import Provenance
@@ -150,7 +150,7 @@ class SourceReader:
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         self._digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         self._digest.update(raw.numpy().data)
-        if tensor.is_floating_point() and not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise QuantizeError(f"{self.source.name}: {key} holds NaN or Inf; repair or replace the source model")
         return tensor
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...kernels.layer import Layer, LayerError, LayerSpec, mean_term
+from ...kernels.layer import Layer, LayerError, LayerSpec, is_finite, mean_term
 from ..recipe import Recipe
 from .inputs import LayerInput, shift_of
 from .rounding import WeightScales
@@ -36,8 +36,7 @@ class Dense:
                 raise LayerError(f"{name} has shape {tuple(tensor.shape)}, {self.spec.where} is made of {shape}")
             if not tensor.is_floating_point():
                 raise LayerError(f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, needed a float")
-            values = tensor.float() if tensor.itemsize == 1 else tensor
-            if values.numel() and not all(edge.isfinite() for edge in values.aminmax()):  # NaN passes through aminmax
+            if not is_finite(tensor):
                 raise LayerError(f"{name} holds NaN or Inf: repair or replace the source model")
 
     def floats(self, device: torch.device | str) -> "Dense":
