@@ -1,6 +1,9 @@
 """Which backend runs a call in which mode, and why the others do not."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -18,6 +21,7 @@ log = logging.getLogger("svdquant")
 USUAL_ROWS = 4096  # a 1024 x 1024 image of a transformer
 _tested: dict[tuple[str, KernelCall], str | None] = {}
 _chosen: dict[tuple[Any, ...], "Choice"] = {}
+_by_reference: ContextVar[bool] = ContextVar("svdquant_by_reference", default=False)
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,21 @@ def turn_off(backend: Backend, call: KernelCall, reason: str) -> None:
     _chosen.clear()
 
 
+def call_of(spec: LayerSpec, x: torch.Tensor, compute: str) -> KernelCall:
+    """What `turn_off` needs to know of a layer on x, in a mode that was chosen for it."""
+    return KernelCall(spec.format, x.device, x.dtype, compute, partly_unsigned=spec.partly_unsigned)
+
+
+@contextmanager
+def by_reference() -> Iterator[None]:
+    """Layers inside run by the reference, each in the mode that was chosen for it: what they should have given."""
+    before = _by_reference.set(True)
+    try:
+        yield
+    finally:
+        _by_reference.reset(before)
+
+
 def _without_rows(call: KernelCall) -> KernelCall:
     return replace(call, rows=0, capability=None, arch="", asked=False)
 
@@ -158,7 +177,7 @@ def run(
     spec = layer.spec
     while True:
         choice = choose(spec, x.device, x.dtype, compute, x.shape[0])
-        backend = choice.backend
+        backend = discover()[0]["reference"] if _by_reference.get() else choice.backend
         try:
             if backend.epilogue:
                 return backend.linear(x, layer, bias, lora, choice.compute, activation)
@@ -170,5 +189,4 @@ def run(
         except Exception as error:
             if backend.name == "reference":
                 raise
-            call = KernelCall(spec.format, x.device, x.dtype, choice.compute, partly_unsigned=spec.partly_unsigned)
-            turn_off(backend, call, f"{type(error).__name__}: {error}")
+            turn_off(backend, call_of(spec, x, choice.compute), f"{type(error).__name__}: {error}")

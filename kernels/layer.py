@@ -246,7 +246,8 @@ def mean_term(weight: torch.Tensor, smooth_factor: torch.Tensor, act_mean: torch
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor of floats, of any width, holds neither NaN nor Inf; without a mask of its size."""
     values = tensor.float() if tensor.itemsize == 1 else tensor
-    return not values.numel() or all(bool(edge.isfinite()) for edge in values.aminmax())  # NaN passes through aminmax
+    # NaN passes through aminmax; a GPU is waited for once
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def check_values(tensors: Mapping[str, torch.Tensor]) -> None:

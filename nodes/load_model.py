@@ -6,6 +6,7 @@ from ..kernels import COMPUTES
 from ..quantize.files.checkpoint import CheckpointError
 from ..quantize.files.open import open_checkpoint
 from .host.files import choices, find_or_raise, modified
+from .host.guard import CHOICES, REFERENCE
 from .host.model import load_model
 
 COMPUTE_TOOLTIP = """How the 4-bit layers compute. SVDQuant Model Info says what runs and what the device has not.
@@ -16,6 +17,9 @@ w8a8: both sides in 8 bit; the expanded weights are kept, which takes half of th
 w4a8-jit: the same numbers, the weights are expanded again for each call.
 fp8: both sides in fp8, the weights are expanded for each call.
 w16: activations are not rounded, the weights are expanded to 16 bit for each call: the most exact, and slow."""
+FINITE_TOOLTIP = """What to do when a layer gives NaN or Inf although its input has none. Either way the layer is named.
+reference: plain torch computes that layer, its kernel is turned off until ComfyUI restarts, and the run goes on.
+stop: the run ends with an error."""
 
 
 class SVDQuantLoadModel:
@@ -41,7 +45,13 @@ class SVDQuantLoadModel:
                     list(COMPUTES),
                     {"default": "auto", "tooltip": COMPUTE_TOOLTIP},
                 ),
-            }
+            },
+            "optional": {
+                "if_not_finite": (
+                    list(CHOICES),
+                    {"default": REFERENCE, "tooltip": FINITE_TOOLTIP, "advanced": True},
+                ),
+            },
         }
 
     @classmethod
@@ -53,8 +63,8 @@ class SVDQuantLoadModel:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, model_name: str, compute: str) -> float:
+    def IS_CHANGED(cls, model_name: str, **settings: str) -> float:
         return modified(model_name)
 
-    def load(self, model_name: str, compute: str) -> tuple[Any]:
-        return (load_model(str(find_or_raise(model_name)), compute),)
+    def load(self, model_name: str, compute: str, if_not_finite: str = REFERENCE) -> tuple[Any]:
+        return (load_model(str(find_or_raise(model_name)), compute, if_not_finite),)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..kernels import Choice, Lora, choose, svdquant_linear
+from ..kernels.dispatch import USUAL_ROWS
 from ..kernels.layer import BlobView, Layer, LayerSpec, from_blob, to_blob
 
 LowRank = tuple[torch.Tensor, torch.Tensor]
@@ -50,6 +51,6 @@ class PackedLinear:
         """The same layer for bytes that lie where they do for one call alone: nothing made from them may be kept."""
         return replace(self, compute="w4a8-jit") if self.compute == "w8a8" else self  # bit-identical, see kernels/modes
 
-    def choice(self, device: torch.device, dtype: torch.dtype) -> Choice:
+    def choice(self, device: torch.device, dtype: torch.dtype, rows: int = USUAL_ROWS) -> Choice:
         """Which backend runs this layer there, and why the others do not."""
-        return choose(self.spec, device, dtype, self.compute)
+        return choose(self.spec, device, dtype, self.compute, rows)

@@ -19,19 +19,24 @@ from ...quantize.files.source import FileSource
 from ...quantize.files.tensor_file import TensorInfo
 from ...quantize.model_config import ConfigError, Extent, check_config
 from .describe import ATTACHMENT, FASTER, faster_format_of
+from .guard import REFERENCE, Guard
 from .linear import operations
 from .patcher import adopt, layer_name
 
 log = logging.getLogger("svdquant")
 
 
-def load_model(path: str, compute: str = "auto", disable_dynamic: bool = False) -> ModelPatcher:
+def load_model(
+    path: str, compute: str = "auto", if_not_finite: str = REFERENCE, disable_dynamic: bool = False
+) -> ModelPatcher:
     """ComfyUI's own model of a 4-bit checkpoint, as a MODEL.
 
     The host finds the architecture from names and shapes; only what the file pins is taken from its header.
+    if_not_finite  what a Guard does about NaN and Inf
 
     raises  CheckpointError naming file, layer and reason
     """
+    guard = Guard(if_not_finite)
     checkpoint = open_checkpoint(path)
     checkpoint.check_compute(compute)
     state_dict = {name: checkpoint.tensor(name) for name in checkpoint.rest}
@@ -58,7 +63,11 @@ def load_model(path: str, compute: str = "auto", disable_dynamic: bool = False) 
     patcher.set_attachments(ATTACHMENT, file)
     if faster := faster_format_of(file["formats"], patcher.load_device):
         log.info("%s: %s", file["file"], FASTER.format(faster))
-    patcher.cached_patcher_init = (load_model, (path, compute))  # newer hosts rebuild the model from this
+    guard.watch(patcher)
+    patcher.cached_patcher_init = (
+        load_model,
+        (path, compute, if_not_finite),
+    )  # newer hosts rebuild the model from this
     return patcher
 
 

@@ -5,7 +5,7 @@ global is patched, and every model family is watched alike.
 """
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,7 @@ class Collector:
         return result
 
     def _apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        options = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else {})
-        call = _call(options, len(args[0]))
+        call = model_call(args, kwargs)
         model = executor.class_obj.diffusion_model
         with self._hooks(model, call):
             result = executor(*args, **kwargs)
@@ -131,8 +130,9 @@ class Collector:
             entry.sensitivity += torch.tensor([(moved / power).item() / NOISE**2, 1.0])
 
 
-def _call(options: dict[str, Any], batch: int) -> ModelCall:
-    """Where in the run this call is, from what the host's sampler tells its models."""
+def model_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelCall:
+    """Where in the run a call of apply_model is, from what the host's sampler tells its models."""
+    options, batch = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else {}), len(args[0])
     halves = tuple(int(half) for half in options.get("cond_or_uncond", (0,))) or (0,)
     schedule, now = options.get("sample_sigmas"), options.get("sigmas")
     if schedule is None or now is None:
