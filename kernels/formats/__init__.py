@@ -63,7 +63,8 @@ class Format:
                   activation; else activations stay in 16 bit
     unsigned_act  whether a range of input channels may use unsigned codes, shifted by GELU_SHIFT
     act_rules     how the scale of an activation may be chosen, the stock rule first, the best one last
-    act_scale     dtype of stored activation scales; None for that of the activation
+    act_range     (least, largest) extreme of a group of smoothed activations at which its scale has all its bits;
+                  None where scales have the range of the activation
     act8_group    input channels that share a scale of 8-bit activation codes in w4a8; None where there is no w4a8
     units         {dtype of 8-bit rows: code of a 1 in the row's largest group}: with these every code of that group is
                   an integer (int8) or exact (fp8). Empty where a weight is not expanded
@@ -80,7 +81,7 @@ class Format:
     low_rank: ClassVar[bool] = True
     unsigned_act: ClassVar[bool] = False
     act_rules: ClassVar[tuple[str, ...]] = (STOCK_RULE,)
-    act_scale: ClassVar[torch.dtype | None] = None
+    act_range: ClassVar[tuple[float, float] | None] = None
     act8_group: ClassVar[int | None] = None
     units: ClassVar[Mapping[torch.dtype, int]] = MappingProxyType({})
     computes: ClassVar[tuple[str, ...]] = ("w4a4", "w16")

@@ -4,6 +4,10 @@ Weights: W[n, k] = e2m1(code) * e4m3(wscales[k / 16, n]) * wtscale * wcscales[n]
 scale = min(absmax / 6, 448) stored as E4M3, and codes are rounded to nearest even from x times the reciprocal of the
 *unstored* fp32 scale. The rule `four_six` also tries scale = min(absmax / 4, 448) and keeps, group by group, the one
 with the smaller squared error (Four Over Six, arXiv 2512.02010).
+
+So w4a4 has a range, unlike int4: a group of 16 smoothed activations whose absmax is from 0.094 to 2688 (6 * 2**-6 to
+6 * 448) is rounded alike at every power of two. Above, values are cut to 2688. Below, the scale loses a bit with every
+halving, and from 0.006 on the group is zero. The low-rank branch and the modes other than w4a4 have no such range.
 Source: NVIDIA NVFP4; the rule of the Nunchaku kernels.
 """
 
@@ -19,6 +23,7 @@ from . import E2M1_CODE, SIXTEEN_BIT, STOCK_RULE, Format, Tensors, TensorSpec, a
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitude of codes 0..7; bit 3 is the sign
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
+E4M3_LEAST = 2.0**-6  # with all bits
 FOUR_SIX = "four_six"
 # of absmax / 6: as it is, 4/6 (absmax becomes the code 4), and what E4M3 offers near both
 SEARCHED_FACTORS = (1.0, 1.5, 0.8, 0.86, 0.93, 1.08, 1.17, 1.27, 1.38, 1.62)
@@ -46,7 +51,7 @@ class Nvfp4(Format):
     group_size = 16
     code = E2M1_CODE
     act_rules = (STOCK_RULE, FOUR_SIX)
-    act_scale = torch.float8_e4m3fn
+    act_range = (E2M1_MAX * E4M3_LEAST, E2M1_MAX * E4M3_MAX)
     units = {torch.int8: 20, torch.float8_e4m3fn: 64}  # noqa: RUF012 (typed in the base class)
     computes = ("w4a4", "w8a8", "w4a8-jit", "fp8", "w16")
     modes = (

@@ -24,6 +24,8 @@ from .linear import operations
 from .patcher import adopt, layer_name
 
 log = logging.getLogger("svdquant")
+# modules of LTX-2 that the host also reads from text encoder files
+ELSEWHERE = ("audio_embeddings_connector.", "video_embeddings_connector.")
 
 
 def load_model(
@@ -45,7 +47,8 @@ def load_model(
     provenance = checkpoint.provenance
     pinned = {key: provenance.unet_config[key] for key in provenance.pinned if key in provenance.unet_config}
     _check_config(checkpoint.path.name, pinned, checkpoint.weight_infos(), provenance.family)
-    options = {"custom_operations": operations(checkpoint, compute)}
+    missing: list[list[str]] = []
+    options = {"custom_operations": _noting_missing(operations(checkpoint, compute), missing)}
     bare = _build(checkpoint.path.name, state_dict, options, pinned, disable_dynamic)
     if bare is None:
         raise CheckpointError(
@@ -53,6 +56,7 @@ def load_model(
             f"(family {provenance.family}); a newer ComfyUI may"
         )
     patcher = adopt(bare)
+    _refuse_missing(checkpoint.path.name, [name for names in missing for name in names], patcher.model.diffusion_model)
     unused = checkpoint.specs.keys() - set(map(layer_name, patcher.packed_layers()))
     if unused:
         raise CheckpointError(
@@ -91,6 +95,35 @@ def _check_config(file: str, pinned: Mapping[str, Any], infos: Mapping[str, Tens
         raise CheckpointError(
             f"{file}: {error}. The header was edited, or a newer version of this pack may know it"
         ) from error
+
+
+def _noting_missing(base: Any, missing: list[list[str]]) -> type:
+    """The same operations; into `missing` goes torch's list of what the model wants and was not given.
+
+    The host only logs it. One list serves a whole load, and grows until the load ends.
+    """
+
+    class Linear(base.Linear):  # type: ignore[misc]
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args: Any) -> None:
+            missing[:] = [missing_keys]
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+
+    return type(base.__name__, (base,), {"Linear": Linear})
+
+
+def _refuse_missing(file: str, missing: list[str], model: torch.nn.Module) -> None:
+    """Raise CheckpointError for parameters that are not in the file: they would be zeros, or whatever memory held.
+
+    Buffers are the host's own: it computes those that files leave out.
+    """
+    parameters = dict(model.named_parameters())
+    lost = [name for name in missing if name in parameters and not name.startswith(ELSEWHERE)]
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise CheckpointError(
+            f"{file}: the model needs {', '.join(map(repr, lost[:3]))}{more}, and the file does not have "
+            f"{'it' if len(lost) == 1 else 'them'}. It is incomplete: download it again, or make it again"
+        )
 
 
 def _build(

@@ -165,6 +165,7 @@ def quantize_layer(dense: Dense, making: Making, spans: torch.Tensor | None = No
     bias = None if dense.bias is None else dense.bias.to(making.device)
     if spec.fmt.low_rank:
         smooth = smoothing.from_weight_spans(weight if spans is None else spans, making.recipe.smooth_power)
+        smooth = smoothing.above_one(smooth, spec.fmt) if spec.act_bits == 4 else smooth
         fit = data_free(Dense(weight, None, spec), to_16bit(smooth, making.dtype), making)
         layer = fit.layer(spec, making.dtype)
     else:
@@ -204,6 +205,8 @@ def _with_data(layers: Sequence[Dense], inputs: InputStatistics, making: Making)
         notes.append(f"block-diagonal Hessian of {recipe.hessian_block} of {layers[0].spec.k} columns")
     made = []
     for dense, (fit, errors), (_, floor) in zip(layers, tried[best], tried[PLAIN], strict=True):
+        seen = _seen(tokens, inputs, dense.spec, dense.weight.device, fit.act_mean)
+        said = smoothing.out_of_range(fit.smooth, seen, dense.spec.fmt) if dense.spec.act_bits == 4 else None
         record = {
             **common,
             "output_error": errors.total,
@@ -212,7 +215,7 @@ def _with_data(layers: Sequence[Dense], inputs: InputStatistics, making: Making)
             "by_bucket": list(errors.by_bucket),
             "plain_error": floor.total,
             "chosen": best,
-            "notes": list(notes),
+            "notes": [*notes, *([] if said is None else [said])],
         }
         layer = fit.layer(dense.spec, making.dtype)
         made.append(QuantizedLayer(layer, fit.bias, weight_error(dense.weight, layer), record))

@@ -14,6 +14,8 @@ from . import lowrank
 from .inputs import LayerInput
 
 LIMITS = (1e-2, 1e2)  # beyond these, activations under- or overflow the 16-bit and E4M3 ranges
+FP16 = (2.0**-14, 2.0**15)  # where numbers in float16 have all their bits
+MOST_RAISED = 8  # that a common factor takes usual activations away from 1 for the sake of rare ones
 EXPONENTS = (
     (0.0, 0.0),
     *((a, 0.0) for a in (0.3, 0.5, 0.7)),
@@ -38,6 +40,18 @@ def from_weight_spans(weight: torch.Tensor, power: float) -> torch.Tensor:
     if alive.any():
         log = torch.where(alive, log - log[alive].mean(), 0)
     return (-power * log).exp().clamp(*LIMITS)
+
+
+def above_one(s: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """s times a power of two so that none is below 1, where activations have a range and nothing is known of them
+
+    No activation is larger after such smoothing than before it, so none is cut that would not be cut without. Within
+    the range a power of two changes nothing. Channels below 1 / 8 of the mean come up to it: others would sink too low.
+    """
+    if fmt.act_range is None:
+        return s
+    s = s.clamp_min(1 / MOST_RAISED)
+    return s * torch.exp2(-s.amin().log2().floor()).clamp_min(1)
 
 
 def from_spans(act: torch.Tensor, weight: torch.Tensor, a: float, b: float) -> torch.Tensor:
@@ -191,11 +205,31 @@ def _centred(s: torch.Tensor) -> torch.Tensor:
 
 
 def _placed(s: torch.Tensor, inputs: Inputs, spec: LayerSpec) -> torch.Tensor:
-    """Narrow activation scales (E4M3) have no tensor scale above them: a common factor puts the median channel near 1,
+    """Where activations have a range: s times a common factor, which the weight's own scales undo
 
-    far from their floor.
+    It puts the median channel near 1, or as much lower, up to a limit, as the largest activation needs to fit.
     """
-    if spec.fmt.act_scale is None:
+    if spec.fmt.act_range is None:
         return s
-    typical = (inputs.square.sqrt() / s).median()
-    return s * torch.where(typical > 0, typical, 1).clamp(*LIMITS)
+    typical, largest = (inputs.square.sqrt() / s).median(), (inputs.absmax / s).amax()
+    typical = torch.where(typical > 0, typical, 1)
+    needed = largest / typical / spec.fmt.act_range[1]
+    factor = typical * needed.clamp(1, MOST_RAISED)
+    return s * factor.clamp(FP16[0] / s.amin(), FP16[1] / s.amax())
+
+
+def out_of_range(s: torch.Tensor, inputs: Inputs, fmt: Format) -> str | None:
+    """What to say of activations that leave the format's range after smoothing, or None."""
+    if fmt.act_range is None:
+        return None
+    least, most = fmt.act_range
+    largest = (inputs.absmax / s).amax().item()
+    if largest > most:
+        return f"activations reach {largest:.3g} after smoothing; {fmt.name} cuts them to {most:g}"
+    usual = (inputs.rows / s).abs().unflatten(-1, (-1, fmt.group_size)).amax(-1).median().item()
+    if 0 < usual < least:
+        return (
+            f"half of the groups of activations are below {usual:.3g} after smoothing; {fmt.name} is exact from "
+            f"{least:.3g}"
+        )
+    return None

@@ -10,6 +10,8 @@ pytest.importorskip("comfy.sd", reason="no ComfyUI: set COMFYUI_PATH")
 
 import comfy.sd
 import comfy.utils
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from svdquant_pack.kernels import COMPUTES
 from svdquant_pack.nodes.host import describe, files
@@ -20,6 +22,7 @@ from svdquant_pack.nodes.model_info import SVDQuantModelInfo
 from svdquant_pack.nodes.registry import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from svdquant_pack.quantize import linear
 from svdquant_pack.quantize.files.checkpoint import CheckpointError
+from svdquant_pack.quantize.files.convert import convert_file
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.maker.model import quantize_model
 from svdquant_pack.quantize.recipe import Recipe
@@ -170,6 +173,31 @@ def test_a_layer_of_another_size_than_the_model_is_named(checkpoints, tmp_path):
         writer.metadata |= stored.metadata
     with pytest.raises(CheckpointError, match=r"odd\.safetensors: layer 'double_blocks\.1\.txt_attn\.proj'"):
         load_model(str(path))
+
+
+LOST = {  # what a stranger's file lacks -> who wrote it
+    "double_blocks.1.img_attn.norm.query_norm.scale": "kitchen",
+    "time_in.in_layer.weight": "kitchen",
+    "img_in.bias": "kitchen",
+    "final_layer.linear.weight": "kitchen",  # after every other tensor
+    "double_blocks.0.img_attn.proj.bias": "kitchen",
+    "time_text_embed.text_embedder.linear_1.weight": "nunchaku",
+    "transformer_blocks.1.norm_q.weight": "nunchaku",
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_a_16_bit_weight_that_is_missing_is_named(checkpoints, tmp_path, lost):
+    whole = tmp_path / "whole.safetensors"
+    convert_file(checkpoints["int4"], whole, LOST[lost])
+    assert load_model(str(whole)).packed_layers()
+    with safe_open(whole, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(whole)
+    del tensors[lost]
+    save_file(tensors, tmp_path / "part.safetensors", metadata)
+    with pytest.raises(CheckpointError, match=rf"part\.safetensors: .*{'' if LOST[lost] == 'nunchaku' else lost}"):
+        load_model(str(tmp_path / "part.safetensors"))
 
 
 @pytest.mark.parametrize("name", NODE_CLASS_MAPPINGS)
