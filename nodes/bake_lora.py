@@ -7,7 +7,7 @@ import comfy.utils
 
 from .host.bake import bake
 from .host.changed import WRITTEN, changed, fingerprint_of_statistics, target_of
-from .host.files import NO_FILE, open_statistics, refuse_name, statistics_files, target
+from .host.files import NO_FILE, keep_source, open_statistics, refuse_name, statistics_files, target
 from .host.model import load_model
 from .host.patcher import SVDQuantPatcher
 
@@ -71,6 +71,7 @@ class SVDQuantBakeLora:
         if not isinstance(model, SVDQuantPatcher):
             raise ValueError("the model is not 4-bit; SVDQuant Quantize Model bakes the LoRAs of a 16-bit MODEL in")
         path = target(file_name, overwrite)
+        keep_source(path, model.model.svdquant.path)
         bar = comfy.utils.ProgressBar(1)
 
         def progress(done: int, total: int, layer: str) -> None:

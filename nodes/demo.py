@@ -7,7 +7,8 @@ import folder_paths
 import torch
 
 from ..quantize.files.tensor_file import TensorFile
-from .host.files import FOLDER, find_or_raise, modified
+from .host.changed import fingerprint_of_model
+from .host.files import FOLDER, find_or_raise
 from .host.model import load_pinned_model
 
 CATEGORY = "SVDQuant/demo"
@@ -29,8 +30,8 @@ class SVDQuantDemoModel:
         return {"required": {"model_name": (names, {"tooltip": tooltip})}}
 
     @classmethod
-    def IS_CHANGED(cls, model_name: str) -> float:
-        return modified(model_name)
+    def IS_CHANGED(cls, model_name: str) -> str:
+        return repr(fingerprint_of_model(model_name))
 
     def load(self, model_name: str) -> tuple[Any]:
         return (load_pinned_model(str(find_or_raise(model_name))),)

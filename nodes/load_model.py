@@ -5,7 +5,8 @@ from typing import Any
 from ..kernels import COMPUTES
 from ..quantize.files.checkpoint import CheckpointError
 from ..quantize.files.open import open_checkpoint
-from .host.files import choices, find_or_raise, modified
+from .host.changed import fingerprint_of_model
+from .host.files import choices, find_or_raise
 from .host.guard import CHOICES, REFERENCE
 from .host.model import load_model
 
@@ -63,8 +64,8 @@ class SVDQuantLoadModel:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, model_name: str, **settings: str) -> float:
-        return modified(model_name)
+    def IS_CHANGED(cls, model_name: str, **settings: str) -> str:
+        return repr(fingerprint_of_model(model_name))
 
     def load(self, model_name: str, compute: str, if_not_finite: str = REFERENCE) -> tuple[Any]:
         return (load_model(str(find_or_raise(model_name)), compute, if_not_finite),)

@@ -16,7 +16,16 @@ from ..quantize.maker.report import summarize, write_report
 from ..quantize.recipe import NAMED, WITH_BRANCH, Recipe
 from .calibrate import STATISTICS
 from .host.changed import WRITTEN, changed, fingerprint_of_model, fingerprint_of_statistics, target_of
-from .host.files import FOLDER, NO_FILE, find_or_raise, open_statistics, refuse_name, statistics_files, target
+from .host.files import (
+    FOLDER,
+    NO_FILE,
+    find_or_raise,
+    keep_source,
+    open_statistics,
+    refuse_name,
+    statistics_files,
+    target,
+)
 from .host.model import load_model
 from .host.source import ModelSource
 
@@ -101,8 +110,9 @@ class SVDQuantQuantizeModel:
     ) -> dict[str, Any]:
         if source == MODEL_INPUT and model is None:
             raise ValueError(f"source is {MODEL_INPUT} and no MODEL is connected: connect one or choose a file")
-        path = target(file_name, overwrite)
-        weights = ModelSource(model) if source == MODEL_INPUT else FileSource(find_or_raise(source))
+        path, file = target(file_name, overwrite), None if source == MODEL_INPUT else find_or_raise(source)
+        keep_source(path, file)
+        weights = ModelSource(model) if file is None else FileSource(file)
         known = _statistics(statistics, statistics_file)
         name = recipe if recipe != AUTO else "fast" if known is None else "balanced"
         chosen = Recipe.named(
@@ -131,7 +141,13 @@ class SVDQuantQuantizeModel:
 
 _STATISTICS_FILE = {"default": NO_FILE, "tooltip": "Statistics of an earlier run, when none are connected."}
 _OPTIONAL: dict[str, Any] = {
-    "model": ("MODEL", {"tooltip": "The 16-bit model, when source is (model input)."}),
+    "model": (
+        "MODEL",
+        {
+            "tooltip": "The 16-bit model, when source is (model input). It is as its loader has read it: of a file "
+            "that was replaced since, choose the name as source, or empty ComfyUI's cache.",
+        },
+    ),
     "overwrite": ("BOOLEAN", {"default": False, "tooltip": "Replace a file of this name."}),
     "statistics": (STATISTICS, {"tooltip": "From SVDQuant Calibrate. Without statistics the recipe is fast."}),
     "after": (

@@ -7,7 +7,7 @@ import folder_paths
 from ...quantize.calibration.file import Statistics
 from ...quantize.files.lifecycle import leftovers
 from ...quantize.files.names import FileNameError, inside
-from ...quantize.files.tensor_file import LEGACY_FOLDER, folder_files
+from ...quantize.files.tensor_file import LEGACY_FOLDER
 
 FOLDER = "diffusion_models"
 SUFFIX = ".statistics.safetensors"
@@ -40,13 +40,6 @@ def find_or_raise(model_name: str) -> Path:
     return path
 
 
-def modified(model_name: str) -> float:
-    """When a model was last written; 0 if it is gone, so that the node runs and says so."""
-    path = find(model_name)
-    files = [] if path is None else folder_files(path) if path.is_dir() else [path]
-    return max((file.stat().st_mtime for file in files), default=0.0)
-
-
 def write_folder() -> Path:
     """Where new models go: of ComfyUI's folders for diffusion models the one of that name."""
     folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
@@ -63,6 +56,15 @@ def target(file_name: str, overwrite: bool) -> Path:
     if path.exists() and not overwrite:
         raise ValueError(f"{path.name} exists already in {path.parent}: choose another name or turn overwrite on")
     return path
+
+
+def keep_source(path: Path, source: Path | None) -> None:
+    """Raise ValueError where writing `path` would replace the file that it is made from."""
+    if source is not None and path.exists() and path.samefile(source):
+        raise ValueError(
+            f"{path.name} is the file that this would be made from: choose another name. Replaced by what is made of "
+            "it, it could not be made again, and every further run would start from the last one's result"
+        )
 
 
 def refuse_name(file_name: str | None) -> str | None:

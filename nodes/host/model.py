@@ -56,6 +56,7 @@ def load_model(
             f"(family {provenance.family}); a newer ComfyUI may"
         )
     patcher = adopt(bare)
+    patcher.model.svdquant.path = checkpoint.path
     _refuse_missing(checkpoint.path.name, [name for names in missing for name in names], patcher.model.diffusion_model)
     unused = checkpoint.specs.keys() - set(map(layer_name, patcher.packed_layers()))
     if unused:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class ModelState:
     """The 4-bit layers of a model, and what is loaded into them at the moment.
 
     layers    weight key -> 4-bit layer
+    path      of the file
     store     factored terms of the LoRAs
     snapshot  of the last load; None while nothing is loaded
     room      bytes of LoRAs inside the host's count of a partly loaded model
@@ -37,6 +39,7 @@ class ModelState:
     """
 
     layers: Mapping[str, SVDQuantLinear]
+    path: Path | None = None
     store: FactorStore = field(default_factory=FactorStore)
     snapshot: LoadSnapshot | None = None
     room: int = 0

@@ -23,13 +23,13 @@ TARGET = "model.safetensors"  # the one that the loopback hub has
 pytestmark = pytest.mark.host
 
 
-def write_source(path: Path, factor: float) -> None:
-    """The demo's model with one layer times `factor`: another model in a file of the same size."""
+def write_source(path: Path, factor: int) -> None:
+    """The demo's model with one layer times `factor`: another model, in a file of another size."""
     with safe_open(DEMO, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(DEMO)
     tensors["double_blocks.0.img_mlp.0.weight"] *= factor
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, metadata | {"made": "x" * 64 * factor})
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,12 @@ def bake(**inputs) -> dict:
     return {"1": loader, "2": {"class_type": "SVDQuantBakeLora", "inputs": inputs}}
 
 
+def quantize_model_input(**inputs) -> dict:
+    """Of a MODEL that a node of ours has read from source.safetensors."""
+    loader = {"class_type": "SVDQuantDemoModel", "inputs": {"model_name": "source.safetensors"}}
+    return {"0": loader, **quantize(source="(model input)", model=["0", 0], **inputs)}
+
+
 def download(**inputs) -> dict:
     inputs = {"published": "(repo and file below)", "repo": "owner/name", "file": TARGET, **inputs}
     return {"1": {"class_type": "SVDQuantDownloadModel", "inputs": inputs}}
@@ -103,9 +109,11 @@ def test_a_target_that_is_another_file_now_is_not_taken_for_ours(host, models, g
     assert (models / TARGET).read_bytes() == ours
 
 
-@pytest.mark.parametrize("graph", [quantize, convert])
-def test_a_source_that_was_replaced_is_seen(host, models, graph):
-    name = "source.safetensors" if graph is quantize else "four_bit.safetensors"
+@pytest.mark.parametrize("dated", ["later", "alike"])
+@pytest.mark.parametrize("graph", [quantize, quantize_model_input, convert, bake])
+def test_a_source_that_was_replaced_is_seen(host, models, graph, dated):
+    """Behind a MODEL as well. A copy may carry the date of what it replaces: then its size tells."""
+    name = "source.safetensors" if graph in (quantize, quantize_model_input) else "four_bit.safetensors"
     kept = models / name
     aside = kept.with_suffix(".aside")
     kept.rename(aside)
@@ -115,14 +123,26 @@ def test_a_source_that_was_replaced_is_seen(host, models, graph):
         first, when = (models / TARGET).read_bytes(), stamp(models / TARGET)
         host.run(graph(overwrite=True))
         assert stamp(models / TARGET) == when
-        if graph is quantize:
+        date = kept.stat().st_mtime_ns
+        if name == "source.safetensors":
             write_source(kept, 3)
         else:
-            quantize_model(FileSource(DEMO), kept, Recipe(rank=16, alternations=2))
+            quantize_model(FileSource(DEMO), kept, Recipe(rank=32, alternations=1))
+        if dated == "alike":
+            os.utime(kept, ns=(date, date))
         host.run(graph(overwrite=True))
         assert (models / TARGET).read_bytes() != first
     finally:
         aside.replace(kept)
+
+
+@pytest.mark.parametrize("graph", [quantize, bake])
+def test_what_a_file_is_made_from_is_not_replaced_by_it(host, models, graph):
+    name = "source.safetensors" if graph is quantize else "four_bit.safetensors"
+    before = (models / name).read_bytes()
+    with pytest.raises(ExecutionFailed, match="is the file that this would be made from"):
+        host.run(graph(file_name=name, overwrite=True))
+    assert (models / name).read_bytes() == before
 
 
 def test_two_settings_in_turn_write_the_target_each_time(host, models):
