@@ -134,6 +134,17 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
 
 
+def size_in_bytes(gigabytes: float) -> int:
+    """`target_size` of a size as people write it; 0 is no limit. Raises ValueError for what is no size.
+
+    >>> size_in_bytes(6.7)
+    6700000000
+    """
+    if not 0 <= gigabytes < math.inf:
+        raise ValueError(f"the target size is {gigabytes} GB, needed a number above 0, or 0 for no limit")
+    return int(gigabytes * 10**9)
+
+
 def _word(*known: str) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value in known, " or ".join(known)
 

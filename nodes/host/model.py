@@ -20,7 +20,7 @@ from ...quantize.files.tensor_file import TensorInfo
 from ...quantize.model_config import ConfigError, Extent, check_config
 from .describe import ATTACHMENT, FASTER, faster_format_of
 from .guard import REFERENCE, Guard
-from .linear import operations
+from .linear import SVDQuantLinear, operations
 from .patcher import adopt, layer_name
 
 log = logging.getLogger("svdquant")
@@ -57,6 +57,9 @@ def load_model(
         )
     patcher = adopt(bare)
     patcher.model.svdquant.path = checkpoint.path
+    for module in patcher.model.diffusion_model.modules():
+        if isinstance(module, SVDQuantLinear):
+            module.__class__ = SVDQuantLinear  # those that load are of this file, hold it open, and cannot be pickled
     _refuse_missing(checkpoint.path.name, [name for names in missing for name in names], patcher.model.diffusion_model)
     unused = checkpoint.specs.keys() - set(map(layer_name, patcher.packed_layers()))
     if unused:

@@ -346,12 +346,22 @@ def _report(path: Path, outcome: RunOutcome, recipe: Recipe) -> QuantizeReport:
         share = EightShare.before(outcome.decisions, recipe.act8_share).of(eight)
         notes.append(f"8-bit activations: {len(eight)} layers, {share:.1%} of the multiply-adds")
     made = {layer: record for layer, record in outcome.records.items() if "kept" not in record}
+    size, size_16bit = (
+        sum(record["bytes"] for record in made.values()),
+        sum(outcome.specs[layer].bytes_16bit() for layer in made),
+    )
+    if size >= size_16bit > 0:
+        ranks = [outcome.specs[layer].rank for layer in made]
+        notes.append(
+            f"these layers take {size:,} bytes, and {size_16bit:,} in 16 bit: a branch of rank {max(ranks)} is too "
+            "wide for layers of this size, choose a smaller rank"
+        )
     return QuantizeReport(
         path,
         outcome.decisions.plan.family.name,
         {layer: record["weight_error"] for layer, record in made.items()},
-        sum(record["bytes"] for record in made.values()),
-        sum(outcome.specs[layer].bytes_16bit() for layer in made),
+        size,
+        size_16bit,
         outcome.records,
         eight,
         outcome.kept,

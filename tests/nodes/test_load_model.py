@@ -1,7 +1,9 @@
 """Loading, quantizing and describing a model through the node classes, inside the host's process."""
 
+import copy
 import json
 import logging
+import pickle
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from svdquant_pack.kernels import COMPUTES
 from svdquant_pack.nodes.host import describe, files
 from svdquant_pack.nodes.host.describe import describe_model
+from svdquant_pack.nodes.host.linear import SVDQuantLinear
 from svdquant_pack.nodes.host.model import load_model
 from svdquant_pack.nodes.host.source import ModelSource
 from svdquant_pack.nodes.model_info import SVDQuantModelInfo
@@ -173,6 +176,19 @@ def test_a_layer_of_another_size_than_the_model_is_named(checkpoints, tmp_path):
         writer.metadata |= stored.metadata
     with pytest.raises(CheckpointError, match=r"odd\.safetensors: layer 'double_blocks\.1\.txt_attn\.proj'"):
         load_model(str(path))
+
+
+def test_a_loaded_model_can_be_pickled_and_copied(checkpoints):
+    """Processes hand models to each other so; nothing of the file that it was read from is left in it."""
+    patcher = load_model(str(checkpoints["int4"]))
+    model = patcher.model.diffusion_model
+    assert {type(module) for module in model.modules() if isinstance(module, SVDQuantLinear)} == {SVDQuantLinear}
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    layer = next(layer for layer in patcher.packed_layers().values() if layer.in_features == 128)
+    for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert torch.equal(other(x), layer(x))
+    again = pickle.loads(pickle.dumps(model))
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 LOST = {  # what a stranger's file lacks -> who wrote it

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from svdquant_pack.kernels.layer import LayerError, LayerSpec
 from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
 from svdquant_pack.quantize.calibration.tokens import ModelCall
+from svdquant_pack.quantize.cli.main import main
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.source import FileSource
 from svdquant_pack.quantize.maker.model import quantize_model
 from svdquant_pack.quantize.maths.layer import Dense
-from svdquant_pack.quantize.recipe import NAMED, Recipe
+from svdquant_pack.quantize.recipe import NAMED, Recipe, size_in_bytes
 
 NAN, INF = float("nan"), float("inf")
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,3 +228,22 @@ def test_a_layer_that_does_not_fit_cannot_be_made(change, message):
     Dense(**legal)
     with pytest.raises(LayerError, match=message):
         Dense(**{**legal, **change})
+
+
+@pytest.mark.parametrize("size", [NAN, INF, -1.0])
+def test_a_target_size_that_is_no_size_is_said(tmp_path, size):
+    with pytest.raises(ValueError, match=f"the target size is {size} GB, needed a number above 0"):
+        size_in_bytes(size)
+    save_file(model(1), tmp_path / "model.safetensors")
+    command = ["quantize", str(tmp_path / "model.safetensors"), str(tmp_path / "out.safetensors")]
+    assert main([*command, f"--target-size={size}"]) == 1
+
+
+@pytest.mark.parametrize(("rank", "wide"), [(16, False), (128, True)])
+def test_a_branch_wider_than_its_layers_is_said(tmp_path, rank, wide):
+    save_file(model(1), tmp_path / "model.safetensors")
+    target = tmp_path / "out.safetensors"
+    report = quantize_model(FileSource(tmp_path / "model.safetensors"), target, Recipe(rank=rank, alternations=1))
+    assert (report.bytes_4bit >= report.bytes_16bit) == wide
+    said = [note for note in report.notes if f"a branch of rank {rank} is too wide" in note]
+    assert len(said) == wide
