@@ -141,11 +141,21 @@ operator = register("linear", SCHEMA, _run, _fake)
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, tensors, bias, *lora = inputs[:6]
     ctx.settings = inputs[6:]
-    ctx.save_for_backward(x, bias, *lora, *tensors)
+    saved = [x, bias, *lora, *tensors]
+    # torch saves no tensor that was made in inference mode, as a server's models are
+    ctx.inference = {i: tensor for i, tensor in enumerate(saved) if tensor is not None and tensor.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.inference else tensor for i, tensor in enumerate(saved)))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    saved = list(ctx.saved_tensors)
+    for i, tensor in ctx.inference.items():
+        saved[i] = tensor.clone() if torch.is_grad_enabled() else tensor  # where it may be saved once more
+    return saved
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-    x, bias, down, up, strength, *tensors = ctx.saved_tensors
+    x, bias, down, up, strength, *tensors = _saved(ctx)
     format, *settings, activation = ctx.settings
     dz, dx = dy, None
     of_lora: list[gradients.Gradient] = [None, None, None]

@@ -52,7 +52,7 @@ def bake(
 
     def layer_of(name: str) -> Layer:
         taken = baked[name].layer if name in baked else None
-        return taken or packed[name].four_bit.layer(packed[name].weight.detach())
+        return taken or packed[name].four_bit.layer(packed[name].blob.detach())
 
     specs = {name: layer_of(name).spec for name in packed if name not in dense}
     dtype = _stored_dtype(patcher)
@@ -85,7 +85,7 @@ def _bake_layers(
         name, module = layer_name(key), patcher.packed_layers()[key]
         if progress is not None:
             progress(done, len(everything), name)
-        layer = module.four_bit.layer(module.weight.detach().cpu())
+        layer = module.four_bit.layer(module.blob.detach().cpu())
         rank = layer.spec.rank if refit and layer.spec.rank else None
         entry = None
         if statistics is not None and rank is not None:

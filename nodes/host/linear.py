@@ -14,6 +14,7 @@ from ...quantize.files.dialects.native import encode_layer
 from ...quantize.files.spelling import MARKER, SUFFIXES, own_names
 from ...quantize.linear import PackedLinear
 from ...quantize.lora.loras import LayerLoras, LoadedLoras
+from . import training
 
 SAVED = {MARKER, *SUFFIXES.values(), *own_names()} - {"weight"}  # state_dict names that are no attributes
 
@@ -55,6 +56,19 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
         assert self.packed is not None, "this layer is 16-bit"
         return self.packed
 
+    @property
+    def blob(self) -> torch.Tensor:
+        """The parameter `weight`, also while a tensor of its shape stands in front."""
+        return self._parameters["weight"]
+
+    def show_shape(self, shown: bool) -> None:
+        """Whether `weight` reads as a tensor (N, K), without memory of its own, instead of as the bytes."""
+        if shown:
+            number = torch.zeros(1, device=self.blob.device)
+            self.__dict__["weight"] = number.expand(self.out_features, self.in_features)
+        else:
+            self.__dict__.pop("weight", None)
+
     def take(self, packed: PackedLinear, blob: torch.Tensor) -> None:
         """Become the 4-bit layer in `blob`."""
         self.packed = packed
@@ -76,19 +90,23 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
 
     def leave_device(self) -> None:
         """Drop the LoRAs' copy on a device that the weight has left."""
-        if not self.loras_stay and self._loaded is not None and self._loaded.device != self.weight.device:
+        if not self.loras_stay and self._loaded is not None and self._loaded.device != self.blob.device:
             self._loaded = None
 
     def forward_comfy_cast_weights(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.packed is None:
             return super().forward_comfy_cast_weights(x, *args, **kwargs)
+        if self.weight_function:
+            return training.forward(self, x)
         blob, bias, stream = comfy.ops.cast_bias_weight(
             self, dtype=torch.uint8, device=x.device, bias_dtype=x.dtype, offloadable=True
         )
         try:
             # hosts stream offloaded weights through one buffer: its next bytes are another layer's
-            own = blob.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
+            own = blob.untyped_storage().data_ptr() == self.blob.untyped_storage().data_ptr()
             packed, loaded = self.packed if own else self.packed.passing(), self._loras_on(x)
+            if not own and torch.is_grad_enabled():  # a backward pass reads them again
+                blob, bias = blob.clone(), None if bias is None else bias.clone()
             if loaded is None:
                 return packed.forward(x, blob, bias, None)
             return loaded.forward(packed, x, blob, bias)
@@ -101,7 +119,7 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
             return None
         if loaded is None or loaded.device != x.device or loaded.dtype != x.dtype:
             loaded = loras.on(x.device, x.dtype)
-            if self.loras_stay or self.weight.device == x.device:
+            if self.loras_stay or self.blob.device == x.device:
                 self._loaded = loaded
         return loaded
 
@@ -135,7 +153,7 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
         if self.packed is None:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
-        destination |= encode_layer(prefix.removesuffix("."), self.packed.layer(self.weight.detach()))
+        destination |= encode_layer(prefix.removesuffix("."), self.packed.layer(self.blob.detach()))
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -143,7 +161,7 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
         # hosts look every state_dict key up as an attribute
         packed = self.__dict__.get("packed")
         if packed is not None and name in SAVED:
-            saved = encode_layer("", packed.layer(self.weight.detach()))
+            saved = encode_layer("", packed.layer(self.blob.detach()))
             if f".{name}" in saved:
                 return saved[f".{name}"]
         return super().__getattr__(name)

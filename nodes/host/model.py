@@ -79,14 +79,15 @@ def load_model(
     return patcher
 
 
-def load_pinned_model(path: str) -> ModelPatcher:
+def load_pinned_model(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     """A 16-bit file whose metadata holds the model configuration (`config`, JSON), as a MODEL."""
     source = FileSource(path)
     _check_config(source.name, source.unet_config, source.infos, source.family)
     state_dict = {name: source.tensor(name) for name in source.infos}
-    patcher = _build(source.name, state_dict, {}, source.unet_config, disable_dynamic=False)
+    patcher = _build(source.name, state_dict, {}, source.unet_config, disable_dynamic)
     if patcher is None:
         raise CheckpointError(f"{source.name}: this ComfyUI does not know a model with these layers")
+    patcher.cached_patcher_init = (load_pinned_model, (path,))  # as above
     return patcher
 
 

@@ -22,6 +22,7 @@ from .linear import SVDQuantLinear
 from .lora_groups import PREFIX, PatchGroup, group_of, hook_group, layer_name, refused_biases, warn_of_unknown
 from .patch import MERGE, Patch, known_loras, loras_of
 from .state import LoadSnapshot, ModelState
+from .training import beside
 
 LIMITS = "svdquant_lora_limits"  # attachment
 LOGGER = logging.getLogger("svdquant")
@@ -72,7 +73,7 @@ class SVDQuantPatcher(ModelPatcher):
             # first of all, and with nothing built for it: this is every change of a strength
             layer = known_loras(store, key, patches) if notes is None else None
             if layer is None:
-                weight = PatchedWeight(key, module.four_bit, module.weight, store, limits, self.load_device)
+                weight = PatchedWeight(key, module.four_bit, module.blob, store, limits, self.load_device)
                 try:
                     layer = loras_of(weight, patches)
                 except LoraError as error:
@@ -124,13 +125,15 @@ class SVDQuantPatcher(ModelPatcher):
         self._record(patches, added, strength_patch, hook=True)  # the host adds them anew for every run
         return added
 
+    # -- training, see training.py
+
+    def set_model_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        super().set_model_compute_dtype(dtype)
+        self._state.show_shapes(dtype is not None)  # TrainLora is about to look at them
+
     def add_weight_wrapper(self, name: str, function: Any) -> None:
-        if name in self.packed_layers():
-            raise LoraError(
-                f"TrainLora cannot train for the 4-bit layer {layer_name(name)!r}: it takes what it trains from a "
-                "weight's shape, and this one is a vector of bytes. Train on the 16-bit model; the LoRA loads here too"
-            )
-        super().add_weight_wrapper(name, function)
+        layer = self.packed_layers().get(name)
+        super().add_weight_wrapper(name, function if layer is None else beside(layer, function))
 
     def _refuse_merges(self, patches: Mapping[Any, Any]) -> None:
         packed = self.packed_layers()
@@ -175,6 +178,7 @@ class SVDQuantPatcher(ModelPatcher):
             )
         room = self.lora_bytes()
         before = {key: module.loras for key, module in self.packed_layers().items()}
+        state.show_shapes(False)
         self._take_hooked_off()
         self._show(loras)
         self.model.model_loaded_weight_memory -= state.room  # hosts differ in who starts from nothing
@@ -197,6 +201,7 @@ class SVDQuantPatcher(ModelPatcher):
     ) -> Any:
         """Where only LoRAs of 4-bit layers are other than loaded, no weight is moved: they are swapped in place."""
         state = self._state
+        state.show_shapes(False)
         before = state.snapshot
         if before is not None and not force_patch_weights and self._only_loras_differ(before):
             loras = self.layer_loras()
@@ -230,6 +235,7 @@ class SVDQuantPatcher(ModelPatcher):
         return all(_same_patches(now.patches[key], before.patches[key]) for key in now.patches)
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
+        self._state.show_shapes(False)
         with self._hidden_patches():
             freed = super().partially_unload(*args, **kwargs)
         for module in self.packed_layers().values():
@@ -241,6 +247,7 @@ class SVDQuantPatcher(ModelPatcher):
             return super().patch_weight_to_device(*args, **kwargs)
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> Any:
+        self._state.show_shapes(False)
         result = super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
             state = self._state
@@ -321,6 +328,8 @@ class SVDQuantPatcher(ModelPatcher):
         finally:
             self._cloning = False
         other.svdquant_groups, other._reported = self.svdquant_groups, self._reported
+        if kwargs.get("force_deepcopy"):  # a model of its own, for TrainLora
+            other._state.show_shapes(True)
         return other
 
     def lora_limits(self) -> LoraLimits:

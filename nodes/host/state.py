@@ -36,6 +36,7 @@ class ModelState:
     snapshot  of the last load; None while nothing is loaded
     room      bytes of LoRAs inside the host's count of a partly loaded model
     unhooked  weight key -> what a layer had before a hook's LoRAs took its place
+    shapes_shown  whether the layers' weights read as tensors (N, K): from a call that announces training until a load
     """
 
     layers: Mapping[str, SVDQuantLinear]
@@ -44,6 +45,7 @@ class ModelState:
     snapshot: LoadSnapshot | None = None
     room: int = 0
     unhooked: dict[str, LayerLoras | None] = field(default_factory=dict)
+    shapes_shown: bool = False
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "ModelState":
@@ -53,3 +55,9 @@ class ModelState:
             if isinstance(module, SVDQuantLinear) and module.packed is not None
         }
         return cls(layers)
+
+    def show_shapes(self, shown: bool) -> None:
+        if shown != self.shapes_shown:
+            self.shapes_shown = shown
+            for layer in self.layers.values():
+                layer.show_shape(shown)

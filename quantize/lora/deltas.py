@@ -47,6 +47,12 @@ def scaled(weight: torch.Tensor, rows: torch.Tensor | None, cols: torch.Tensor |
     return weight if cols is None else weight * cols.to(weight)
 
 
+def placed(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """tensor.to(device, dtype). Outside inference mode no tensor of it: autograd could not save that for a gradient."""
+    moved = tensor.to(device=device, dtype=dtype)
+    return moved.clone() if moved.is_inference() and not torch.is_inference_mode_enabled() else moved
+
+
 def span(offset: Offset | None, shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """((first row, rows), (first column, columns)) of the part of an (N, K) weight that a patch is for
 
@@ -114,7 +120,7 @@ class Kron:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Kron":
         def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device=device, dtype=dtype)
+            return placed(tensor, device, dtype)
 
         row, col = (None if factor is None else move(factor) for factor in (self.row_factor, self.col_factor))
         return Kron(move(self.left), tuple(map(move, self.right)), self.rows, self.cols, row, col)

@@ -14,7 +14,7 @@ import torch
 from ...kernels.layer import RANK_TILE, LayerSpec, Lora
 from ...kernels.stages import low_rank
 from ..linear import LowRank, PackedLinear
-from .deltas import Columns, Delta, Kron, scaled
+from .deltas import Columns, Delta, Kron, placed, scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ class LayerLoras:
 
 
 def _cat(factors: list[torch.Tensor], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    moved = [factor.to(device=device, dtype=dtype) for factor in factors]
+    moved = [placed(factor, device, dtype) for factor in factors]
     return moved[0] if len(moved) == 1 else torch.cat(moved, 1)
 
 
@@ -117,10 +117,12 @@ class LoadedLoras:
         if loras.rows is None and loras.cols is None:
             return
         vectors = {"rows": loras.rows, "cols": loras.cols, "shift": loras.shift}
-        self._vectors = {n: v.to(device=self.device, dtype=self.dtype) for n, v in vectors.items() if v is not None}
+        self._vectors = {n: placed(v, self.device, self.dtype) for n, v in vectors.items() if v is not None}
 
     def fits(self, loras: LayerLoras) -> bool:
-        """Whether the factors here are those of `loras`."""
+        """Whether the factors here are those of `loras`. Made in inference mode they are of no use outside it."""
+        if self._blocks.is_inference() and not torch.is_inference_mode_enabled():
+            return False
         mine, other = self.loras.deltas, loras.deltas
         return mine is other or (len(mine) == len(other) and all(a is b for a, b in zip(mine, other, strict=True)))
 

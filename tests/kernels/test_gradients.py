@@ -102,6 +102,41 @@ def test_only_what_wants_a_gradient_gets_one():
     assert torch.autograd.grad(kernels.svdquant_linear(empty, layer).sum(), empty)[0].shape == (0, 256)
 
 
+@pytest.mark.parametrize("activation", ["", "gelu"])
+def test_tensors_of_inference_mode_may_stand_beside_what_is_trained(activation):
+    """As a server gives them, which loads a model in it; through first and second derivatives."""
+    normal, (x, bias, down, up, strength) = layer_of("int4"), inputs_of()
+    with torch.inference_mode():
+        layer = kernels.Layer(normal.spec, {name: tensor.clone() for name, tensor in normal.tensors.items()})
+        given = [leaf.clone() for leaf in (bias, up, strength)]
+    results = []
+    for each, (b, u, s) in ((normal, (bias, up, strength)), (layer, given)):
+        y = kernels.svdquant_linear(x, each, b, Lora(down, u, s), "w16", activation)
+        first = torch.autograd.grad(y.square().sum(), (x, down), create_graph=True)
+        results.append((*first, *torch.autograd.grad(first[0].square().sum(), (x, down))))
+    for wanted, found in zip(*results, strict=True):
+        assert torch.equal(wanted, found)
+
+
+def test_loras_that_were_placed_in_inference_mode_are_placed_anew():
+    """Those made outside it take gradients, from tensors of it too."""
+    layer = random_layer("int4")
+    _, packed = PackedLinear.pack(layer, "w16")
+    device, dtype = torch.device("cpu"), torch.float32
+    with torch.inference_mode():
+        blob, _ = PackedLinear.pack(layer, "w16")
+        kron = Kron(torch.ones(4, 8), (torch.ones(24, 32),), (0, 96), (0, 256))
+        loras = LayerLoras((Columns(torch.ones(256, 16), torch.ones(96, 16)), kron), (0.5, 0.5), rows=torch.ones(96))
+        earlier = loras.on(device, dtype)
+        assert earlier.fits(loras)
+    assert not earlier.fits(loras)
+    loaded = loras.on(device, dtype)
+    assert loaded.fits(loras)
+    x = torch.randn(3, 256, requires_grad=True)
+    dx = torch.autograd.grad(loaded.forward(packed, x, blob, None).sum(), x)[0]
+    assert relative(dx, loras.dense_weight(layer.dense_weight()).sum(0).expand(3, -1)) < 1e-5
+
+
 def test_a_layers_own_tensors_have_none_and_say_so():
     layer = random_layer("int4")
     layer["proj_up"].requires_grad_()
