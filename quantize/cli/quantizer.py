@@ -12,7 +12,7 @@ from ..files.source import FileSource
 from ..maker.model import Target, quantize_model
 from ..maker.report import summarize, write_report
 from ..recipe import NAMED, WITH_BRANCH, Recipe
-from . import add_target, show, target_of
+from . import add_target, report_folder_of, show, target_of
 
 
 def add_commands(commands: Any) -> None:
@@ -71,7 +71,8 @@ def inspect_statistics(path: str) -> tuple[dict[str, Any], str]:
 
 
 def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    start, target = time.perf_counter(), target_of(arguments, arguments.source)
+    start, target = time.perf_counter(), target_of(arguments, *filter(None, (arguments.source, arguments.statistics)))
+    folder = report_folder_of(arguments)
     statistics = Statistics.open(arguments.statistics) if arguments.statistics else None
     auto = arguments.rank == "auto"
     if not auto and not arguments.rank.lstrip("-").isdigit():
@@ -95,8 +96,8 @@ def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         arguments.device,
         statistics,
     )
-    if arguments.report:
-        write_report(report, arguments.report)
+    if folder is not None:
+        write_report(report, folder)
     data = summarize(report)
     result = {
         "file": str(report.path),
