@@ -12,7 +12,7 @@ from ..files.source import FileSource
 from ..maker.model import Target, quantize_model
 from ..maker.report import summarize, write_report
 from ..recipe import NAMED, WITH_BRANCH, Recipe, size_in_bytes
-from . import add_target, show, target_of
+from . import add_target, report_folder_of, show, target_of
 
 
 def add_commands(commands: Any) -> None:
@@ -62,6 +62,8 @@ def inspect_statistics(path: str) -> tuple[dict[str, Any], str]:
         f"{found['file']}: statistics of {len(layers)} inputs, family {found['family']}, {len(found['runs'])} runs",
         f"size    {found['bytes']:,} bytes, room for more tokens included",
     ]
+    if not found["finished"]:
+        lines.append("a run is writing this file, or was stopped while it did: the next run goes on with it")
     lines += [
         f"{layer['tokens']:>7} tokens of {layer['seen']:>9}, {layer['hold_out']:>5} held out, absmax "
         f"{layer['absmax']:>9.3g}  {name}"
@@ -71,7 +73,8 @@ def inspect_statistics(path: str) -> tuple[dict[str, Any], str]:
 
 
 def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    start, target = time.perf_counter(), target_of(arguments, arguments.source)
+    start, target = time.perf_counter(), target_of(arguments, *filter(None, (arguments.source, arguments.statistics)))
+    folder = report_folder_of(arguments)
     statistics = Statistics.open(arguments.statistics) if arguments.statistics else None
     auto = arguments.rank == "auto"
     if not auto and not arguments.rank.lstrip("-").isdigit():
@@ -95,8 +98,8 @@ def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         arguments.device,
         statistics,
     )
-    if arguments.report:
-        write_report(report, arguments.report)
+    if folder is not None:
+        write_report(report, folder)
     data = summarize(report)
     result = {
         "file": str(report.path),

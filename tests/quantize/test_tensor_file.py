@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,9 @@ def test_what_is_written_is_read_by_us_and_by_the_library(tmp_path_factory, shap
     assert ours.metadata == {"family": "flux"} and set(ours) == set(theirs) == set(tensors)
     for name, tensor in tensors.items():
         assert ours.infos[name] == TensorInfo.of(tensor)
-        assert torch.equal(ours[name].float(), tensor.float()) and torch.equal(theirs[name].float(), tensor.float())
+        assert torch.equal(ours.read(name).float(), tensor.float()) and torch.equal(
+            theirs[name].float(), tensor.float()
+        )
 
 
 def test_a_failed_run_leaves_the_old_file_and_no_other(tmp_path):
@@ -72,7 +75,7 @@ def test_metadata_of_any_size_fits(tmp_path):
     tensors = {"a": torch.arange(1000), "b": torch.zeros(0)}
     write(tmp_path / "x.safetensors", tensors, report="r" * 100_000)
     stored = TensorFile(tmp_path / "x.safetensors")
-    assert stored.metadata["report"] == "r" * 100_000 and torch.equal(stored["a"], tensors["a"])
+    assert stored.metadata["report"] == "r" * 100_000 and torch.equal(stored.read("a"), tensors["a"])
     write(tmp_path / "y.safetensors", {"b": torch.zeros(0)}, report="r" * 100_000)
     assert len(TensorFile(tmp_path / "y.safetensors").metadata["report"]) == 100_000
 
@@ -108,8 +111,8 @@ CUT_SHORT = """
 import importlib.util, os, sys
 sys.path.insert(0, {tests!r})
 import conftest
+from svdquant_pack.quantize.files.checkpoint import CheckpointError
 from svdquant_pack.quantize.files.open import open_checkpoint
-from svdquant_pack.quantize.files.tensor_file import TensorFileError
 checkpoint = open_checkpoint({path!r})
 os.truncate({path!r}, os.path.getsize({path!r}) // 2)
 said = []
@@ -117,7 +120,7 @@ for read, names in ((checkpoint.layer, checkpoint.specs), (checkpoint.tensor, ch
     for name in names:
         try:
             read(name)
-        except TensorFileError as error:
+        except CheckpointError as error:
             said.append(str(error))
 assert said and all("x.safetensors" in text and "ends early" in text for text in said), said
 print("refused", len(said))
@@ -161,3 +164,22 @@ def test_what_a_dead_process_left_goes_when_the_file_is_written_again(tmp_path):
     stale.write_bytes(bytes(100))
     write(tmp_path / "x.safetensors", {"a": torch.ones(1)})
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has other permissions")
+def test_a_file_that_may_not_be_read_is_said_to_be_one():
+    """It was called truncated, or not there."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        save_file({"a": torch.zeros(1)}, path)
+        path.chmod(0)
+        Path(folder).chmod(0o755)
+        root = os.geteuid() == 0
+        if root:  # to whom everything is readable
+            os.seteuid(65534)
+        try:
+            with pytest.raises(TensorFileError, match=r"x\.safetensors: cannot be opened \(Permission denied\)"):
+                TensorFile(path)
+        finally:
+            if root:
+                os.seteuid(0)
