@@ -105,14 +105,22 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 class Store(Hub):
-    """The server that a hub redirects to: holds the content, and remembers what it was told."""
+    """A server that a hub redirects to: holds the content, or sends on, and remembers what it was told."""
 
     redirect_to = None
+    onward: dict[int, str] = {}  # noqa: RUF012 - port of a server that sends on -> the address where it sends
     tokens: list[str | None] = []  # noqa: RUF012 - the Authorization header of every request
+    asked: list[int] = []  # noqa: RUF012 - the port of every request
 
     def reply(self, body: bool) -> None:
+        port = self.server.server_address[1]
         Store.tokens.append(self.headers.get("Authorization"))
-        self.send_content(body)
+        Store.asked.append(port)
+        if port not in Store.onward:
+            self.send_content(body)
+            return
+        self.send_response(302)
+        self.say({"Location": Store.onward[port] + self.path, "Content-Length": "0"})
 
 
 @contextlib.contextmanager
@@ -138,10 +146,15 @@ def serving(content: bytes = CONTENT) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def redirecting(host: str = "127.0.0.1") -> Iterator[None]:
-    """Inside `serving`: the hub sends every client to a second server, which it calls `host`."""
-    Store.tokens = []
-    with _running(Store) as port:
-        Hub.redirect_to = f"http://{host}:{port}"
+def redirecting(*hosts: str) -> Iterator[None]:
+    """Inside `serving`: the hub sends every client to a second server, that one to a third, and so on; the last one has
+    the content. `hosts` is what each is called by the one before it, one server at 127.0.0.1 without any.
+    """
+    Store.tokens, Store.asked, Store.onward = [], [], {}
+    with contextlib.ExitStack() as stack:
+        ports = [stack.enter_context(_running(Store)) for _ in hosts or ("127.0.0.1",)]
+        addresses = [f"http://{host}:{port}" for host, port in zip(hosts or ("127.0.0.1",), ports, strict=True)]
+        Store.onward = dict(zip(ports, addresses[1:], strict=False))
+        Hub.redirect_to = addresses[0]
         yield
         Hub.redirect_to = None

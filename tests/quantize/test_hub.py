@@ -132,10 +132,27 @@ def test_the_hub_itself_gets_the_token(tmp_path, endpoint, monkeypatch):
     assert set(seen) == {"Bearer hf_secret"}
 
 
-def test_plain_http_elsewhere_is_refused(tmp_path, endpoint):
-    with redirecting("localhost"), pytest.raises(DownloadError, match="to localhost by plain http, needed https"):
+def test_no_hop_of_a_chain_sees_the_token(tmp_path, endpoint, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with redirecting("127.0.0.1", "127.0.0.1", "127.0.0.1"):
+        assert fetch(tmp_path, endpoint).path.read_bytes() == CONTENT
+    assert len(set(Store.asked)) == 3 and set(Store.tokens) == {None}
+
+
+@pytest.mark.parametrize("hosts", [["localhost"], ["127.0.0.1", "localhost"], ["127.0.0.1", "127.0.0.1", "localhost"]])
+def test_plain_http_elsewhere_is_refused_at_any_hop_before_it_is_asked(tmp_path, endpoint, hosts):
+    with redirecting(*hosts), pytest.raises(DownloadError, match="to localhost by plain http, needed https"):
         fetch(tmp_path, endpoint)
-    assert not Store.tokens and not list(tmp_path.iterdir())
+    assert len(Store.asked) == len(hosts) - 1 and not list(tmp_path.iterdir())
+
+
+def test_a_ring_of_redirects_ends(tmp_path, endpoint):
+    with redirecting("127.0.0.1", "127.0.0.1"):
+        ((first, second),) = Store.onward.items()
+        Store.onward[int(second.rpartition(":")[2])] = f"http://127.0.0.1:{first}"
+        with pytest.raises(DownloadError, match="from place to place, 8 times and more"):
+            fetch(tmp_path, endpoint)
+    assert len(Store.asked) == hub.HOPS - 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
