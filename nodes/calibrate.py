@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from ..quantize.recipe import bytes_of
 from .host.files import refuse_statistics_name, statistics_target
 from .host.watch import Collector
 
 STATISTICS = "SVDQUANT_STATISTICS"
-GB = 10**9
 
 
 class SVDQuantCalibrate:
@@ -75,5 +75,5 @@ class SVDQuantCalibrate:
         self, model: Any, file_name: str, tokens: int, disk_gb: float, start_over: bool, sensitivity: bool = False
     ) -> tuple[Any, Collector]:
         path = statistics_target(file_name)
-        collector = Collector.of(model, path, tokens, int(disk_gb * GB), not start_over, sensitivity)
+        collector = Collector.of(model, path, tokens, bytes_of("disk_gb", disk_gb), not start_over, sensitivity)
         return collector.watch(model), collector

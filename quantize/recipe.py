@@ -98,6 +98,8 @@ class Recipe:
             value = getattr(self, name)
             if not fits(value):
                 raise ValueError(f"{name} is {value!r}, needed {needed}")
+            if isinstance(getattr(type(self), name), float):
+                object.__setattr__(self, name, float(value))  # 0 and 0.0 are one recipe, and have one hash
         smoothing = NAMED[self.name].get("smoothing", "weight_spans")
         if self.smoothing != smoothing:
             raise ValueError(
@@ -132,6 +134,17 @@ class Recipe:
     def hash(self) -> str:
         """Of every setting: work done under another recipe is not taken up again."""
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def bytes_of(name: str, gigabytes: float) -> int:
+    """The bytes of a size that a user gave under this name. Raises ValueError for NaN, Inf and less than nothing.
+
+    >>> bytes_of("target_size_gb", 6.5)
+    6500000000
+    """
+    if not isinstance(gigabytes, (int, float)) or not 0 <= gigabytes < math.inf:
+        raise ValueError(f"{name} is {gigabytes!r}, needed a number of gigabytes, 0 or more")
+    return int(gigabytes * 10**9)
 
 
 def _word(*known: str) -> tuple[Callable[[Any], bool], str]:

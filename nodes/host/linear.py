@@ -149,6 +149,10 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
         return super().__getattr__(name)
 
 
+def _blank() -> SVDQuantLinear:
+    return SVDQuantLinear.__new__(SVDQuantLinear)
+
+
 def operations(checkpoint: Checkpoint, compute: str) -> type:
     """ComfyUI operations for one checkpoint: its 4-bit layers are read, one by one, while ComfyUI loads the weights.
 
@@ -174,5 +178,9 @@ def operations(checkpoint: Checkpoint, compute: str) -> type:
                         "bias, and the model that ComfyUI built has none there. Make the file again, signed."
                     )
             super()._load_from_state_dict(state_dict, prefix, *args)
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            """A copy, in this process or another, needs the checkpoint no more."""
+            return _blank, (), self.__dict__
 
     return type("SVDQuantOperations", (comfy.ops.manual_cast,), {"Linear": Linear})

@@ -346,12 +346,16 @@ def _report(path: Path, outcome: RunOutcome, recipe: Recipe) -> QuantizeReport:
         share = EightShare.before(outcome.decisions, recipe.act8_share).of(eight)
         notes.append(f"8-bit activations: {len(eight)} layers, {share:.1%} of the multiply-adds")
     made = {layer: record for layer, record in outcome.records.items() if "kept" not in record}
+    bytes_4bit = sum(record["bytes"] for record in made.values())
+    bytes_16bit = sum(outcome.specs[layer].bytes_16bit() for layer in made)
+    if bytes_4bit >= bytes_16bit:
+        notes.append(f"with rank {recipe.rank} these layers take more bytes than in 16 bit: choose a smaller rank")
     return QuantizeReport(
         path,
         outcome.decisions.plan.family.name,
         {layer: record["weight_error"] for layer, record in made.items()},
-        sum(record["bytes"] for record in made.values()),
-        sum(outcome.specs[layer].bytes_16bit() for layer in made),
+        bytes_4bit,
+        bytes_16bit,
         outcome.records,
         eight,
         outcome.kept,

@@ -1,7 +1,9 @@
 """Loading, quantizing and describing a model through the node classes, inside the host's process."""
 
+import copy
 import json
 import logging
+import pickle
 
 import pytest
 import torch
@@ -78,6 +80,17 @@ def test_a_lora_that_is_on_is_baked_into_the_quantized_file(demo_model, demo_fil
 def test_a_four_bit_model_is_not_quantized_again(checkpoints):
     with pytest.raises(ValueError, match="4-bit already"):
         ModelSource(load_model(str(checkpoints["int4"])))
+
+
+def pickled(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_4bit_layer_can_be_copied_and_sent_to_another_process(checkpoints, copied):
+    layer = next(iter(load_model(str(checkpoints["int4"])).packed_layers().values()))
+    x = torch.randn(3, layer.in_features)
+    assert torch.equal(copied(layer)(x), layer(x))
 
 
 def test_pinned_keys_are_those_the_host_cannot_find(demo_model, checkpoints):

@@ -181,6 +181,14 @@ def test_layers_above_the_fallback_error_stay_as_they_were(source, statistics, t
     assert not run(source, tmp_path / "y.safetensors", statistics, fallback=0.9).kept
 
 
+def test_a_rank_that_makes_the_file_larger_than_16_bit_is_said(source, tmp_path):
+    small = quantize_model(FileSource(source), tmp_path / "small.safetensors", Recipe(rank=16, alternations=1))
+    large = quantize_model(FileSource(source), tmp_path / "large.safetensors", Recipe(rank=512, alternations=1))
+    assert small.bytes_4bit < small.bytes_16bit and not any("more bytes" in note for note in small.notes)
+    assert large.bytes_4bit > large.bytes_16bit
+    assert any("rank 512" in note and "more bytes than in 16 bit" in note for note in large.notes)
+
+
 def test_fewer_tokens_than_needed_are_said_and_not_fitted_to(source, tmp_path):
     few = Statistics.create(tmp_path / "s.safetensors", {"blocks.0.mlp": SIZE}, 1024, {"shared": {}})
     few.entries["blocks.0.mlp"].observe(torch.randn(20, SIZE), ModelCall(0, 1), torch.Generator())
