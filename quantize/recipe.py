@@ -136,17 +136,6 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
 
 
-def bytes_of(name: str, gigabytes: float) -> int:
-    """The bytes of a size that a user gave under this name. Raises ValueError for NaN, Inf and less than nothing.
-
-    >>> bytes_of("target_size_gb", 6.5)
-    6500000000
-    """
-    if not isinstance(gigabytes, (int, float)) or not 0 <= gigabytes < math.inf:
-        raise ValueError(f"{name} is {gigabytes!r}, needed a number of gigabytes, 0 or more")
-    return int(gigabytes * 10**9)
-
-
 def _word(*known: str) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value in known, " or ".join(known)
 

@@ -116,7 +116,9 @@ PUBLISHED: tuple[PublishedFile, ...] = (
 def refuse_file(file: str) -> str | None:
     """Why a file of a repository is not fetched, by its name alone, or None."""
     if not file.endswith(SUFFIXES):
-        return f"file is {file!r}, needed one that ends in {' or '.join(SUFFIXES)}"
+        return f"file is {file[:300]!r}, needed one that ends in {' or '.join(SUFFIXES)}"
+    if {"", ".", ".."} & set(file.split("/")):
+        return f"file is {file[:300]!r}, needed the path of a file inside the repository"
     reason = refuse(HubFile("", file).name)
     return None if reason is None else f"file is {file[:300]!r}, which is no name to write: {reason}"
 

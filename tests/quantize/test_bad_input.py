@@ -16,7 +16,7 @@ from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.source import FileSource
 from svdquant_pack.quantize.maker.model import quantize_model
 from svdquant_pack.quantize.maths.layer import Dense
-from svdquant_pack.quantize.recipe import NAMED, Recipe, bytes_of
+from svdquant_pack.quantize.recipe import NAMED, Recipe
 
 NAN, INF = float("nan"), float("inf")
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,16 +206,6 @@ def test_a_number_is_one_setting_however_it_is_written():
     """A command line's 0 and a node's 0.0 are one recipe, so that they share the work of a stopped run."""
     whole, real = Recipe(fallback=0, act8_share=1), Recipe(fallback=0.0, act8_share=1.0)
     assert whole.hash() == real.hash() and whole.as_dict() == real.as_dict()
-
-
-@pytest.mark.parametrize("size", [NAN, float("inf"), -1.0, "1"])
-def test_a_size_that_is_none_is_named(size):
-    with pytest.raises(ValueError, match=f"target_size_gb is {size!r}, needed a number of gigabytes, 0 or more"):
-        bytes_of("target_size_gb", size)
-
-
-def test_a_size_in_gigabytes():
-    assert bytes_of("x", 0.5) == 500_000_000 and bytes_of("x", 0) == 0
 
 
 @pytest.mark.parametrize(("name", "smoothing"), [("balanced", "grid"), ("best", "weight_spans"), ("svdquant", "grid ")])

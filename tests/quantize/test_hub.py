@@ -174,10 +174,25 @@ def test_where_content_may_come_from(location, endpoint, safe):
 
 @pytest.mark.parametrize(
     "file",
-    ["run.py", "model.ckpt", ".bashrc", ".", "..", "", "a/..", "CON.json", "a:b.json", "a\\..\\b.json", "x\0.json"],
+    [
+        *(
+            "run.py",
+            "model.ckpt",
+            ".bashrc",
+            ".",
+            "..",
+            "",
+            "a/..",
+            "CON.json",
+            "a:b.json",
+            "a\\..\\b.json",
+            "x\0.json",
+        ),
+        *("../x.json", "/x.json", "a/../../x.json", "a//x.json"),
+    ],
 )
 def test_a_file_that_is_no_model_is_refused_before_anything_is_asked(tmp_path, file):
-    with pytest.raises(DownloadError, match=r"needed one that ends in|which is no name to write"):
+    with pytest.raises(DownloadError, match=r"needed one that ends in|inside the repository|which is no name to write"):
         fetch(tmp_path, "http://127.0.0.1:9", file)
     assert not list(tmp_path.iterdir())
 
