@@ -153,7 +153,6 @@ NAME_INPUTS: dict[str, Callable[[str], Graph]] = {
     "bake statistics_file": lambda name: bake("never", refit=True, statistics_file=name),
     "calibrate file_name": lambda name: calibrate(name),
     "download file": lambda name: download(f"{name}.safetensors"),
-    "download repo": lambda name: download(repo=name),
 }
 
 

@@ -107,9 +107,13 @@ class Soak:
         first = max(1, int(len(self.jobs) * WARM_UP))
         for part in (self.jobs[:first], self.jobs[first:]):
             with ThreadPoolExecutor(CLIENTS) as clients:
-                for ending in clients.map(lambda job: end(host, job), part):
-                    self.endings.append(ending)
-                    self.note(ending.miss(self.longest))
+                try:
+                    for ending in clients.map(lambda job: end(host, job), part):
+                        self.endings.append(ending)
+                        self.note(ending.miss(self.longest))
+                except BaseException:
+                    clients.shutdown(cancel_futures=True)  # else Ctrl-C waits for every prompt
+                    raise
             self.uses.append(Use.of(host))
         self.compare_use(*self.uses)
 
