@@ -126,7 +126,7 @@ def calibrate(file_name: str, seed: int = 0, target: str = "", **inputs: Any) ->
     graph["watch"] = node("SVDQuantCalibrate", model=["model", 0], file_name=file_name, **inputs)
     graph["sampler"]["inputs"]["model"] = ["watch", 0]
     if target:
-        read = {"statistics": ["watch", 1], "after": ["sampler", 0], "recipe": "balanced", "overwrite": True}
+        read = {"statistics": ["watch", 1], "after": ["sampler", 0], "overwrite": True}
         whole = quantize(target, source="(model input)", model=["model", 0], **read)
         graph["quantize"] = whole["1"]
     return graph

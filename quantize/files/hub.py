@@ -33,6 +33,7 @@ FIRST_PIECE, LARGEST_PIECE = 1 << 22, 1 << 26  # bytes of a request
 PIECE_SECONDS = 1.0  # pieces grow until one takes as long: few requests, and a cancel is soon heard
 TRIES = 3  # for one piece ...
 PATIENCE = 10.0  # ... but once where it takes more seconds: then the library has tried again on its own
+PAUSE = 0.5  # seconds before the second try, twice that before the third
 HOPS = 8  # redirects of one request; the hub's own way is one or two
 REDIRECTS = (301, 302, 303, 307, 308)
 BUSY = (500, 502, 503, 504)  # answers after which the library tries again
@@ -255,6 +256,7 @@ class _Remote:
                 tries, length = tries + 1, max(FIRST_PIECE, length // 4)
                 if tries == TRIES or time.monotonic() - begun > PATIENCE:
                     raise
+                time.sleep(PAUSE * tries)
                 continue
             if time.monotonic() - begun < PIECE_SECONDS:
                 length = min(2 * length, LARGEST_PIECE)
@@ -269,7 +271,6 @@ class _Remote:
         url = hf_hub_url(self.wanted.repo, self.wanted.file, revision=self.commit, endpoint=self.endpoint)
         # requests and httpx, which versions of the library are built on, have a word each for it
         follow = "follow_redirects" if hasattr(get_session(), "follow_redirects") else "allow_redirects"
-        stay: dict[str, Any] = {follow: False}
         for _ in range(HOPS):
             if not _is_safe(url, self.endpoint):
                 there = urlsplit(url)
@@ -277,16 +278,17 @@ class _Remote:
                     f"{self.wanted.title}: the hub sends us to {there.hostname} by plain {there.scheme}, needed https. "
                     "Is HF_ENDPOINT right?"
                 )
-            token = None if _origin(url) == _origin(self.endpoint) else False  # None: the user's, if there is one
-            headers = build_hf_headers(token=token) | {"Range": f"bytes={start}-{stop - 1}"}
-            answer = http_backoff(
-                "GET",
-                url,
-                headers=headers,
-                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-                retry_on_status_codes=BUSY,
-                **stay,
-            )
+            ours = _origin(url) == _origin(self.endpoint)
+            asking: dict[str, Any] = {
+                "headers": build_hf_headers(token=None if ours else False) | {"Range": f"bytes={start}-{stop - 1}"},
+                "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
+                follow: False,
+            }
+            if ours:
+                answer = http_backoff("GET", url, retry_on_status_codes=BUSY, **asking)
+            else:
+                # once: http_backoff logs the address, which is signed, and a new try gets a new one from the hub
+                answer = get_session().request("GET", url, **asking)
             if answer.status_code not in REDIRECTS or "location" not in answer.headers:
                 hf_raise_for_status(answer)
                 return answer.content
@@ -313,4 +315,6 @@ def _sha256(stream: BinaryIO) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """What it says, without what stands behind the ? of an address: signatures do."""
+    said = re.sub(r"\?[^\s'\")]+", "?...", str(error).strip())
+    return said.splitlines()[0] if said else type(error).__name__

@@ -139,6 +139,16 @@ def test_no_hop_of_a_chain_sees_the_token(tmp_path, endpoint, monkeypatch):
     assert len(set(Store.asked)) == 3 and set(Store.tokens) == {None}
 
 
+@pytest.mark.parametrize("status", [403, 503])
+def test_neither_the_token_nor_a_signed_address_is_shown(tmp_path, endpoint, monkeypatch, caplog, status):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    Hub.signed = "?Expires=1&Signature=geheim"
+    with redirecting(), pytest.raises(DownloadError, match=f"stopped at 0 of .*{status}") as caught:
+        Store.refuses = status
+        fetch(tmp_path, endpoint)
+    assert Store.asked and not any(word in f"{caught.value}{caplog.text}" for word in ("geheim", "hf_secret"))
+
+
 @pytest.mark.parametrize("hosts", [["localhost"], ["127.0.0.1", "localhost"], ["127.0.0.1", "127.0.0.1", "localhost"]])
 def test_plain_http_elsewhere_is_refused_at_any_hop_before_it_is_asked(tmp_path, endpoint, hosts):
     with redirecting(*hosts), pytest.raises(DownloadError, match="to localhost by plain http, needed https"):
