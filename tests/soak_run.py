@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import hashlib
 import io
 import os
 import platform
@@ -53,7 +52,7 @@ class Ending:
     seconds: float
     error: str = ""
     raised: str = ""
-    pixels: str = ""
+    pixels: bytes = b""
     sampled: bool = False  # not answered from the host's cache
 
     def miss(self, longest: float = HANG_SECONDS) -> str:
@@ -131,7 +130,7 @@ class Soak:
     def compare(self, host: Host) -> None:
         """Every picture with the one of a server that has done nothing else."""
         shown = [ending for ending in self.endings if ending.pixels and ending.job.pictures]
-        truth: dict[Combination, str] = {}
+        truth: dict[Combination, bytes] = {}
         for combination in sorted({each for ending in shown for each in ending.job.pictures}, key=repr):
             truth[combination] = end(host, Job("fresh", soak_jobs.paint(combination))).pixels
             if not truth[combination]:
@@ -200,11 +199,24 @@ def how(ending: Ending) -> str:
     return ending.raised.rpartition(".")[2] or "refused"
 
 
-def differences(shown: Sequence[Ending], truth: dict[Combination, str]) -> Iterator[str]:
-    """A line for every picture that is none of those that its job may show."""
+def differences(shown: Sequence[Ending], truth: dict[Combination, bytes]) -> Iterator[str]:
+    """A line for every picture that is none of those that its job may show, and by how much it is another one."""
     for ending in shown:
-        if ending.pixels not in {truth[each] for each in ending.job.pictures}:
-            yield f"another picture than a fresh server's: {ending.job.kind}: {ending.job.pictures}"
+        wanted = {truth[each] for each in ending.job.pictures}
+        if ending.pixels not in wanted:
+            off = [
+                f"{count} values by up to {most} of 255"
+                for count, most in (distance(ending.pixels, one) for one in wanted)
+            ]
+            yield f"another picture than a fresh server's: {ending.job.kind}: {', '.join(off)}: {ending.job.pictures}"
+
+
+def distance(one: bytes, other: bytes) -> tuple[int, int]:
+    """(values that differ, the largest difference) of two sets of pictures; of other sizes all of them do."""
+    if len(one) != len(other):
+        return max(len(one), len(other)), 255
+    apart = np.abs(np.frombuffer(one, np.uint8).astype(int) - np.frombuffer(other, np.uint8))
+    return int((apart > 0).sum()), int(apart.max(initial=0))
 
 
 def asked_for(path: Path) -> bool:
@@ -253,7 +265,7 @@ def end(host: Host, job: Job) -> Ending:
     if "sampler" in job.graph and not found:
         said = entry["status"]["messages"]
         cached = {name for kind, message in said if kind == "execution_cached" for name in message["nodes"]}
-        found = {"pixels": digest(host.images(entry["outputs"])), "sampled": "sampler" not in cached}
+        found = {"pixels": pixels_of(host.images(entry["outputs"])), "sampled": "sampler" not in cached}
     return Ending(job, run_seconds(entry), **found)
 
 
@@ -268,12 +280,9 @@ def interrupt(host: Host, prompt: str, after: float) -> None:
         host.interrupt(prompt)
 
 
-def digest(pngs: Sequence[bytes]) -> str:
-    """Of the pixels alone: the files also hold the workflow."""
-    found = hashlib.sha256()
-    for png in pngs:
-        found.update(np.asarray(Image.open(io.BytesIO(png))).tobytes())
-    return found.hexdigest()
+def pixels_of(pngs: Sequence[bytes]) -> bytes:
+    """The pixels alone: the files also hold the workflow."""
+    return b"".join(np.asarray(Image.open(io.BytesIO(png))).tobytes() for png in pngs)
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ PAINT = Job("paint", paint(SHOWN), (SHOWN,), said=("is not in models",))
 @pytest.mark.parametrize(
     ("ending", "miss"),
     [
-        (Ending(PAINT, 1.0, pixels="a"), ""),
-        (Ending(PAINT, 61.0, pixels="a"), "took 61 s"),
+        (Ending(PAINT, 1.0, pixels=b"a"), ""),
+        (Ending(PAINT, 61.0, pixels=b"a"), "took 61 s"),
         (Ending(PAINT, 1.0, "x is not in models/diffusion_models"), ""),
         (Ending(PAINT, 1.0, "something else"), "said 'something else'"),
         (Ending(PAINT, 1.0, "x is not in models", "KeyError"), "ended in KeyError"),
@@ -36,10 +36,11 @@ def test_what_is_wrong_with_a_prompt_is_seen(ending, miss):
 
 
 def test_a_picture_that_is_not_the_fresh_servers_is_seen():
-    truth = {SHOWN: "a", OTHER: "b"}
-    assert not list(differences([Ending(PAINT, 1.0, pixels="a")], truth))
-    assert list(differences([Ending(PAINT, 1.0, pixels="b")], truth))
-    assert not list(differences([Ending(Job("swapped", {}, (SHOWN, OTHER)), 1.0, pixels="b")], truth))
+    truth = {SHOWN: b"a", OTHER: b"b"}
+    assert not list(differences([Ending(PAINT, 1.0, pixels=b"a")], truth))
+    (line,) = differences([Ending(PAINT, 1.0, pixels=b"b")], truth)
+    assert "1 values by up to 1 of 255" in line
+    assert not list(differences([Ending(Job("swapped", {}, (SHOWN, OTHER)), 1.0, pixels=b"b")], truth))
 
 
 def test_memory_and_open_files_that_grow_are_seen():
