@@ -6,8 +6,9 @@
 #   make test-all     both of these and the demo
 #   make demo         quantize and sample a small model in a real ComfyUI, and draw the comparison
 #   make bench        measure the layers
-#   make fuzz         50,000 damaged checkpoints through the readers
 #   make fuzz         read 50,000 damaged files
+#   make soak         300 prompts from several clients to a real ComfyUI, with faults; SVDQUANT_SOAK=1000 for more
+#   make audit        licences and known vulnerabilities of what users are asked to install
 #
 #   VENV=...          another virtual environment (missing packages are installed into it)
 #   COMFYUI_PATH=...  a ComfyUI source tree to use instead of a downloaded one
@@ -21,11 +22,12 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch torchvision,torch==2.13.0 tor
 
 PYTHON := "$(VENV)/bin/python"
 OLDEST := .venv-oldest
+AUDIT := .venv-audit
 WITH_HOST := COMFYUI_PATH="$(or $(COMFYUI_PATH),$(CURDIR)/.host/ComfyUI)" $(PYTHON)
 PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile --timeout 900 # a test that hangs ends the run, and its server
 FAST := not slow and not network
 
-.PHONY: venv install install-oldest host lint types check test test-oldest test-all demo bench fuzz clean
+.PHONY: venv install install-oldest host lint types check test test-oldest test-all demo bench fuzz soak audit clean
 
 # What was installed is compared by a recipe, because make cannot name a file whose path has a space.
 LISTS := { cat requirements.txt tests/requirements.txt tests/tools.txt tests/host/requirements.txt; echo "$(TORCH)"; }
@@ -57,8 +59,8 @@ types: venv
 	$(PYTHON) tests/typecheck.py
 
 # torch's threads are to sleep while they wait: spinning starves them on a machine with few cores
-check test test-oldest: export OMP_WAIT_POLICY ?= PASSIVE
-check test test-oldest: export OMP_NUM_THREADS ?= 1
+check test test-oldest soak: export OMP_WAIT_POLICY ?= PASSIVE
+check test test-oldest soak: export OMP_NUM_THREADS ?= 1
 
 check: lint
 	$(PYTHON) $(PYTEST) -m "$(FAST)"
@@ -81,6 +83,16 @@ bench: venv
 fuzz: venv
 	SVDQUANT_FUZZ=50000 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(WORKERS) tests/quantize/test_fuzz.py
 
+soak: host
+	$(WITH_HOST) tests/soak.py
+
+# the packages lie in a folder of their own, so that what is looked at is what users get and nothing else
+audit:
+	test -x $(AUDIT)/bin/python || python3 -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet pip-audit==2.10.1
+	$(AUDIT)/bin/python -m pip install --quiet --upgrade --target $(AUDIT)/users -r requirements.txt
+	$(AUDIT)/bin/python tests/audit.py $(AUDIT)/users
+
 clean:
-	rm -rf .venv $(OLDEST) .host demo .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv $(OLDEST) $(AUDIT) .host demo .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,6 @@
 """Node: SVDQuant Calibrate."""
 
+import math
 from typing import Any
 
 from .host.files import refuse_statistics_name, statistics_target
@@ -74,6 +75,8 @@ class SVDQuantCalibrate:
     def calibrate(
         self, model: Any, file_name: str, tokens: int, disk_gb: float, start_over: bool, sensitivity: bool = False
     ) -> tuple[Any, Collector]:
+        if not math.isfinite(disk_gb):  # the host's own bounds let NaN through
+            raise ValueError(f"disk_gb is {disk_gb}, needed a number of gigabytes")
         path = statistics_target(file_name)
         collector = Collector.of(model, path, tokens, int(disk_gb * GB), not start_over, sensitivity)
         return collector.watch(model), collector

@@ -98,6 +98,8 @@ class Recipe:
             value = getattr(self, name)
             if not fits(value):
                 raise ValueError(f"{name} is {value!r}, needed {needed}")
+            if isinstance(getattr(type(self), name), float):
+                object.__setattr__(self, name, float(value))  # 0 and 0.0 are one recipe, and have one hash
         smoothing = NAMED[self.name].get("smoothing", "weight_spans")
         if self.smoothing != smoothing:
             raise ValueError(

@@ -1,10 +1,12 @@
 """Published 4-bit files, and how to fetch one: resumable, checked, all or nothing.
 
-The transfer is huggingface_hub's `HfFileSystem`, asked for one range after another: the library finds the file, adds
-the user's token where that belongs and nowhere else, follows redirects and tries again. Its `hf_hub_download` cannot be
-stopped in every version, throws a partial file away since 2.0, and removes the older file before it has the new one.
-What is added here: a partial file outlives an interrupted run and is continued by the next one, nothing comes over
-plain http but from a hub that is itself configured so, and the sha256 that the hub states is compared.
+The transfer is huggingface_hub's `http_backoff`, asked for one range after another: the library has the connections,
+the user's token, proxies and certificates, and tries again. Its `hf_hub_download` cannot be stopped in every version,
+throws a partial file away since 2.0, and removes the older file before it has the new one; what it and `HfFileSystem`
+do with a second redirect is up to the version. What is added here: every hop of a redirect is looked at before anybody
+is asked, so that the token goes to the hub alone and nothing comes over plain http but from a hub that is itself
+configured so; a partial file outlives an interrupted run and is continued by the next one; and the sha256 that the hub
+states is compared.
 """
 
 import hashlib
@@ -14,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO
+from urllib.parse import urljoin, urlsplit
 
 from .lifecycle import partial_for
 from .names import inside, refuse
@@ -31,6 +33,10 @@ FIRST_PIECE, LARGEST_PIECE = 1 << 22, 1 << 26  # bytes of a request
 PIECE_SECONDS = 1.0  # pieces grow until one takes as long: few requests, and a cancel is soon heard
 TRIES = 3  # for one piece ...
 PATIENCE = 10.0  # ... but once where it takes more seconds: then the library has tried again on its own
+PAUSE = 0.5  # seconds before the second try, twice that before the third
+HOPS = 8  # redirects of one request; the hub's own way is one or two
+REDIRECTS = (301, 302, 303, 307, 308)
+BUSY = (500, 502, 503, 504)  # answers after which the library tries again
 
 
 class DownloadError(RuntimeError):
@@ -111,7 +117,9 @@ PUBLISHED: tuple[PublishedFile, ...] = (
 def refuse_file(file: str) -> str | None:
     """Why a file of a repository is not fetched, by its name alone, or None."""
     if not file.endswith(SUFFIXES):
-        return f"file is {file!r}, needed one that ends in {' or '.join(SUFFIXES)}"
+        return f"file is {file[:300]!r}, needed one that ends in {' or '.join(SUFFIXES)}"
+    if {"", ".", ".."} & set(file.split("/")):
+        return f"file is {file[:300]!r}, needed the path of a file inside the repository"
     reason = refuse(HubFile("", file).name)
     return None if reason is None else f"file is {file[:300]!r}, which is no name to write: {reason}"
 
@@ -187,11 +195,6 @@ class _Remote:
             raise DownloadError(
                 f"{wanted.title} at {wanted.revision!r}: {_first_line(error)}. Check the names and the network."
             ) from error
-        if not _is_safe(found.location or url, endpoint):
-            host = urlsplit(found.location).hostname
-            raise DownloadError(
-                f"{wanted.title}: the hub sends us to {host} by plain http, needed https. Is HF_ENDPOINT right?"
-            )
         if found.size is None or not found.etag:
             raise DownloadError(f"{wanted.title}: the hub states no size or no hash for it, so nothing can be checked")
         return cls(wanted, endpoint, found.commit_hash or wanted.revision, found.size, found.etag)
@@ -230,6 +233,8 @@ class _Remote:
         except _Stopped as stopped:
             assert stopped.__cause__ is not None
             raise stopped.__cause__ from None
+        except DownloadError:
+            raise
         except Exception as error:
             raise DownloadError(
                 f"{self.wanted.title}: stopped at {partial.stat().st_size:,} of {self.size:,} bytes "
@@ -238,31 +243,62 @@ class _Remote:
 
     def _pieces(self, start: int) -> Iterator[bytes]:
         """The bytes from `start` on. A piece that breaks is asked for again, smaller."""
-        from huggingface_hub import HfFileSystem
-
-        if start >= self.size:
-            return
-        # skip_instance_cache: the library would hand out one that still believes what a repository held
-        hub = HfFileSystem(endpoint=self.endpoint, skip_instance_cache=True)
-        path = f"{self.wanted.repo}@{self.commit}/{self.wanted.file}"
         length, tries = FIRST_PIECE, 0
-        with hub.open(path, "rb", revision=self.commit, cache_type="none") as remote:
-            while start < self.size:
-                wanted, begun = min(length, self.size - start), time.monotonic()
-                try:
-                    remote.seek(start)
-                    piece = remote.read(wanted)
-                    if len(piece) != wanted:
-                        raise OSError(f"asked for {wanted:,} bytes, {len(piece):,} came")
-                except Exception:
-                    tries, length = tries + 1, max(FIRST_PIECE, length // 4)
-                    if tries == TRIES or time.monotonic() - begun > PATIENCE:
-                        raise
-                    continue
-                if time.monotonic() - begun < PIECE_SECONDS:
-                    length = min(2 * length, LARGEST_PIECE)
-                tries, start = 0, start + wanted
-                yield piece
+        while start < self.size:
+            wanted, begun = min(length, self.size - start), time.monotonic()
+            try:
+                piece = self._get(start, start + wanted)
+                if len(piece) != wanted:
+                    raise OSError(f"asked for {wanted:,} bytes, {len(piece):,} came")
+            except DownloadError:
+                raise
+            except Exception:
+                tries, length = tries + 1, max(FIRST_PIECE, length // 4)
+                if tries == TRIES or time.monotonic() - begun > PATIENCE:
+                    raise
+                time.sleep(PAUSE * tries)
+                continue
+            if time.monotonic() - begun < PIECE_SECONDS:
+                length = min(2 * length, LARGEST_PIECE)
+            tries, start = 0, start + wanted
+            yield piece
+
+    def _get(self, start: int, stop: int) -> bytes:
+        """Bytes of the file, from wherever the hub sends us. Raises DownloadError for a place that is not safe."""
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, http_backoff
+
+        url = hf_hub_url(self.wanted.repo, self.wanted.file, revision=self.commit, endpoint=self.endpoint)
+        # requests and httpx, which versions of the library are built on, have a word each for it
+        follow = "follow_redirects" if hasattr(get_session(), "follow_redirects") else "allow_redirects"
+        for _ in range(HOPS):
+            if not _is_safe(url, self.endpoint):
+                there = urlsplit(url)
+                raise DownloadError(
+                    f"{self.wanted.title}: the hub sends us to {there.hostname} by plain {there.scheme}, needed https. "
+                    "Is HF_ENDPOINT right?"
+                )
+            ours = _origin(url) == _origin(self.endpoint)
+            asking: dict[str, Any] = {
+                "headers": build_hf_headers(token=None if ours else False) | {"Range": f"bytes={start}-{stop - 1}"},
+                "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
+                follow: False,
+            }
+            if ours:
+                answer = http_backoff("GET", url, retry_on_status_codes=BUSY, **asking)
+            else:
+                # once: http_backoff logs the address, which is signed, and a new try gets a new one from the hub
+                answer = get_session().request("GET", url, **asking)
+            if answer.status_code not in REDIRECTS or "location" not in answer.headers:
+                hf_raise_for_status(answer)
+                return answer.content
+            url = urljoin(url, answer.headers["location"])
+        raise DownloadError(f"{self.wanted.title}: the hub sends us from place to place, {HOPS} times and more")
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _is_safe(location: str, endpoint: str) -> bool:
@@ -279,4 +315,6 @@ def _sha256(stream: BinaryIO) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """What it says, without what stands behind the ? of an address: signatures do."""
+    said = re.sub(r"\?[^\s'\")]+", "?...", str(error).strip())
+    return said.splitlines()[0] if said else type(error).__name__

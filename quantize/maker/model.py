@@ -340,10 +340,8 @@ def _report(path: Path, outcome: RunOutcome, recipe: Recipe) -> QuantizeReport:
         share = EightShare.before(outcome.decisions, recipe.act8_share).of(eight)
         notes.append(f"8-bit activations: {len(eight)} layers, {share:.1%} of the multiply-adds")
     made = {layer: record for layer, record in outcome.records.items() if "kept" not in record}
-    size, size_16bit = (
-        sum(record["bytes"] for record in made.values()),
-        sum(outcome.specs[layer].bytes_16bit() for layer in made),
-    )
+    size = sum(record["bytes"] for record in made.values())
+    size_16bit = sum(outcome.specs[layer].bytes_16bit() for layer in made)
     if size >= size_16bit > 0:
         ranks = [outcome.specs[layer].rank for layer in made]
         notes.append(

@@ -300,8 +300,8 @@ class Host:
         while time.monotonic() < deadline:
             self._check_alive()
             # the entry is absent until the run is over, and for a moment after the server has announced its end
-            entry = json.loads(self._request(f"/history/{prompt_id}")).get(prompt_id)
-            if entry and entry.get("status"):
+            entry = self.entry(prompt_id)
+            if entry is not None:
                 self._raise_failure(entry["status"])
                 return entry
             time.sleep(POLL_SECONDS)
@@ -338,9 +338,24 @@ class Host:
         """Every text of `outputs`: what output nodes returned as `{"ui": {"text": [...]}}`."""
         return [text for node in outputs.values() for text in node.get("text", [])]
 
-    def interrupt(self) -> None:
-        """Stop the run in progress, if there is one; its `wait` then raises ExecutionFailed."""
-        self._request("/interrupt", {})
+    def interrupt(self, prompt_id: str | None = None) -> None:
+        """Stop the run in progress, if there is one, or if it is this one; its `wait` then raises ExecutionFailed."""
+        self._request("/interrupt", {} if prompt_id is None else {"prompt_id": prompt_id})
+
+    def runs(self, prompt_id: str) -> bool:
+        """Whether the server is at work on a prompt at the moment."""
+        return any(prompt_id in entry for entry in json.loads(self._request("/queue"))["queue_running"])
+
+    def entry(self, prompt_id: str) -> dict[str, Any] | None:
+        """The history entry of a prompt that has ended, well or not; None for another."""
+        found = json.loads(self._request(f"/history/{prompt_id}")).get(prompt_id)
+        return found if found and found.get("status") else None
+
+    @property
+    def pid(self) -> int:
+        """The number of the server's process."""
+        assert self._process is not None, "the server is not running"
+        return self._process.pid
 
     def free_memory(self) -> None:
         """Ask the server to unload every model and forget cached results. It does so when it is next idle."""

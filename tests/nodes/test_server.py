@@ -158,6 +158,30 @@ def test_a_rank_that_is_no_multiple_of_16_fails_with_the_reason(host):
     assert not (host.base / "models" / "diffusion_models" / "odd.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        ({"fallback": float("nan")}, "fallback is nan, needed"),
+        ({"act8_share": float("nan")}, "act8_share is nan, needed"),
+    ],
+)
+def test_a_number_that_is_none_passes_the_hosts_bounds_and_not_ours(host, number, message):
+    graph = workflow("demo_quantize_int4", file_name="odd")
+    graph["2"]["inputs"] |= number
+    error = failed(host, graph)
+    assert error.exception_type == "ValueError" and message in error.message
+
+
+def test_a_size_of_statistics_that_is_none_is_named(host):
+    graph = workflow("demo_16bit")
+    graph["8"] = {
+        "class_type": "SVDQuantCalibrate",
+        "inputs": {"model": ["1", 0], "file_name": "odd", "tokens": 64, "disk_gb": float("nan"), "start_over": False},
+    }
+    graph["5"]["inputs"]["model"] = ["8", 0]
+    assert "disk_gb is nan, needed a number of gigabytes" in failed(host, graph).message
+
+
 def test_an_existing_file_is_not_overwritten_unasked(host, quantized):
     # another prefix makes the graph new to the host's cache
     graph = workflow("demo_quantize_int4", rank=32)

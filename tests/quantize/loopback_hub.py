@@ -17,7 +17,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     content, etag = CONTENT, ""
-    redirect_to: str | None = None  # an address: the content is there, under the same path
+    redirect_to: str | None = None  # an address: the content is there, under the same path ...
+    signed = ""  # ... and with this behind it
     break_after: list[int] = []  # noqa: RUF012 - one entry per GET of content that is to be cut after so many bytes
     ranges: list[str | None] = []  # noqa: RUF012 - the Range header of every GET of content
     lost_from: int | None = None  # GETs from this byte on are answered: there is no such file
@@ -36,7 +37,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.not_found()
         elif self.redirect_to is not None:
             self.send_response(302)
-            self.say({"Location": self.redirect_to + self.path, "Content-Length": "0"} | self.linked())
+            self.say({"Location": self.redirect_to + self.path + self.signed, "Content-Length": "0"} | self.linked())
         else:
             self.send_content(body)
 
@@ -105,14 +106,27 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 class Store(Hub):
-    """The server that a hub redirects to: holds the content, and remembers what it was told."""
+    """A server that a hub redirects to: holds the content, or sends on, and remembers what it was told."""
 
     redirect_to = None
+    onward: dict[int, str] = {}  # noqa: RUF012 - port of a server that sends on -> the address where it sends
     tokens: list[str | None] = []  # noqa: RUF012 - the Authorization header of every request
+    asked: list[int] = []  # noqa: RUF012 - the port of every request
+    refuses: int | None = None  # the status of every answer
 
     def reply(self, body: bool) -> None:
+        port = self.server.server_address[1]
         Store.tokens.append(self.headers.get("Authorization"))
-        self.send_content(body)
+        Store.asked.append(port)
+        if Store.refuses is not None:
+            self.send_response(Store.refuses)
+            self.say({"Content-Length": "0"})
+            return
+        if port not in Store.onward:
+            self.send_content(body)
+            return
+        self.send_response(302)
+        self.say({"Location": Store.onward[port] + self.path, "Content-Length": "0"})
 
 
 @contextlib.contextmanager
@@ -130,7 +144,7 @@ def _running(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[int]
 @contextlib.contextmanager
 def serving(content: bytes = CONTENT) -> Iterator[str]:
     """Serve `content` as the FILES of every repository; gives the address for HF_ENDPOINT."""
-    Hub.break_after, Hub.ranges, Hub.hold_at, Hub.redirect_to, Hub.lost_from = [], [], None, None, None
+    Hub.break_after, Hub.ranges, Hub.hold_at, Hub.redirect_to, Hub.lost_from, Hub.signed = [], [], None, None, None, ""
     Hub.content, Hub.etag = content, hashlib.sha256(content).hexdigest()
     Hub.go_on.clear()
     with _running(Hub) as port:
@@ -138,10 +152,15 @@ def serving(content: bytes = CONTENT) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def redirecting(host: str = "127.0.0.1") -> Iterator[None]:
-    """Inside `serving`: the hub sends every client to a second server, which it calls `host`."""
-    Store.tokens = []
-    with _running(Store) as port:
-        Hub.redirect_to = f"http://{host}:{port}"
+def redirecting(*hosts: str) -> Iterator[None]:
+    """Inside `serving`: the hub sends every client to a second server, that one to a third, and so on; the last one has
+    the content. `hosts` is what each is called by the one before it, one server at 127.0.0.1 without any.
+    """
+    Store.tokens, Store.asked, Store.onward, Store.refuses = [], [], {}, None
+    with contextlib.ExitStack() as stack:
+        ports = [stack.enter_context(_running(Store)) for _ in hosts or ("127.0.0.1",)]
+        addresses = [f"http://{host}:{port}" for host, port in zip(hosts or ("127.0.0.1",), ports, strict=True)]
+        Store.onward = dict(zip(ports, addresses[1:], strict=False))
+        Hub.redirect_to = addresses[0]
         yield
         Hub.redirect_to = None

@@ -240,6 +240,12 @@ def test_every_field_of_a_recipe_is_checked_and_every_named_one_is_legal():
         Recipe.named(name, rank=0, rounds=0, fallback=0, act8_share=1, damping=1e-6, hessian_block=64)
 
 
+def test_a_number_is_one_setting_however_it_is_written():
+    """A command line's 0 and a node's 0.0 are one recipe, so that they share the work of a stopped run."""
+    whole, real = Recipe(fallback=0, act8_share=1), Recipe(fallback=0.0, act8_share=1.0)
+    assert whole.hash() == real.hash() and whole.as_dict() == real.as_dict()
+
+
 @pytest.mark.parametrize(("name", "smoothing"), [("balanced", "grid"), ("best", "weight_spans"), ("svdquant", "grid ")])
 def test_a_name_with_the_smoothing_of_another_one_is_refused(name, smoothing):
     with pytest.raises(ValueError, match="smoothing is"):

@@ -110,6 +110,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(quantized, tmp_path):
         (("quantize", poisoned, out), "blocks.0.proj.weight holds NaN or Inf"),
         (("quantize", empty, out), "no linear layer"),
         (("quantize", DEMO, out, "--rank", 20), "multiple of 16"),
+        (("quantize", DEMO, out, "--fallback", "nan"), "fallback is nan, needed a relative error"),
         (("quantize", DEMO, tmp_path), "is a folder, needed the name of a file"),
         (("compare", DEMO, empty), "no linear layer in common"),
     ):

@@ -132,10 +132,37 @@ def test_the_hub_itself_gets_the_token(tmp_path, endpoint, monkeypatch):
     assert set(seen) == {"Bearer hf_secret"}
 
 
-def test_plain_http_elsewhere_is_refused(tmp_path, endpoint):
-    with redirecting("localhost"), pytest.raises(DownloadError, match="to localhost by plain http, needed https"):
+def test_no_hop_of_a_chain_sees_the_token(tmp_path, endpoint, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with redirecting("127.0.0.1", "127.0.0.1", "127.0.0.1"):
+        assert fetch(tmp_path, endpoint).path.read_bytes() == CONTENT
+    assert len(set(Store.asked)) == 3 and set(Store.tokens) == {None}
+
+
+@pytest.mark.parametrize("status", [403, 503])
+def test_neither_the_token_nor_a_signed_address_is_shown(tmp_path, endpoint, monkeypatch, caplog, status):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    Hub.signed = "?Expires=1&Signature=geheim"
+    with redirecting(), pytest.raises(DownloadError, match=f"stopped at 0 of .*{status}") as caught:
+        Store.refuses = status
         fetch(tmp_path, endpoint)
-    assert not Store.tokens and not list(tmp_path.iterdir())
+    assert Store.asked and not any(word in f"{caught.value}{caplog.text}" for word in ("geheim", "hf_secret"))
+
+
+@pytest.mark.parametrize("hosts", [["localhost"], ["127.0.0.1", "localhost"], ["127.0.0.1", "127.0.0.1", "localhost"]])
+def test_plain_http_elsewhere_is_refused_at_any_hop_before_it_is_asked(tmp_path, endpoint, hosts):
+    with redirecting(*hosts), pytest.raises(DownloadError, match="to localhost by plain http, needed https"):
+        fetch(tmp_path, endpoint)
+    assert len(Store.asked) == len(hosts) - 1 and not list(tmp_path.iterdir())
+
+
+def test_a_ring_of_redirects_ends(tmp_path, endpoint):
+    with redirecting("127.0.0.1", "127.0.0.1"):
+        ((first, second),) = Store.onward.items()
+        Store.onward[int(second.rpartition(":")[2])] = f"http://127.0.0.1:{first}"
+        with pytest.raises(DownloadError, match="from place to place, 8 times and more"):
+            fetch(tmp_path, endpoint)
+    assert len(Store.asked) == hub.HOPS - 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -157,10 +184,25 @@ def test_where_content_may_come_from(location, endpoint, safe):
 
 @pytest.mark.parametrize(
     "file",
-    ["run.py", "model.ckpt", ".bashrc", ".", "..", "", "a/..", "CON.json", "a:b.json", "a\\..\\b.json", "x\0.json"],
+    [
+        *(
+            "run.py",
+            "model.ckpt",
+            ".bashrc",
+            ".",
+            "..",
+            "",
+            "a/..",
+            "CON.json",
+            "a:b.json",
+            "a\\..\\b.json",
+            "x\0.json",
+        ),
+        *("../x.json", "/x.json", "a/../../x.json", "a//x.json"),
+    ],
 )
 def test_a_file_that_is_no_model_is_refused_before_anything_is_asked(tmp_path, file):
-    with pytest.raises(DownloadError, match=r"needed one that ends in|which is no name to write"):
+    with pytest.raises(DownloadError, match=r"needed one that ends in|inside the repository|which is no name to write"):
         fetch(tmp_path, "http://127.0.0.1:9", file)
     assert not list(tmp_path.iterdir())
 
