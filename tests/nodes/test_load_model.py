@@ -86,10 +86,6 @@ def test_a_four_bit_model_is_not_quantized_again(checkpoints):
         ModelSource(load_model(str(checkpoints["int4"])))
 
 
-def pickled(layer):
-    return pickle.loads(pickle.dumps(layer))
-
-
 def test_pinned_keys_are_those_the_host_cannot_find(demo_model, checkpoints):
     pinned = open_checkpoint(checkpoints["int4"]).provenance.pinned
     assert "num_heads" in pinned and "axes_dim" in pinned
