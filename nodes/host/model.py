@@ -99,11 +99,11 @@ def _build(
     try:
         return load(state_dict, model_options=options, **keywords)
     except (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, AttributeError) as error:
-        if not pinned or isinstance(error, CheckpointError):
+        if isinstance(error, CheckpointError):
             raise
+        said = ", ".join(f"{key} {value!r:.40}" for key, value in pinned.items())
         raise CheckpointError(
-            f"{file}: ComfyUI cannot build a model as the header of the file says, with "
-            f"{', '.join(f'{key} {value!r:.40}' for key, value in pinned.items())}: {error}"
+            f"{file}: ComfyUI cannot build a model as the header of the file says, with {said or 'nothing'}: {error}"
         ) from error
 
 

@@ -11,7 +11,7 @@ from ..calibration.several import describe, merge
 from ..files.source import FileSource
 from ..maker.model import Target, quantize_model
 from ..maker.report import summarize, write_report
-from ..recipe import NAMED, WITH_BRANCH, Recipe
+from ..recipe import NAMED, WITH_BRANCH, Recipe, bytes_of
 from . import add_target, show, target_of
 
 
@@ -82,7 +82,7 @@ def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         rank=32 if auto else int(arguments.rank),
         auto_rank=auto,
         activation=arguments.activation,
-        target_size=int(arguments.target_size * 10**9),
+        target_size=bytes_of(arguments.target_size),
         fallback=arguments.fallback,
         act8_share=arguments.act8_share,
         seed=arguments.seed,

@@ -70,3 +70,10 @@ def test_what_the_host_cannot_build_names_file_and_configuration(demo_file, tmp_
     save_file(load_file(demo_file), tmp_path / "odd.safetensors", {"config": json.dumps(config)})
     with pytest.raises(CheckpointError, match=r"^odd.safetensors: ComfyUI cannot build.*axes_dim \[2, 2, 2\]"):
         load_pinned_model(str(tmp_path / "odd.safetensors"))
+
+
+def test_tensors_that_the_host_cannot_build_a_model_of_name_the_file(demo_file, tmp_path):
+    """Without its configuration the demo would need 24 heads; the host's error had no file in it."""
+    save_file(load_file(demo_file), tmp_path / "bare.safetensors")
+    with pytest.raises(CheckpointError, match=r"^bare.safetensors: ComfyUI cannot build.*num_heads 24"):
+        load_pinned_model(str(tmp_path / "bare.safetensors"))

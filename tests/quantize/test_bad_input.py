@@ -14,9 +14,9 @@ from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
 from svdquant_pack.quantize.calibration.tokens import ModelCall
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.source import FileSource
-from svdquant_pack.quantize.maker.model import quantize_model
+from svdquant_pack.quantize.maker.model import QuantizeError, quantize_model
 from svdquant_pack.quantize.maths.layer import Dense
-from svdquant_pack.quantize.recipe import NAMED, Recipe
+from svdquant_pack.quantize.recipe import NAMED, Recipe, bytes_of
 
 NAN, INF = float("nan"), float("inf")
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,3 +227,29 @@ def test_a_layer_that_does_not_fit_cannot_be_made(change, message):
     Dense(**legal)
     with pytest.raises(LayerError, match=message):
         Dense(**{**legal, **change})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rounds", 10**4400), ("rank", 10**4400), ("name", []), ("format", {}), ("smoothing", [[]]), ("seed", [10**4400])],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_recipe_refuses_what_has_no_hash_or_no_digits_by_field(field, value):
+    """The first was a number that cannot be written into the file, the others errors of Python without a field."""
+    with pytest.raises(ValueError, match=f"^{'recipe' if field == 'name' else field} is "):
+        Recipe.named(**{"name": "fast", field: value})
+
+
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), 1e300, -1.0])
+def test_a_target_size_that_is_none_is_refused_by_name(size):
+    with pytest.raises(ValueError, match=r"^target_size is .* GB, needed"):
+        bytes_of(size)
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(127), torch.zeros(128, dtype=torch.int32)])
+def test_a_bias_that_does_not_fit_names_file_and_layer(tmp_path, bias):
+    path = tmp_path / "m.safetensors"
+    save_file({"blocks.0.proj.weight": torch.randn(128, 128), "blocks.0.proj.bias": bias}, path)
+    with pytest.raises(QuantizeError, match=r"^m.safetensors: layer blocks.0.proj: bias has"):
+        quantize_model(FileSource(path), tmp_path / "out.safetensors", Recipe(rank=16))
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]

@@ -126,6 +126,8 @@ def test_tune_says_what_it_needs(quantized, tmp_path):
         assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
         assert "error: tune times kernels on a GPU, and torch" in done.stderr
     assert "holds no 4-bit layers" in run("tune", "--model", DEMO).stderr
+    done = run("tune", "--model", "")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
     assert run("tune").returncode == 2
 
 

@@ -180,6 +180,15 @@ def test_progress_counts_layers_and_ends_full(tmp_path):
     assert seen[0][:2] == (0, total) and seen[-1] == (total, total, "") and len(seen) == total + 1
 
 
+@pytest.mark.parametrize("part", ["proj_down", "wscales", "smooth_factor"])
+def test_a_part_without_its_layer_is_not_converted_as_is(tmp_path, part):
+    """What was written could not be opened again."""
+    tensors = stored_model("flux", lite=True) | {"blocks.7.proj." + part: torch.ones(16)}
+    save_model(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=rf"^a.safetensors: blocks.7.proj.{part} belongs to a 4-bit layer"):
+        convert_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "native", as_is=True)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_as_is_keeps_names_of_models_without_a_family(tmp_path, format):
     layer = random_layer(format, 256, 128, 16 * FORMATS[format].low_rank, dtype=torch.bfloat16)
