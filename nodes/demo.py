@@ -56,7 +56,8 @@ class SVDQuantDemoPrompt:
     def encode(self, digits: str) -> tuple[Any]:
         rows = [int(digit) for digit in digits]
         prompts = TensorFile(PROMPTS)
-        return ([[prompts["context"][rows].float(), {"pooled_output": prompts["pooled"][rows].float()}]],)
+        context, pooled = (prompts.read(name)[rows].float() for name in ("context", "pooled"))
+        return ([[context, {"pooled_output": pooled}]],)
 
 
 class SVDQuantDemoDecode:

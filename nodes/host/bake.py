@@ -13,6 +13,7 @@ from ...kernels.layer import Layer
 from ...quantize.calibration.file import Statistics, StatisticsError
 from ...quantize.files.checkpoint import Provenance
 from ...quantize.files.dialects import native
+from ...quantize.files.header import metadata_of
 from ...quantize.files.tensor_file import TensorInfo, TensorWriter
 from ...quantize.lora.bake import BakedLayer, bake_layer
 from ...quantize.lora.deltas import LoraError
@@ -71,7 +72,7 @@ def bake(
             writer.write(f"{name}.weight", weight.to(dtype))
         for key, tensor in rest.items():
             writer.write(key, tensor)
-        writer.metadata |= native.metadata_of(_provenance(patcher, refit), specs)
+        writer.metadata |= metadata_of(_provenance(patcher, refit), specs)
     lost = max((entry.lost for entry in baked.values()), default=0.0)
     return BakeReport(Path(path), len(baked), lost, tuple(dense))
 

@@ -61,8 +61,7 @@ class Collector:
             raise StatisticsError(f"{source.name}: no linear layer of family {family.name} can become 4-bit")
         if again and path.exists():
             statistics = Statistics.open(path, writable=True)
-            stored = {layer: entry.tokens.shape[1] for layer, entry in statistics.entries.items()}
-            if stored != plan.inputs:
+            if statistics.widths != plan.inputs:
                 raise StatisticsError(f"{path.name}: holds statistics of another model; choose another name")
             return cls(statistics, sensitivity)
         metadata = {"family": family.name, "model": source.name, "shared": plan.shared_inputs, "runs": []}
@@ -79,6 +78,7 @@ class Collector:
     def _outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         runs: Any = self.statistics.metadata.setdefault("runs", [])
         self._generator.manual_seed(len(runs))
+        self.statistics.begin()
         result = executor(*args, **kwargs)
         sigmas = next((arg for arg in args[3:4] if isinstance(arg, torch.Tensor)), torch.zeros(1))
         self.statistics.add_run(id=uuid.uuid4().hex, steps=len(sigmas) - 1)

@@ -4,6 +4,11 @@ A statistics file is a `.safetensors` file that is laid out in full when it is m
 to their slots by memory map, so that a run needs little memory however many tokens it keeps, and nothing is copied at
 the end. X is a layer's name; layers that read the same activation share one entry, under the first one's name.
 
+While a run fills it the header says `"finished": false` and has no checksums; they come when the run has ended (see
+`files/integrity.py`). So a file whose run was killed is unfinished, and can be used and gone on with; one that has
+checksums which are not those of its tensors is damaged. Reading maps nothing. Writing does: its disk is taken before,
+but if somebody cuts the file short meanwhile, the system ends the process.
+
     X.tokens  bf16  (T, K)    kept activations, before shift and smoothing; rows from `kept` on are unused
     X.key     fp32  (T,)      the random number that let a token in; 0 in unused rows
     X.stratum int16 (T,)      which stratum it stands for, see `ModelCall.strata`
@@ -18,16 +23,17 @@ Which tokens stay: see `tokens.py`.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
 
 from ...kernels.layer import is_finite
+from ..files import integrity
 from ..files.bounded_json import HEADER, JsonError, Kind, read_object
 from ..files.lifecycle import reserve, temporary_for
-from ..files.tensor_file import DTYPE_NAMES, TensorFile, TensorInfo
+from ..files.tensor_file import DTYPE_NAMES, TensorFile, TensorFileError, TensorInfo
 from .tokens import BUCKETS, HALVES, POSITIONS, InputStatistics
 
 METADATA_ROOM = 1 << 18
@@ -52,7 +58,7 @@ PARTS = {
 }
 
 
-KINDS: dict[str, Kind] = {"version": int, "family": str, "shared": dict, "runs": list, "seed": int}
+KINDS: dict[str, Kind] = {"version": int, "family": str, "shared": dict, "runs": list, "seed": int, "finished": bool}
 
 
 def _infos(layer: str, k: int, room: int) -> dict[str, TensorInfo]:
@@ -66,10 +72,43 @@ def _infos(layer: str, k: int, room: int) -> dict[str, TensorInfo]:
     return {f"{layer}.{part}": TensorInfo(shapes.get(part, (room,)), dtype) for part, dtype in PARTS.items()}
 
 
+class ReadEntries(Mapping[str, InputStatistics]):
+    """layer -> its statistics, read anew each time: no more of them are in memory than somebody holds."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+        self._layers = dict.fromkeys(name.rpartition(".")[0] for name in file)
+
+    def __getitem__(self, layer: str) -> InputStatistics:
+        if layer not in self._layers:
+            raise KeyError(layer)
+        return InputStatistics(**{part: self.part(layer, part) for part in PARTS})
+
+    def part(self, layer: str, part: str) -> torch.Tensor:
+        """One tensor of an entry. Raises StatisticsError where it is not what was written."""
+        try:
+            return self._file.read(f"{layer}.{part}")
+        except TensorFileError as error:
+            if _is_being_filled(self._file.path):
+                raise StatisticsError(
+                    f"{self._file.path.name}: a run is writing it, wait until that has ended"
+                ) from error
+            raise StatisticsError(f"{error}; or calibrate again") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
 class Statistics:
     """layer -> InputStatistics of one statistics file.
 
-    metadata  family, shared (layer -> the entry it reads), runs (one record per finished run), seed
+    entries   layer -> InputStatistics; of a writable file views of it, else read when they are asked for
+    widths    layer -> input channels
+    room      most tokens that an entry can keep
+    metadata  family, shared (layer -> the entry it reads), runs (one record per finished run), seed, finished
 
         >>> import tempfile
         >>> from svdquant_pack.quantize.calibration.tokens import ModelCall
@@ -84,10 +123,24 @@ class Statistics:
     """
 
     def __init__(
-        self, path: Path, entries: Mapping[str, InputStatistics], metadata: dict[str, Any], writable: bool
+        self, file: TensorFile, metadata: dict[str, Any], mapped: Mapping[str, torch.Tensor] | None = None
     ) -> None:
-        self.path, self.entries, self.metadata, self._writable = path, dict(entries), metadata, writable
+        self.path, self.metadata, self._mapped = file.path, metadata, mapped
+        self.stored = ReadEntries(file)
+        self.entries: Mapping[str, InputStatistics] = self.stored
+        if mapped is not None:
+            parts = {layer: {part: mapped[f"{layer}.{part}"] for part in PARTS} for layer in self.stored}
+            self.entries = {layer: InputStatistics(**tensors) for layer, tensors in parts.items()}
+        self.has_checksums = file.has_checksums
+        shapes = {layer: file.infos[f"{layer}.tokens"].shape for layer in self.stored}
+        self.widths = {layer: k for layer, (_, k) in shapes.items()}
+        self.room = max((tokens for tokens, _ in shapes.values()), default=0)
         self._checked: set[str] = set()
+
+    @property
+    def finished(self) -> bool:
+        """Whether no run was filling the file when it was opened; files of earlier versions do not say."""
+        return self.metadata.get("finished") is not False
 
     @classmethod
     def create(
@@ -111,7 +164,7 @@ class Statistics:
         _check_disk(path, offset)
         try:
             with temporary.open("wb") as file:
-                _write_header(file, header, dict(metadata), None)
+                _write_header(file, header, {**metadata, "finished": False})
                 size = file.tell() + offset
                 reserve(file, size)
                 file.truncate(size)
@@ -123,7 +176,10 @@ class Statistics:
 
     @classmethod
     def open(cls, path: str | Path, writable: bool = False) -> "Statistics":
-        """Map a file. Raises StatisticsError if it is not a statistics file of this version."""
+        """Open a file; `writable` maps it, after its checksums were compared.
+
+        raises  StatisticsError if it is not a whole statistics file of this version
+        """
         path = Path(path)
         file = TensorFile(path)
         if "statistics" not in file.metadata:
@@ -135,13 +191,15 @@ class Statistics:
         _check_metadata(path, metadata)
         if metadata.get("version") != 1:
             raise StatisticsError(f"{path.name}: statistics of version {metadata.get('version')}, this pack reads 1")
-        names = dict.fromkeys(name.rpartition(".")[0] for name in file)
-        _check_entries(path, names, file.infos)
-        if writable:
-            _check_disk(path, path.stat().st_size - _taken(path))
-            tensors = _map_writable(path, file.infos)
-            return cls(path, _entries(names, tensors.__getitem__), metadata, True)
-        return cls(path, _entries(names, file.__getitem__), metadata, False)
+        _check_entries(path, file)
+        found = cls(file, metadata)
+        if not writable:
+            return found
+        if file.has_checksums:  # what is added to would be damaged for good, under new checksums
+            for layer in found.stored:
+                found.stored[layer]
+        _check_disk(path, path.stat().st_size - _taken(path))
+        return cls(file, metadata, _map_writable(path, file.infos))
 
     def entry(self, layer: str) -> InputStatistics | None:
         """The statistics of the activation that `layer` reads, None where the file has none.
@@ -151,7 +209,7 @@ class Statistics:
         shared = self.metadata.get("shared", {})
         name = shared.get(layer, layer)
         entry = self.entries.get(name)
-        if entry is not None and name not in self._checked and not self._writable:
+        if entry is not None and name not in self._checked and self._mapped is None:
             _check_values(self.path, name, entry)
             self._checked.add(name)
         return entry
@@ -160,15 +218,28 @@ class Statistics:
         """The statistics of the activation that all of `layers` read."""
         return next((entry for layer in layers if (entry := self.entry(layer)) is not None), None)
 
+    def begin(self) -> None:
+        """Say in the file that it is being filled, before anything is; `save` takes that back."""
+        if self.finished:
+            self._rewrite_header({"finished": False}, None)
+
     def save(self) -> None:
-        """Write the metadata; the tensors are in the file already."""
-        assert self._writable
+        """Write metadata and checksums; the tensors are in the file already."""
+        assert self._mapped is not None
+        checksums = {
+            name: integrity.of_tensor(name, DTYPE_NAMES[part.dtype], part.shape, integrity.bytes_of(part))
+            for name, part in self._mapped.items()
+        }
+        self._rewrite_header({"finished": True}, integrity.Manifest(checksums))
+
+    def _rewrite_header(self, changes: Mapping[str, Any], manifest: integrity.Manifest | None) -> None:
+        self.metadata |= changes
         with self.path.open("r+b") as file:
             size = int.from_bytes(file.read(8), "little")
             header = read_object(file.read(size), f"{self.path.name}: its header", limits=HEADER)
             header.pop("__metadata__", None)
             file.seek(0)
-            _write_header(file, header, self.metadata, size)
+            _write_header(file, header, self.metadata, manifest, size)
 
     def add_run(self, **record: object) -> None:
         """Note a finished run and save."""
@@ -176,8 +247,16 @@ class Statistics:
         self.save()
 
 
-def _check_entries(path: Path, names: Iterable[str], infos: Mapping[str, TensorInfo]) -> None:
+def _is_being_filled(path: Path) -> bool:
+    try:
+        return not Statistics.open(path).finished
+    except ValueError:
+        return False
+
+
+def _check_entries(path: Path, file: TensorFile) -> None:
     """Raise StatisticsError unless every layer has all parts, in the shapes and dtypes of one room and width."""
+    infos, names = file.infos, dict.fromkeys(name.rpartition(".")[0] for name in file)
     for layer in names:
         tokens = infos.get(f"{layer}.tokens")
         if tokens is None or len(tokens.shape) != 2 or 0 in tokens.shape:
@@ -240,19 +319,29 @@ def _check_disk(path: Path, more: int) -> None:
         )
 
 
-def _entries(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> dict[str, InputStatistics]:
-    return {name: InputStatistics(**{part: read(f"{name}.{part}") for part in PARTS}) for name in names}
-
-
-def _write_header(file: BinaryIO, header: Mapping[str, Any], metadata: Mapping[str, Any], size: int | None) -> None:
-    text = {"statistics": json.dumps({**metadata, "version": 1})}
-    data = json.dumps({"__metadata__": text, **header}, separators=(",", ":")).encode()
+def _write_header(
+    file: BinaryIO,
+    header: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    manifest: integrity.Manifest | None = None,
+    size: int | None = None,
+) -> None:
+    """size  of the header that is there; None for a new one, which gets room for what runs and checksums will add"""
+    strings = {"statistics": json.dumps({**metadata, "version": 1})}
     if size is None:
-        size = len(data) + METADATA_ROOM
+        longest = integrity.Manifest(dict.fromkeys(header, "checksum")).text(strings)
+        size = len(_header_text({**strings, integrity.KEY: longest}, header)) + METADATA_ROOM
         size += -(8 + size) % ALIGNMENT
+    if manifest is not None:
+        strings[integrity.KEY] = manifest.text(strings)
+    data = _header_text(strings, header)
     if len(data) > size:
         raise StatisticsError("the statistics file has no room for more runs: start a new one and merge them")
     file.write(size.to_bytes(8, "little") + data.ljust(size))
+
+
+def _header_text(strings: Mapping[str, str], header: Mapping[str, Any]) -> bytes:
+    return json.dumps({"__metadata__": strings, **header}, separators=(",", ":")).encode()
 
 
 def _map_writable(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:

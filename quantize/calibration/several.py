@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .file import Statistics, StatisticsError
+from ..files.lifecycle import temporary_for
+from .file import ReadEntries, Statistics, StatisticsError
 
 
 def merge(paths: Sequence[str | Path], target: str | Path) -> Statistics:
@@ -13,45 +14,58 @@ def merge(paths: Sequence[str | Path], target: str | Path) -> Statistics:
     raises  StatisticsError if the files' layers or widths differ, or a run is in two of them
     """
     files = [Statistics.open(path) for path in paths]
-    widths = {layer: entry.tokens.shape[1] for layer, entry in files[0].entries.items()}
+    widths = files[0].widths
     runs: list[dict[str, Any]] = []
     for file in files:
-        found = {layer: entry.tokens.shape[1] for layer, entry in file.entries.items()}
-        if found != widths:
+        if file.widths != widths:
             raise StatisticsError(f"{file.path.name} and {files[0].path.name} are statistics of different models")
         for run in file.metadata.get("runs", []):
             if any(run["id"] == other["id"] for other in runs):
                 raise StatisticsError(f"{file.path.name}: holds a run that another file holds too; counted once only")
             runs.append(run)
-    room = max(len(entry.key) for file in files for entry in file.entries.values())
-    merged = Statistics.create(target, widths, room, {**files[0].metadata, "runs": runs})
+    room = max(file.room for file in files)
+    target = Path(target)
+    temporary = temporary_for(target)
+    try:
+        _fill(Statistics.create(temporary, widths, room, {**files[0].metadata, "runs": runs}), files)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Statistics.open(target)
+
+
+def _fill(merged: Statistics, files: Sequence[Statistics]) -> None:
     for file in files:
         for layer, entry in file.entries.items():
             merged.entries[layer].merge(entry)
-    return merged
+    merged.save()
 
 
 def describe(path: str | Path) -> dict[str, Any]:
     """What a statistics file holds, as plain data."""
     file = Statistics.open(path)
-    entries = file.entries.values()
+    layers = {layer: _describe_entry(file.stored, layer) for layer in file.stored}
     return {
         "file": file.path.name,
         "kind": "statistics",
         "family": file.metadata.get("family", ""),
         "runs": file.metadata.get("runs", []),
-        "layers": {
-            layer: {
-                "channels": entry.tokens.shape[1],
-                "tokens": entry.kept,
-                "hold_out": int(entry.hold[entry.key > 0].sum()),
-                "seen": int(entry.count.sum()),
-                "absmax": entry.absmax.amax().item(),
-            }
-            for layer, entry in file.entries.items()
-        },
-        "measured_sensitivity": sum(bool(entry.sensitivity[1]) for entry in entries),
+        "finished": file.finished,
+        "layers": layers,
+        "measured_sensitivity": sum(bool(file.stored.part(layer, "sensitivity")[1]) for layer in file.stored),
         "bytes": file.path.stat().st_size,
+    }
+
+
+def _describe_entry(stored: ReadEntries, layer: str) -> dict[str, Any]:
+    """All but the tokens is small."""
+    key, hold, count, absmax = (stored.part(layer, part) for part in ("key", "hold", "count", "absmax"))
+    return {
+        "channels": absmax.shape[1],
+        "tokens": int((key > 0).sum()),
+        "hold_out": int(hold[key > 0].sum()),
+        "seen": int(count.sum()),
+        "absmax": absmax.amax().item(),
     }
 
 

@@ -1,4 +1,7 @@
-"""The commands behind `python -m quantize`. Results go to standard output, errors to standard error, exit code 1."""
+"""The commands behind `python -m quantize`. Results go to standard output, errors to standard error.
+
+The exit code is 1 after an error, and for a result that names something `damaged`.
+"""
 
 import argparse
 import json
@@ -14,6 +17,7 @@ from . import add_target, target_of
 from .clean import add_commands as add_cleaning
 from .quantizer import add_commands, inspect_statistics, is_statistics
 from .tune import add_commands as add_tuning
+from .verify import add_commands as add_verifying
 
 AddCommands = Callable[[Any], None]
 """Adds parsers, each with `run`, to argparse's subparsers"""
@@ -31,7 +35,7 @@ def main(argv: Sequence[str], more: Sequence[AddCommands] = ()) -> int:
         sys.stderr.write("stopped; nothing was written\n")
         return 130
     sys.stdout.write((json.dumps(result, indent=2) if arguments.json else text) + "\n")
-    return 0
+    return 1 if result.get("damaged") else 0
 
 
 def _parser(more: Sequence[AddCommands]) -> argparse.ArgumentParser:
@@ -56,7 +60,7 @@ def _parser(more: Sequence[AddCommands]) -> argparse.ArgumentParser:
     command.add_argument("--as-is", action="store_true", help="keep layer names, each layer on its own")
     command.set_defaults(run=_convert)
 
-    for add in (add_tuning, add_cleaning, *more):
+    for add in (add_verifying, add_tuning, add_cleaning, *more):
         add(commands)
 
     for command in commands.choices.values():

@@ -12,7 +12,7 @@ import torch
 
 from ...kernels import COMPUTES, computes_of
 from ...kernels.layer import Layer, LayerError, LayerSpec, check_values
-from .tensor_file import TensorInfo
+from .tensor_file import TensorFileError, TensorInfo
 
 FLOATS = ("weight", "bias", "scale")  # what ends so in a 16-bit model is never a tensor of integers
 
@@ -70,20 +70,24 @@ class Checkpoint:
                 )
 
     def layer(self, name: str) -> Layer:
-        """Read one layer. Raises CheckpointError if its tensors do not fit its spec or hold NaN or Inf."""
-        spec, tensors = self.specs[name], self._read_layer(name)
+        """Read one layer. Raises CheckpointError if it is damaged, does not fit its spec, or holds NaN or Inf."""
         try:
-            layer = Layer(spec, tensors)
+            tensors = self._read_layer(name)
+            layer = Layer(self.specs[name], tensors)
             check_values(tensors)
+        except TensorFileError as error:
+            raise CheckpointError(str(error)) from error
         except LayerError as error:
             raise CheckpointError(f"{self.path.name}: layer {name!r}: {error}") from error
         return layer
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor of `rest`. Raises CheckpointError if it holds NaN or Inf."""
-        tensor = self._read_rest(name)
+        """Read one tensor of `rest`. Raises CheckpointError if it is damaged, or holds NaN or Inf."""
         try:
+            tensor = self._read_rest(name)
             check_values({name: tensor})
+        except TensorFileError as error:
+            raise CheckpointError(str(error)) from error
         except LayerError as error:
             raise CheckpointError(f"{self.path.name}: {error}") from error
         return tensor

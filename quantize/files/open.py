@@ -33,10 +33,10 @@ def open_checkpoint(path: str | Path, as_is: bool = False) -> Checkpoint:
     """
     try:
         file = open_tensors(path)
+        dialect = detect(file)
+        checkpoint = (dialect.open_as_is or dialect.open)(file) if as_is else dialect.open(file)
     except TensorFileError as error:
         raise CheckpointError(str(error)) from error
-    dialect = detect(file)
-    checkpoint = (dialect.open_as_is or dialect.open)(file) if as_is else dialect.open(file)
     family = checkpoint.provenance.family
     if family not in FAMILIES:
         raise CheckpointError(

@@ -1,8 +1,8 @@
-"""Safetensors files, read lazily and written one tensor at a time.
+"""Safetensors files, read one tensor at a time and written one tensor at a time.
 
-`read` copies a tensor into memory. `file[name]` maps it, which costs nothing until it is used, but a mapped file that
-somebody cuts short kills the process: it is for files that nobody else writes. Writing streams: the header's room is
-computed from a plan, data follows as it is made, and the file gets its name only when it is whole.
+Reading copies a tensor into memory and compares its checksum, where the file has any (see `integrity.py`). Nothing is
+mapped: a mapped file that somebody cuts short kills the process. Writing streams: the header's room is computed from a
+plan, data follows as it is made, and the file gets its name only when it is whole.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import io
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,8 @@ from types import TracebackType
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .bounded_json import HEADER, USUAL, read_object
+from . import integrity
+from .bounded_json import HEADER, USUAL, JsonError, read_object
 from .lifecycle import reserve, temporary_for
 
 DTYPES = {
@@ -38,6 +39,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA_ROOM = 1 << 14  # bytes kept free in the header for metadata that is known only at the end ...
 METADATA_ROOM_PER_TENSOR = 24  # ... and more for what is said of each layer; a header that outgrows it costs a copy
+ROOM_PER_EXTRA_TENSOR = 320  # its entry and its checksum, with a long name
 COPY_BYTES = 1 << 26
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of whole checkpoints, and of some exports
@@ -63,48 +65,67 @@ class TensorInfo:
         return cls(tuple(tensor.shape), tensor.dtype)
 
 
-class TensorFile(Mapping[str, torch.Tensor]):
-    """name -> memory-mapped tensor of one safetensors file; see `read` for a copy.
+class TensorFile(Collection[str]):
+    """The names of the tensors in one safetensors file, which `read` reads.
 
     infos     name -> TensorInfo, from the header alone
-    metadata  the header's string table
-    raises    TensorFileError for a missing, truncated or foreign file, KeyError for an unknown name
+    metadata  the header's string table, without checksums
+    problems  what is not as the checksums say; with `strict` there is none, or the file is refused
+    raises    TensorFileError for a missing, truncated, changed or foreign file, KeyError for an unknown name
 
         >>> import tempfile
         >>> from safetensors.torch import save_file
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_file({"a": torch.arange(3)}, f"{folder}/x.safetensors", {"family": "flux"})
         ...     file = TensorFile(f"{folder}/x.safetensors")
-        ...     file.infos["a"].shape, file.read("a"), file.metadata
-        ((3,), tensor([0, 1, 2]), {'family': 'flux'})
+        ...     file.infos["a"].shape, file.read("a"), file.metadata, file.has_checksums
+        ((3,), tensor([0, 1, 2]), {'family': 'flux'}, False)
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, strict: bool = True) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            problem = "is a folder, needed one file" if self.path.is_dir() else "there is no such file"
-            raise TensorFileError(f"{self.path}: {problem}")
         try:
-            self._file = safe_open(self.path, framework="pt", device="cpu")
-            # sorted: the library hands them out in another order in every process, and what is kept is written again
-            self.metadata: dict[str, str] = dict(sorted((self._file.metadata() or {}).items()))
-            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a dict
-            self.infos = {name: _info(part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-            self._stream = self.path.open("rb", buffering=0)  # of this very file, whatever its name stands for later
+            if self.path.is_dir():
+                raise TensorFileError(f"{self.path}: is a folder, needed one file")
+            self._stream = self.path.open("rb", buffering=0)  # this very file, whatever its name stands for later
+        except FileNotFoundError as error:
+            raise TensorFileError(f"{self.path}: there is no such file") from error
+        except OSError as error:
+            raise TensorFileError(f"{self.path}: cannot be opened ({error.strerror})") from error
+        try:
+            with safe_open(self.path, framework="pt", device="cpu") as file:
+                # sorted: the library hands them out in another order in every process, and what is kept is written
+                # again
+                self.metadata: dict[str, str] = dict(sorted((file.metadata() or {}).items()))
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                self.infos = {name: _info(part.get_shape(), part.get_dtype()) for name, part in slices.items()}
             self._starts = _data_starts(self._stream)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise TensorFileError(
                 f"{self.path.name}: not a whole safetensors file ({error}). It may be truncated: compare its size "
                 "with the original and download or write it again."
             ) from error
+        self._manifest, self.problems = self._take_manifest()
+        if strict and self.problems:
+            more = f", and {len(self.problems) - 1} more" if len(self.problems) > 1 else ""
+            raise TensorFileError(f"{self.path.name}: {self.problems[0]}{more}. {integrity.ADVICE}")
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self.infos:
-            raise KeyError(name)
-        return self._file.get_tensor(name)
+    def _take_manifest(self) -> tuple[integrity.Manifest | None, list[str]]:
+        text = self.metadata.pop(integrity.KEY, None)
+        if text is None:
+            return None, []
+        try:
+            manifest = integrity.Manifest.parse(text)
+        except JsonError as error:
+            return None, [str(error)]
+        return manifest, manifest.problems(self.infos, self.metadata)
+
+    @property
+    def has_checksums(self) -> bool:
+        return self._manifest is not None
 
     def read(self, name: str, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """A copy in memory. Unlike the mapped tensor it does not keep the file's pages in the process as well.
+        """A copy in memory. Raises TensorFileError unless its checksum, where there is one, is that of the file.
 
         buffer  uint8 vector of at least the tensor's bytes to read into; the tensor is then a view of it
         """
@@ -119,6 +140,10 @@ class TensorFile(Mapping[str, torch.Tensor]):
             if not count:
                 raise TensorFileError(f"{self.path.name}: {name} ends early; the file was changed after it was opened")
             done += count
+        if self._manifest is not None:
+            problem = self._manifest.refuses(name, DTYPE_NAMES[info.dtype], info.shape, view)
+            if problem:
+                raise TensorFileError(f"{self.path.name}: {problem}. {integrity.ADVICE}")
         return data.view(info.dtype).view(info.shape)
 
     def _read_at(self, start: int, buffer: memoryview) -> int:
@@ -128,6 +153,9 @@ class TensorFile(Mapping[str, torch.Tensor]):
         with self.path.open("rb", buffering=0) as stream:  # Windows, where an open file cannot be replaced
             stream.seek(start)
             return stream.readinto(buffer)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.infos
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
@@ -159,7 +187,7 @@ class TensorFolder(TensorFile):
     raises  TensorFileError for a folder that holds no model, and for a tensor that is there twice
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, strict: bool = True) -> None:
         self.path = Path(path)
         found = folder_files(self.path)
         if not found:
@@ -168,29 +196,31 @@ class TensorFolder(TensorFile):
                 "it. Choose one file."
             )
         self._files: dict[str, TensorFile] = {}
-        self.infos, self.metadata = {}, {}
-        for part in map(TensorFile, found):
+        self.infos, self.metadata, self.problems = {}, {}, []
+        for part in (TensorFile(file, strict) for file in found):
             for name, info in part.infos.items():
                 if name in self.infos:
                     raise TensorFileError(f"{self.path.name}: {name} is in more than one of its files")
                 self.infos[name], self._files[name] = info, part
             self.metadata |= part.metadata
+            self.problems += [f"{part.path.name}: {problem}" for problem in part.problems]
         for name in ("config", "comfy_config"):
             file = self.path / f"{name}.json"
             if file.is_file():
                 with file.open(encoding="utf-8", errors="replace") as stream:
                     self.metadata[name] = stream.read(USUAL.size + 1)  # a longer one is refused where it is used
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name][name]
+    @property
+    def has_checksums(self) -> bool:
+        return all(part.has_checksums for part in self._files.values())
 
     def read(self, name: str, buffer: torch.Tensor | None = None) -> torch.Tensor:
         return self._files[name].read(name, buffer)
 
 
-def open_tensors(path: str | Path) -> TensorFile:
+def open_tensors(path: str | Path, strict: bool = True) -> TensorFile:
     """The tensors of a file or of a folder of files. Raises TensorFileError."""
-    return TensorFolder(path) if Path(path).is_dir() else TensorFile(path)
+    return TensorFolder(path, strict) if Path(path).is_dir() else TensorFile(path, strict)
 
 
 def size_on_disk(path: str | Path) -> int:
@@ -204,10 +234,11 @@ def _info(shape: list[int], dtype: str) -> TensorInfo:
 
 
 class TensorWriter:
-    """Write one safetensors file, tensor after tensor, in any order.
+    """Write one safetensors file with checksums, tensor after tensor, in any order.
 
     plan    name -> TensorInfo of everything that will be written
-    extra   how many tensors more will come through `add`, whose shapes are not known yet
+    extra   about how many tensors more will come through `add`: the header's room
+    size    about how many bytes those will have, rather too few than too many: the disk's room
     raises  TensorFileError when a tensor is not as planned or one is missing at the end. On any exception, also one
             that comes from the `with` body, the temporary file is removed and an older file of that name is untouched.
             OSError at the start when the disk cannot hold what is planned
@@ -222,20 +253,23 @@ class TensorWriter:
         tensor([0, 1, 2])
     """
 
-    def __init__(self, path: str | Path, plan: Mapping[str, TensorInfo], extra: int = 0) -> None:
+    def __init__(self, path: str | Path, plan: Mapping[str, TensorInfo], extra: int = 0, size: int = 0) -> None:
         self.path = Path(path)
         self.metadata: dict[str, str] = {}
         self._plan = dict(plan)
+        self._size = size + sum(info.nbytes for info in self._plan.values())
         self._offsets: dict[str, tuple[int, int]] = {}
+        self._manifest = integrity.Manifest(dict.fromkeys(self._plan, "checksum"))
         longest = dict.fromkeys(self._plan, (10**15, 10**15))  # no offset has more digits than this
         self._room = len(self._header(longest)) + METADATA_ROOM + METADATA_ROOM_PER_TENSOR * len(self._plan)
+        self._room += ROOM_PER_EXTRA_TENSOR * extra
 
     def __enter__(self) -> "TensorWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = temporary_for(self.path)
         self._stream = self._temporary.open("wb")
         try:
-            reserve(self._stream, 8 + self._room + sum(info.nbytes for info in self._plan.values()))
+            reserve(self._stream, 8 + self._room + self._size)
             self._stream.write(bytes(8 + self._room))
         except OSError:
             self._discard()
@@ -244,7 +278,7 @@ class TensorWriter:
         return self
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append a tensor that was not planned; there must be room for it, see `extra`."""
+        """Append a tensor that was not planned."""
         if name in self._plan:
             raise TensorFileError(f"{self.path.name}: {name} comes twice")
         self._plan[name] = TensorInfo.of(tensor)
@@ -255,8 +289,10 @@ class TensorWriter:
         planned, found = self._plan.get(name), TensorInfo.of(tensor)
         if planned != found or name in self._offsets:
             raise TensorFileError(f"{self.path.name}: {name} is {found}, planned was {planned} once")
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._stream.write(data.data)
+        data = integrity.bytes_of(tensor.cpu())
+        self._stream.write(data)
+        checksum = integrity.of_tensor(name, DTYPE_NAMES[found.dtype], found.shape, data)
+        self._manifest.tensors[name] = checksum
         self._offsets[name] = (self._end, self._end + len(data))
         self._end += len(data)
 
@@ -288,6 +324,7 @@ class TensorWriter:
             self._make_room(len(header))
         self._stream.seek(0)
         self._stream.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+        self._stream.truncate(8 + self._room + self._end)  # of what was reserved and not needed
         self._stream.flush()
         os.fsync(self._stream.fileno())
 
@@ -304,7 +341,8 @@ class TensorWriter:
         self._room = room
 
     def _header(self, offsets: Mapping[str, tuple[int, int]]) -> bytes:
-        entries: dict[str, object] = {"__metadata__": self.metadata}
+        strings = {key: text for key, text in self.metadata.items() if key != integrity.KEY}
+        entries: dict[str, object] = {"__metadata__": strings | {integrity.KEY: self._manifest.text(strings)}}
         for name, (start, stop) in offsets.items():
             info = self._plan[name]
             entries[name] = {

@@ -17,6 +17,7 @@ from ..calibration.file import Statistics
 from ..calibration.tokens import InputStatistics
 from ..files.checkpoint import Provenance
 from ..files.dialects import native
+from ..files.header import metadata_of
 from ..files.source import Source
 from ..files.tensor_file import TensorWriter
 from ..maths.layer import Dense, Making
@@ -339,7 +340,7 @@ def write(
         outcome = RunOutcome(decisions, records, resumed)
         family = decisions.plan.family.name
         provenance = Provenance(family, source.unet_config, source.pinned, recipe.as_dict(), reader.hash())
-        writer.metadata |= native.metadata_of(provenance, outcome.specs)
+        writer.metadata |= metadata_of(provenance, outcome.specs)
     return outcome
 
 

@@ -31,12 +31,6 @@ def digest(parts: Iterable[str | torch.Tensor]) -> str:
     return made.hexdigest()
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> str:
-    """Of everything in an entry: a flipped byte is not taken up into the file."""
-    named = [part for name in sorted(tensors) for part in (name, tensors[name])]
-    return digest([json.dumps(record, sort_keys=True), *named])
-
-
 class WorkFolder:
     """The folder of one target file; made when the first layer is kept, gone when the run is finished.
 
@@ -95,7 +89,7 @@ class WorkFolder:
             record = read_object(file.metadata.get("record", ""), "record")
         except (TensorFileError, JsonError):
             return None
-        return (tensors, record) if file.metadata.get("checksum") == _checksum(tensors, record) else None
+        return (tensors, record) if file.has_checksums else None
 
     def keep(self, key: str, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
         """Write whole or not at all."""
@@ -104,7 +98,6 @@ class WorkFolder:
             for name, part in tensors.items():
                 writer.write(name, part)
             writer.metadata["record"] = json.dumps(record)
-            writer.metadata["checksum"] = _checksum(tensors, record)
 
     def clear(self) -> None:
         """Nobody needs it any more, unless another process uses it."""

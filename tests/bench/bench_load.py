@@ -3,7 +3,8 @@
     python tests/bench/bench_load.py [--quick] [--check] [--folder FOLDER]
 
 1. One INT4 layer of 3072 x 12288, from file to natural order, against a plain torch copy of the same bytes.
-2. A synthetic FLUX.1 file (19 double and 38 single blocks of random codes, 6.5 GB) opened and read layer by layer while
+2. The same layer and its native form, with checksums against without: what comparing them costs.
+3. A synthetic FLUX.1 file (19 double and 38 single blocks of random codes, 6.5 GB) opened and read layer by layer while
    every layer is kept, in a process of its own: seconds, and peak memory over the process's start.
 
 --quick uses two blocks of each kind, --check exits with 1 when a target is missed.
@@ -25,10 +26,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 import conftest  # noqa: E402, F401 - loads the pack as svdquant_pack
 
+from svdquant_pack.quantize.files.convert import convert_file  # noqa: E402
+from svdquant_pack.quantize.files.integrity import KEY  # noqa: E402
 from svdquant_pack.quantize.files.open import open_checkpoint  # noqa: E402
 from svdquant_pack.quantize.files.tensor_file import TensorFile, TensorWriter  # noqa: E402
 
 MOST_COPIES = 8.0  # reading a layer may cost this many plain copies of its bytes
+MOST_CHECKSUMS = (
+    4.0  # a native layer with checksums may cost this many times as much as without: it is little but a copy
+)
 MOST_MEMORY = 1 << 30  # bytes over the size of the file
 H, MLP, RANK, TEXT = 3072, 12288, 32, 4096
 Tensors = dict[str, torch.Tensor]
@@ -116,7 +122,7 @@ def best(function: Callable[[], object], repeats: int = 15) -> float:
 
 def bench_layer(folder: Path) -> bool:
     path = folder / "one_layer.safetensors"
-    with TensorWriter(path, {}, extra=20) as writer:
+    with TensorWriter(path, {}) as writer:
         for suffix, tensor in w4a4(H, MLP).items():
             writer.add(f"x.{suffix}", tensor)
     file = TensorFile(path)
@@ -125,12 +131,34 @@ def bench_layer(folder: Path) -> bool:
     copying = best(lambda: [tensor.clone() for tensor in stored])
     reading = best(lambda: checkpoint.layer("x"))
     size = sum(tensor.nbytes for tensor in stored)
-    good = reading <= MOST_COPIES * copying
+    good = bench_checksums(path, folder / "native.safetensors")
+    good &= reading <= MOST_COPIES * copying
     sys.stdout.write(
         f"layer {H} x {MLP}, {size / 1e6:.1f} MB: copy {copying * 1e3:.1f} ms, read {reading * 1e3:.1f} ms, "
         f"ratio {reading / copying:.1f} (target {MOST_COPIES:.0f}) {'ok' if good else 'MISSED'}\n"
     )
     path.unlink()
+    return good
+
+
+def bench_checksums(stored: Path, native: Path) -> bool:
+    """Both files read with the checksums that their writer gave them, and again without."""
+    convert_file(stored, native, "native", as_is=True)
+    good = True
+    for path in (stored, native):
+        bare = path.with_name(f"bare_{path.name}")
+        bare.write_bytes(path.read_bytes().replace(KEY.encode(), KEY.upper().encode(), 1))
+        with_them, without = open_checkpoint(path, as_is=True), open_checkpoint(bare, as_is=True)
+        size = with_them.layer("x").nbytes()
+        verified, unverified = best(lambda c=with_them: c.layer("x")), best(lambda c=without: c.layer("x"))
+        ok = verified <= MOST_CHECKSUMS * unverified
+        sys.stdout.write(
+            f"checksums, {with_them.dialect}: {verified * 1e3:.1f} ms with, {unverified * 1e3:.1f} ms without, ratio "
+            f"{verified / unverified:.2f} (target {MOST_CHECKSUMS}), {size / (verified - unverified) / 1e9:.1f} GB/s "
+            f"{'ok' if ok else 'MISSED'}\n"
+        )
+        good &= ok
+        bare.unlink()
     return good
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from svdquant_pack.quantize.files.convert import convert_file
 from svdquant_pack.quantize.files.hub import FIRST_PIECE
 from svdquant_pack.quantize.files.source import FileSource
+from svdquant_pack.quantize.files.tensor_file import TensorFile
 from svdquant_pack.quantize.maker.model import quantize_model
 from svdquant_pack.quantize.recipe import Recipe
 from svdquant_pack.tests.host.server import ExecutionFailed, Host, PromptRefused
@@ -36,8 +36,7 @@ def nunchaku(demo_file, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def host(nunchaku):
     """A server whose hub is ours. What that serves is a real model, with a long header: several pieces for a client."""
-    with safe_open(nunchaku, "pt") as file:
-        metadata = file.metadata() | {"padding": "x" * (32 << 20)}
+    metadata = TensorFile(nunchaku).metadata | {"padding": "x" * (32 << 20)}
     large = nunchaku.with_name(FILE)
     save_file(load_file(nunchaku), large, metadata)
     with serving(large.read_bytes()) as address, pytest.MonkeyPatch.context() as patch:

@@ -159,7 +159,7 @@ def test_a_layer_of_another_size_than_the_model_is_named(checkpoints, tmp_path):
     from svdquant_pack.quantize.files.tensor_file import TensorFile, TensorInfo, TensorWriter
 
     stored = TensorFile(checkpoints["int4"])
-    tensors = dict(stored)
+    tensors = {key: stored.read(key) for key in stored}
     name = "double_blocks.1.txt_attn.proj"
     for part in ("weight", "weight_scale", "proj_down", "proj_up", "smooth_factor", "bias", "comfy_quant"):
         tensors[f"{name}.{part}"] = tensors[f"double_blocks.1.txt_mlp.2.{part}"]

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from svdquant_pack.quantize.files.dialects.nunchaku.layers import V1, up_to
 from svdquant_pack.quantize.files.dialects.nunchaku.names import NAME_MAPS
 from svdquant_pack.quantize.files.dialects.nunchaku.tables import Block, LinearRow, Sizes, StoredName
+from svdquant_pack.quantize.files.tensor_file import TensorFile
 
 SYMBOLS = {"h": 128, "mlp": 256}
 ANY = 128  # a size that the table leaves open
@@ -148,9 +148,7 @@ def save_model(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str,
 def legacy_folder(folder: Path, single: Path) -> Path:
     """A Nunchaku file as the folder of two tensor files and two configurations that older releases were."""
     folder.mkdir()
-    with safe_open(single, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(single)
+    tensors, metadata = load_file(single), TensorFile(single).metadata
     for name in ("config", "comfy_config"):
         (folder / f"{name}.json").write_text(metadata.pop(name))
     blocks = {key: tensor for key, tensor in tensors.items() if "blocks." in key}

@@ -1,11 +1,18 @@
 """Statistics that no run can have written are refused by file, layer and part; what they led to ends by itself."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from svdquant_pack.kernels.layer import LayerError
 from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
+from svdquant_pack.quantize.calibration.several import describe, merge
 from svdquant_pack.quantize.calibration.tokens import ModelCall
 from svdquant_pack.quantize.files.tensor_file import TensorFile
 from svdquant_pack.quantize.maths.inputs import Gram
@@ -81,3 +88,92 @@ def test_a_hessian_that_has_no_factor_ends_with_an_error(bad):
         if bad != -1e9:
             with pytest.raises(LayerError, match="not finite"):
                 work(Gram((0,), (block.clone(),)))
+
+
+def fill(path, run=0):
+    """A file of two layers in which one run has ended."""
+    statistics = Statistics.create(path, {"a": 64, "b": 32}, 16, {"family": "flux", "runs": []})
+    observe(statistics, run)
+    statistics.add_run(id=f"{run}", steps=4)
+    return statistics
+
+
+def observe(statistics, run):
+    generator = torch.Generator().manual_seed(run)
+    for layer, k in statistics.widths.items():
+        statistics.entries[layer].observe(torch.randn(1, 32, k, generator=generator), ModelCall(0, 4), generator)
+
+
+def flip(path, name):
+    """One bit of a tensor, as a disk does it"""
+    raw = bytearray(path.read_bytes())
+    size = int.from_bytes(raw[:8], "little")
+    start = json.loads(raw[8 : 8 + size])[name]["data_offsets"][0]
+    raw[8 + size + start] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_flipped_bit_is_refused_by_layer_and_part(tmp_path):
+    """Any number of statistics is as likely as its neighbour: only a checksum sees it."""
+    path = fill(tmp_path / "s.safetensors").path
+    assert Statistics.open(path).has_checksums and Statistics.open(path).finished
+    flip(path, "b.square")
+    statistics = Statistics.open(path)
+    assert statistics.entry("a").kept == 16
+    with pytest.raises(StatisticsError, match=r"s\.safetensors: tensor b\.square is not what was written.*calibrate"):
+        statistics.entry("b")
+    with pytest.raises(StatisticsError, match=r"b\.square"):  # a run would add to it, and make it look right
+        Statistics.open(path, writable=True)
+
+
+def test_an_unfinished_file_is_no_damaged_one(tmp_path):
+    """A killed run leaves it: it says so, can be read, and the next run goes on."""
+    statistics = fill(tmp_path / "s.safetensors")
+    reader = Statistics.open(statistics.path)
+    statistics.begin()
+    observe(statistics, 1)
+    with pytest.raises(StatisticsError, match=r"s\.safetensors: a run is writing it"):
+        reader.entry("a")
+    left = Statistics.open(statistics.path)
+    assert not left.finished and not left.has_checksums and not describe(left.path)["finished"]
+    assert int(left.entry("a").count.sum()) == 64
+    again = Statistics.open(statistics.path, writable=True)
+    again.begin()
+    again.add_run(id="2", steps=4)
+    done = Statistics.open(statistics.path)
+    assert done.finished and done.has_checksums and done.entry("b").kept == 16
+    assert not Statistics.open(Statistics.create(tmp_path / "new.safetensors", {"a": 64}, 16, {}).path).finished
+
+
+def test_a_merge_that_fails_leaves_the_older_file(tmp_path):
+    one, two = fill(tmp_path / "1.safetensors", 1).path, fill(tmp_path / "2.safetensors", 2).path
+    merged = merge([one, two], tmp_path / "m.safetensors")
+    assert merged.finished and merged.has_checksums
+    before = merged.path.read_bytes()
+    flip(two, "a.tokens")
+    with pytest.raises(StatisticsError, match=r"a\.tokens"):
+        merge([one, two], merged.path)
+    assert merged.path.read_bytes() == before and len(list(tmp_path.iterdir())) == 3
+
+
+CUT_SHORT = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import conftest
+from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
+statistics = Statistics.open({path!r})
+os.truncate({path!r}, os.path.getsize({path!r}) // 4)
+try:
+    statistics.of_group(["b"])
+except StatisticsError as error:
+    print("refused", error)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="Windows does not let an open file be cut short")
+def test_a_file_cut_short_after_opening_is_an_error_and_no_signal(tmp_path):
+    path = Statistics.create(tmp_path / "s.safetensors", {"a": 4096, "b": 4096}, 64, {}).path
+    script = CUT_SHORT.format(tests=str(Path(__file__).resolve().parents[1]), path=str(path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("refused s.safetensors: b."), (done.returncode, done.stderr)
+    assert "ends early" in done.stdout

@@ -39,7 +39,9 @@ def test_what_is_written_is_read_by_us_and_by_the_library(tmp_path_factory, shap
     assert ours.metadata == {"family": "flux"} and set(ours) == set(theirs) == set(tensors)
     for name, tensor in tensors.items():
         assert ours.infos[name] == TensorInfo.of(tensor)
-        assert torch.equal(ours[name].float(), tensor.float()) and torch.equal(theirs[name].float(), tensor.float())
+        assert torch.equal(ours.read(name).float(), tensor.float()) and torch.equal(
+            theirs[name].float(), tensor.float()
+        )
 
 
 def test_a_failed_run_leaves_the_old_file_and_no_other(tmp_path):
@@ -72,7 +74,7 @@ def test_metadata_of_any_size_fits(tmp_path):
     tensors = {"a": torch.arange(1000), "b": torch.zeros(0)}
     write(tmp_path / "x.safetensors", tensors, report="r" * 100_000)
     stored = TensorFile(tmp_path / "x.safetensors")
-    assert stored.metadata["report"] == "r" * 100_000 and torch.equal(stored["a"], tensors["a"])
+    assert stored.metadata["report"] == "r" * 100_000 and torch.equal(stored.read("a"), tensors["a"])
     write(tmp_path / "y.safetensors", {"b": torch.zeros(0)}, report="r" * 100_000)
     assert len(TensorFile(tmp_path / "y.safetensors").metadata["report"]) == 100_000
 
@@ -108,8 +110,8 @@ CUT_SHORT = """
 import importlib.util, os, sys
 sys.path.insert(0, {tests!r})
 import conftest
+from svdquant_pack.quantize.files.checkpoint import CheckpointError
 from svdquant_pack.quantize.files.open import open_checkpoint
-from svdquant_pack.quantize.files.tensor_file import TensorFileError
 checkpoint = open_checkpoint({path!r})
 os.truncate({path!r}, os.path.getsize({path!r}) // 2)
 said = []
@@ -117,7 +119,7 @@ for read, names in ((checkpoint.layer, checkpoint.specs), (checkpoint.tensor, ch
     for name in names:
         try:
             read(name)
-        except TensorFileError as error:
+        except CheckpointError as error:
             said.append(str(error))
 assert said and all("x.safetensors" in text and "ends early" in text for text in said), said
 print("refused", len(said))

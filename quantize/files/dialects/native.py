@@ -49,6 +49,7 @@ The header's metadata (strings) carries
     svdquant     JSON {"version": 1, "family", "pinned", "rank", "formats": {layer: format}, "source_hash"}
     unet_config  JSON, ComfyUI's model configuration as the writing host had it
     recipe       JSON, settings of the quantization
+    svdquant_checksums  JSON, of every tensor and of these strings: see files/integrity.py. A reader may ignore it
 
 Spelling of svdquant_w4a4 and awq_w4a16: ComfyUI pull request 13580 and the official offline quantizer. The nvfp4 and
 ranged formats are extensions of it.

@@ -1,0 +1,93 @@
+"""Checksums of a file: what is read is what was written, or an error says which tensor or header string is not.
+
+    svdquant_checksums  in the header's string table, JSON
+                        {"method": "crc32", "strings": {key: checksum}, "tensors": {name: checksum}}
+
+    crc32(data, crc32(JSON [name, dtype, shape]))  of a tensor, dtype as the header has it
+    crc32(text, crc32(key))                        of every other string of the table
+
+each as 8 hex digits. So neither two tensors nor two shapes can change places, and what is gone is missed. Checksums are
+made while a file is written and compared when a tensor is read, without a pass of their own: this one is as fast as
+that is worth, 3 GB/s on one core where blake2b has 0.7 and sha256 without instructions of its own 0.4.
+
+They find damage: a disk, a cut copy, a tool that writes half of what it knows. They prove nothing about a file that
+somebody wants to look right; for that compare its sha256 with what its author says.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from zlib import crc32
+
+import torch
+
+from .bounded_json import HEADER, JsonError, read_object
+
+KEY = "svdquant_checksums"
+METHOD = "crc32"
+ADVICE = (
+    "The file is damaged or was edited after it was written: download it or make it again. "
+    f"`python -m quantize verify` lists all there is; who edited it on purpose removes {KEY} from its header"
+)
+
+
+def checksum(data: Any, about: str) -> str:
+    """crc32(data, crc32(about)) in hex; `data` is anything with a buffer."""
+    return f"{crc32(data, crc32(about.encode())):08x}"
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, in its order"""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def of_tensor(name: str, dtype: str, shape: Sequence[int], data: Any) -> str:
+    """The checksum of a tensor's bytes under this name, dtype (`F16`, `I8`, ...) and shape.
+
+    >>> of_tensor("x.weight", "U8", (3,), b"abc")
+    '12e57ab5'
+    >>> of_tensor("x.weight", "I8", (3,), b"abc")
+    '3cb6c2e5'
+    """
+    return checksum(data, json.dumps([name, dtype, list(shape)]))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The checksums of one file: `tensors` by name, `strings` by key of the header's table."""
+
+    tensors: dict[str, str] = field(default_factory=dict)
+    strings: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "Manifest":
+        """Inverse of `text`. Raises JsonError for anything else."""
+        where = f"{KEY} in the header"
+        found = read_object(text, where, {"method": str, "strings": dict, "tensors": dict}, HEADER)
+        if found.get("method") != METHOD:
+            raise JsonError(f"{where} are of the kind {found.get('method')!r:.40}, this pack knows {METHOD}")
+        return cls(found.get("tensors", {}), found.get("strings", {}))
+
+    def text(self, strings: Mapping[str, str]) -> str:
+        """What stands in the header, beside these strings."""
+        made = {key: checksum(value.encode(), key) for key, value in strings.items()}
+        return json.dumps({"method": METHOD, "strings": made, "tensors": self.tensors}, separators=(",", ":"))
+
+    def problems(self, names: Iterable[str], strings: Mapping[str, str]) -> list[str]:
+        """What the header of a file with these tensors and strings has that was not written, or lacks."""
+        names = set(names)
+        found = [f"tensor {name} is gone" for name in sorted(self.tensors.keys() - names)]
+        found += [f"tensor {name} was not written with the others" for name in sorted(names - self.tensors.keys())]
+        for key in sorted(self.strings.keys() | strings.keys()):
+            if key not in strings:
+                found.append(f"{key} in the header is gone")
+            elif self.strings.get(key) != checksum(strings[key].encode(), key):
+                found.append(f"{key} in the header is not what was written")
+        return found
+
+    def refuses(self, name: str, dtype: str, shape: Sequence[int], data: Any) -> str | None:
+        """Why this is not the tensor that was written, or None."""
+        if self.tensors.get(name) == of_tensor(name, dtype, shape, data):
+            return None
+        return f"tensor {name} is not what was written: its name, dtype, shape or bytes are others"
