@@ -4,10 +4,19 @@ import argparse
 import sys
 from pathlib import Path
 
+_line = {"open": False}  # whether the line on standard error waits for its end; there is one in a process
+
 
 def show(done: int, total: int, what: str) -> None:
     """Progress on standard error, in one line."""
     sys.stderr.write(f"\r{done}/{total} {what:<60.60}" + ("\n" if done == total else ""))
+    _line["open"] = done != total
+
+
+def complain(text: str) -> None:
+    """A line on standard error of its own, whatever progress has left there."""
+    sys.stderr.write(("\n" if _line["open"] else "") + text + "\n")
+    _line["open"] = False
 
 
 def add_target(command: argparse.ArgumentParser) -> None:
