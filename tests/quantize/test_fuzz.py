@@ -33,6 +33,7 @@ from svdquant_pack.quantize.files.tensor_file import TensorFileError
 from svdquant_pack.quantize.maker.work_folder import WorkFolder
 from svdquant_pack.quantize.recipe import NAMED, Recipe
 from svdquant_pack.tests.kernels.layers import random_layer
+from svdquant_pack.tests.quantize import fuzzing
 from svdquant_pack.tests.quantize.fuzzing import command, fuzz, nothing_left
 from svdquant_pack.tests.quantize.mutations import KINDS, PAYLOAD, File, damage, hostile, odd_value
 from svdquant_pack.tests.quantize.stored_models import legacy_folder, quantization_config, save_model, stored_model
@@ -651,3 +652,37 @@ def test_every_json_that_is_read_is_in_bounds_or_refused_by_place(tmp_path, reco
 
     record_property("figures", fuzz("JSON", 200, check, source.stat().st_size))
     assert not list(tmp_path.rglob(".*"))
+
+
+# -- the harness itself
+
+
+def _endless(rng: Random) -> tuple[str, list[str]]:
+    while True:
+        rng.random()
+
+
+def _large(rng: Random) -> tuple[str, list[str]]:
+    return str(len(bytearray(b"x" * (200 << 20)))), []
+
+
+def _wrong(rng: Random) -> tuple[str, list[str]]:
+    raise KeyError("a")
+
+
+@pytest.mark.parametrize(
+    ("check", "said"), [(_endless, "ran for more than 0.2 s"), (_large, "bytes of memory"), (_wrong, "KeyError: 'a'")]
+)
+def test_what_must_not_be_is_seen_and_named(monkeypatch, check, said):
+    if check is _large and not fuzzing.PEAK.exists():
+        pytest.skip("this system does not say how much memory a process took")
+    if check is _endless:
+        monkeypatch.setattr(fuzzing, "LONGEST", 0.2)
+    monkeypatch.setattr(fuzzing, "COUNT", 1)
+    with pytest.raises(AssertionError, match=rf"harness, input 0 of seed {fuzzing.SEED}: .*{said}"):
+        fuzz("harness", 1, check)
+
+
+def test_a_file_left_behind_is_seen(tmp_path):
+    with pytest.raises(AssertionError, match=r"left behind: \{'x'\}"), nothing_left(tmp_path):
+        (tmp_path / "x").touch()
