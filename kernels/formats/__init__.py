@@ -7,7 +7,7 @@ format by name: it asks for what the format says of itself.
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -109,6 +109,15 @@ class Format:
             parts["act_mean"] = TensorSpec((k,), SIXTEEN_BIT, optional=True)
             parts["out_mean"] = TensorSpec((n,), (torch.float32,), optional=True)
         return MappingProxyType(parts)
+
+    def nbytes(self, n: int, k: int, rank: int, optional: Container[str] = ()) -> int:
+        """Size of such a layer with 16-bit tensors as such; of those that it may lack, the ones in `optional` count."""
+        size = 0
+        for name, part in self.parts(n, k, rank).items():
+            if not part.optional or name in optional:
+                dtype = torch.bfloat16 if torch.bfloat16 in part.dtypes else part.dtypes[0]
+                size += torch.Size(part.shape).numel() * dtype.itemsize
+        return size
 
     def encode_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """decode_weight(encode_weight(W)) = W up to half a code step: the nearest codes at absmax scales

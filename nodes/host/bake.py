@@ -14,6 +14,7 @@ from ...quantize.calibration.file import Statistics, StatisticsError
 from ...quantize.files.checkpoint import Provenance
 from ...quantize.files.dialects import native
 from ...quantize.files.header import metadata_of
+from ...quantize.files.lifecycle import naming_a_full_disk
 from ...quantize.files.tensor_file import TensorInfo, TensorWriter
 from ...quantize.lora.bake import BakedLayer, bake_layer
 from ...quantize.lora.deltas import LoraError
@@ -64,7 +65,7 @@ def bake(
     }
     for name in specs:
         plan |= {key: TensorInfo.of(tensor) for key, tensor in native.encode_layer(name, layer_of(name)).items()}
-    with TensorWriter(path, plan) as writer:
+    with naming_a_full_disk(Path(path)), TensorWriter(path, plan) as writer:
         for name in specs:
             for key, tensor in native.encode_layer(name, layer_of(name)).items():
                 writer.write(key, tensor)

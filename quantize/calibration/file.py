@@ -24,6 +24,7 @@ Which tokens stay: see `tokens.py`.
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -226,10 +227,8 @@ class Statistics:
     def save(self) -> None:
         """Write metadata and checksums; the tensors are in the file already."""
         assert self._mapped is not None
-        checksums = {
-            name: integrity.of_tensor(name, DTYPE_NAMES[part.dtype], part.shape, integrity.bytes_of(part))
-            for name, part in self._mapped.items()
-        }
+        with ThreadPoolExecutor() as pool:  # of gigabytes, after every run
+            checksums = dict(zip(self._mapped, pool.map(_checksum, self._mapped.items()), strict=True))
         self._rewrite_header({"finished": True}, integrity.Manifest(checksums))
 
     def _rewrite_header(self, changes: Mapping[str, Any], manifest: integrity.Manifest | None) -> None:
@@ -245,6 +244,11 @@ class Statistics:
         """Note a finished run and save."""
         self.metadata.setdefault("runs", []).append(record)
         self.save()
+
+
+def _checksum(item: tuple[str, torch.Tensor]) -> str:
+    name, part = item
+    return integrity.of_tensor(name, DTYPE_NAMES[part.dtype], part.shape, integrity.bytes_of(part))
 
 
 def _is_being_filled(path: Path) -> bool:

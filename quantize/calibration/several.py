@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files.lifecycle import temporary_for
+from ..files.lifecycle import naming_a_full_disk, temporary_for
 from .file import ReadEntries, Statistics, StatisticsError
 
 
@@ -27,7 +27,8 @@ def merge(paths: Sequence[str | Path], target: str | Path) -> Statistics:
     target = Path(target)
     temporary = temporary_for(target)
     try:
-        _fill(Statistics.create(temporary, widths, room, {**files[0].metadata, "runs": runs}), files)
+        with naming_a_full_disk(target):
+            _fill(Statistics.create(temporary, widths, room, {**files[0].metadata, "runs": runs}), files)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -4,6 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..files.names import refuse_file
+from ..maker.report import DATA, PICTURES, TEXT
+
 _line = {"open": False}  # whether the line on standard error waits for its end; there is one in a process
 
 
@@ -22,12 +25,34 @@ def complain(text: str) -> None:
 def add_target(command: argparse.ArgumentParser) -> None:
     """Add OUT and --overwrite to a command that writes a file."""
     command.add_argument("target", metavar="OUT")
-    command.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    command.add_argument("--overwrite", action="store_true", help="replace what is there already")
+
+
+def _named(name: str) -> Path:
+    """The path, whose last part has to be a name on every system. Raises ValueError."""
+    path = Path(name)
+    last = path.name if path.name not in ("", "..") else path.resolve().name
+    if reason := refuse_file(last):
+        raise ValueError(f"{name!r:.300} is no name for a new file: {reason}")
+    return path
+
+
+def report_folder_of(arguments: argparse.Namespace) -> Path | None:
+    """--report of a command, None without. Raises ValueError if what would be written there may not be replaced."""
+    if not arguments.report:
+        return None
+    folder = _named(arguments.report)
+    if folder.is_file():
+        raise ValueError(f"{folder}: is a file, needed a folder for the report")
+    there = [name for name in (DATA, TEXT, *PICTURES) if (folder / name).exists()]
+    if there and not arguments.overwrite:
+        raise ValueError(f"{folder / there[0]}: is there already; choose another folder, or --overwrite to replace it")
+    return folder
 
 
 def target_of(arguments: argparse.Namespace, *sources: str) -> Path:
     """OUT of a command that reads `sources`. Raises ValueError if it is one of them, or may not be replaced."""
-    path = Path(arguments.target)
+    path = _named(arguments.target)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, needed the name of a file to write")
     if any(Path(source).exists() and path.exists() and path.samefile(source) for source in sources):

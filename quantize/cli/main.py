@@ -34,8 +34,14 @@ def main(argv: Sequence[str], more: Sequence[AddCommands] = ()) -> int:
     except KeyboardInterrupt:
         complain("stopped; nothing was written")
         return 130
-    sys.stdout.write((json.dumps(result, indent=2) if arguments.json else text) + "\n")
+    _say(json.dumps(result, indent=2) if arguments.json else text)
     return 1 if result.get("damaged") else 0
+
+
+def _say(text: str) -> None:
+    """Print it, whatever letters a file's name or header has that the terminal has not."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def _parser(more: Sequence[AddCommands]) -> argparse.ArgumentParser:

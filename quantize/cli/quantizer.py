@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...kernels.formats import DEFAULT
 from ..calibration.file import Statistics
 from ..calibration.several import describe, merge
@@ -12,7 +14,7 @@ from ..files.source import FileSource
 from ..maker.model import Target, quantize_model
 from ..maker.report import summarize, write_report
 from ..recipe import NAMED, WITH_BRANCH, Recipe, bytes_of
-from . import add_target, show, target_of
+from . import add_target, report_folder_of, show, target_of
 
 
 def add_commands(commands: Any) -> None:
@@ -71,7 +73,8 @@ def inspect_statistics(path: str) -> tuple[dict[str, Any], str]:
 
 
 def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    start, target = time.perf_counter(), target_of(arguments, arguments.source)
+    start, target = time.perf_counter(), target_of(arguments, *filter(None, (arguments.source, arguments.statistics)))
+    folder = report_folder_of(arguments)
     statistics = Statistics.open(arguments.statistics) if arguments.statistics else None
     auto = arguments.rank == "auto"
     if not auto and not arguments.rank.lstrip("-").isdigit():
@@ -92,11 +95,11 @@ def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         Target(target, arguments.resume),
         recipe,
         None if arguments.json else show,
-        arguments.device,
+        _usable(arguments.device),
         statistics,
     )
-    if arguments.report:
-        write_report(report, arguments.report)
+    if folder is not None:
+        write_report(report, folder)
     data = summarize(report)
     result = {
         "file": str(report.path),
@@ -122,6 +125,16 @@ def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         + f"{result['seconds']:.1f} s"
     )
     return result, "\n".join([text, *report.notes])
+
+
+def _usable(device: str) -> str:
+    """The device, if a number can be computed on it. Raises ValueError otherwise, with torch's reason."""
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device is {device!r}, needed one that torch computes on here, e.g. cpu: {reason}") from error
+    return device
 
 
 def _merge(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -3,7 +3,7 @@
 Dialects (how a file spells its layers) live in `dialects/`; each turns a TensorFile into a Checkpoint.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from ...kernels import COMPUTES, computes_of
 from ...kernels.layer import Layer, LayerError, LayerSpec, check_values
-from .tensor_file import TensorFileError, TensorInfo
+from .tensor_file import METADATA_ROOM, ROOM_PER_EXTRA_TENSOR, TensorFileError, TensorInfo, TensorWriter
 
 FLOATS = ("weight", "bias", "scale")  # what ends so in a 16-bit model is never a tensor of integers
 
@@ -108,3 +108,19 @@ class Checkpoint:
         """Every tensor as the 16-bit model has it: 4-bit layers appear as `name.weight` of shape (N, K)."""
         dense = {f"{name}.weight": TensorInfo((spec.n, spec.k), self.dtype) for name, spec in self.specs.items()}
         return {**self.rest, **dense}
+
+
+def new_checkpoint(path: Path, specs: Collection[LayerSpec], rest: Collection[TensorInfo]) -> TensorWriter:
+    """A file with room, in its header and on the disk, for such layers and other tensors; they come through `add`."""
+    size = sum(spec.fmt.nbytes(spec.n, spec.k, spec.rank) for spec in specs) + sum(info.nbytes for info in rest)
+    return TensorWriter(path, {}, _most_tensors(specs) + len(rest), size)
+
+
+def header_room(specs: Collection[LayerSpec], rest: int) -> int:
+    """Bytes that the header of such a file takes, with `rest` other tensors"""
+    return METADATA_ROOM + ROOM_PER_EXTRA_TENSOR * (_most_tensors(specs) + rest)
+
+
+def _most_tensors(specs: Collection[LayerSpec]) -> int:
+    """All that a layer may have, its bias and its marker: layers that a dialect stores apart fit as well."""
+    return sum(len(spec.fmt.parts(spec.n, spec.k, spec.rank)) + 2 for spec in specs)

@@ -4,18 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, new_checkpoint
 from .dialects import DIALECTS, Save
 from .dialects.native import NAME as NATIVE
+from .lifecycle import naming_a_full_disk
 from .open import open_checkpoint
-from .tensor_file import TensorWriter
 
 WRITERS: dict[str, Save] = {name: dialect.save for name, dialect in DIALECTS.items() if dialect.save is not None}
 TARGETS = (NATIVE, *(name for name in WRITERS if name != NATIVE))  # the pack's own first: it holds everything
 Progress = Callable[[int, int, str], None]
 """progress(done, total, layer): called before each layer; raise from it to stop, nothing is then left on disk"""
-
-TENSORS_PER_LAYER = 12  # at most, bias and marker included; joined layers are written as up to five
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,8 @@ def convert_file(
             progress(min(done, total), total, layer)
         done += 1
 
-    room = TENSORS_PER_LAYER * 5 * total + 4 * len(checkpoint.rest)
-    with TensorWriter(target, {}, extra=room) as writer:
+    new = new_checkpoint(target, checkpoint.specs.values(), checkpoint.rest.values())
+    with naming_a_full_disk(target), new as writer:
         notes = WRITERS[to](checkpoint, writer, as_is, step)
     if progress is not None:
         progress(total, total, "")

@@ -25,6 +25,7 @@ from typing import BinaryIO
 
 LONGEST_PART = 255  # bytes of one name, on every file system that models are kept on
 ROOM_FOR_OWNER = 96  # ... of which a hidden name needs these for key, owner and suffix
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 WINDOWS = os.name == "nt"
 
 
@@ -164,6 +165,16 @@ def temporary_for(path: Path) -> Path:
     return path.with_name(f".{_short(path.name)}.{Owner.this()}.tmp")
 
 
+def write_whole(path: Path, data: bytes) -> Path:
+    """A small file, all of it or as it was before."""
+    temporary = temporary_for(path)
+    try:
+        temporary.write_bytes(data)
+        return temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def reserve(stream: BinaryIO, size: int) -> None:
     """Take the room for `size` bytes of a new file from the disk now, not when it is full; OSError if there is none.
 
@@ -175,6 +186,18 @@ def reserve(stream: BinaryIO, size: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV):
                 raise
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(path: Path, also: str = "") -> Iterator[None]:
+    """A full disk in the body becomes an OSError that says what was written where, what to do, and `also`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = f"while {path.name} was written to {path.parent}"
+        raise OSError(error.errno, f"{error.strerror} {where}: make room there and run again{also}") from error
 
 
 def partial_for(path: Path, key: str) -> Path:

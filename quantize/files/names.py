@@ -36,6 +36,11 @@ def refuse(name: str, suffix: str = "") -> str | None:
     return next(filter(None, map(_refuse_part, [*parts(name), *parts(name, suffix)])), None)
 
 
+def refuse_file(name: str) -> str | None:
+    """Why `name` is no name of one file, or None; the folders above it are the user's own and have any name."""
+    return "it holds '\\', which parts folders on Windows" if "\\" in name else refuse(name)
+
+
 def parts(name: str, suffix: str = "") -> list[str]:
     """Folders and file of a name."""
     return (name if name.endswith(suffix) else name + suffix).replace("\\", "/").split("/")

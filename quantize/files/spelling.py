@@ -7,6 +7,7 @@ the table below does not name is stored under the name that its format gives it.
 import json
 from collections.abc import Iterable, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ...kernels.formats import FORMATS, SIXTEEN_BIT, Format
 from ...kernels.layer import LayerError, LayerSpec
 from .bounded_json import MARKER as LARGEST_MARKER
 from .bounded_json import JsonError, read_object
+from .checkpoint import CheckpointError
 from .tensor_file import TensorFile, TensorInfo
 
 MARKER = "comfy_quant"
@@ -85,6 +87,39 @@ def read_marker(file: TensorFile, layer: str) -> dict[str, Any]:
 def marked_layers(file: TensorFile) -> list[str]:
     """The layers that have a marker, in the order of the file."""
     return [name.removesuffix(f".{MARKER}") for name in file if name.endswith(f".{MARKER}")]
+
+
+def sort_names(
+    file: TensorFile, layers: Iterable[str], own: Mapping[str, str] = MappingProxyType({})
+) -> tuple[dict[str, dict[str, str]], dict[str, TensorInfo]]:
+    """({layer: {part: name}} of the marked `layers`, everything else), biases among it. No tensor is left over.
+
+    own     {suffix: part} that only this dialect has
+    raises  CheckpointError for a suffix that no layer has, a part twice, and a part of a layer without marker
+    """
+    sorted_names: dict[str, dict[str, str]] = {layer: {} for layer in layers}
+    rest: dict[str, TensorInfo] = {}
+    for name, info in file.infos.items():
+        layer, _, suffix = name.rpartition(".")
+        marked, part = sorted_names.get(layer), own.get(suffix) or PARTS.get(suffix)
+        if marked is not None:
+            part = part or part_of(suffix)
+            if part is not None and part in marked:
+                raise CheckpointError(f"{file.path.name}: layer {layer!r}: {part} is there in two spellings")
+            if part is not None:
+                marked[part] = name
+            elif suffix == "bias":
+                rest[name] = info
+            elif suffix != MARKER:
+                raise CheckpointError(f"{file.path.name}: layer {layer!r}: {suffix} is not part of a 4-bit layer")
+        elif part is not None and suffix != "weight":
+            raise CheckpointError(
+                f"{file.path.name}: {name} belongs to a 4-bit layer, but {layer}.{MARKER} is missing. "
+                "The file is damaged or its header was edited."
+            )
+        elif suffix != MARKER:
+            rest[name] = info
+    return sorted_names, rest
 
 
 def check_one_dtype(infos: Mapping[str, TensorInfo]) -> None:

@@ -39,7 +39,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA_ROOM = 1 << 14  # bytes kept free in the header for metadata that is known only at the end ...
 METADATA_ROOM_PER_TENSOR = 24  # ... and more for what is said of each layer; a header that outgrows it costs a copy
-ROOM_PER_EXTRA_TENSOR = 320  # its entry and its checksum, with a long name
+ROOM_PER_EXTRA_TENSOR = 240  # its entry and its checksum, with a long name
 COPY_BYTES = 1 << 26
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of whole checkpoints, and of some exports

@@ -14,6 +14,7 @@ import torch
 from ...kernels.layer import MEANS, RANK_TILE, LayerSpec
 from ..calibration.file import Statistics, StatisticsError
 from ..calibration.tokens import InputStatistics
+from ..files.checkpoint import header_room
 from ..files.source import Source
 from ..maths import lowrank
 from ..maths.smooth import ExpectedNoise, from_weight_spans
@@ -22,7 +23,7 @@ from .plan import Plan, QuantizeError
 
 RANKS = range(0, LARGEST_AUTO_RANK + 1, RANK_TILE)  # among which a budget chooses
 TIMES_MEDIAN = 5  # a layer that costs the model so many times what the median layer does is one of the worst
-HEADER = 1 << 20  # bytes of the file that are no tensors
+HEADER = 1 << 20  # bytes of the file that are no tensors, at least
 NOISE_LEFT = (7 / 127) ** 2  # of rounding an activation, when codes up to 127 take the place of codes up to 7
 DATA_FREE_ERROR = 0.01  # two roundings of about 1/7 of a group's extreme, whose typical ratio to its mean is 3, squared
 
@@ -123,14 +124,8 @@ class Unit:
         return self.spec.n * self.spec.k
 
     def bytes_at(self, rank: int) -> int:
-        """Bytes of the stored layer at most; 16-bit tensors are counted as such, and means as if it had them."""
-        parts = self.spec.fmt.parts(self.spec.n, self.spec.k, rank)
-        size = 0
-        for name, part in parts.items():
-            if not part.optional or name in MEANS:
-                dtype = torch.bfloat16 if torch.bfloat16 in part.dtypes else part.dtypes[0]
-                size += torch.Size(part.shape).numel() * dtype.itemsize
-        return size
+        """Bytes of the stored layer at most, means included."""
+        return self.spec.fmt.nbytes(self.spec.n, self.spec.k, rank, MEANS)
 
     def with_8bit_activations(self) -> "Unit":
         assert self.error8 is not None
@@ -263,8 +258,9 @@ def _room(source: Source, specs: Mapping[str, LayerSpec], units: Mapping[str, Un
         return sum(unit.bytes_at(recipe.rank) for unit in units.values())
     others = sum(info.nbytes for key, info in source.infos.items() if key.removesuffix(".weight") not in specs)
     others += sum(Unit(spec, (0.0,)).bytes_at(0) for spec in specs.values() if not spec.fmt.low_rank)
-    if others + HEADER >= recipe.target_size:
+    others += max(HEADER, header_room(specs.values(), len(source.infos)))
+    if others >= recipe.target_size:
         raise BudgetError(
-            f"target_size is {recipe.target_size:,} bytes, and what stays in 16 bit takes {others + HEADER:,} already"
+            f"target_size is {recipe.target_size:,} bytes, and what stays in 16 bit takes {others:,} already"
         )
-    return recipe.target_size - others - HEADER
+    return recipe.target_size - others

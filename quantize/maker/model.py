@@ -1,7 +1,6 @@
 """Make a 4-bit model: plan, decide, make group after group, write. Resumable, one group of layers in memory."""
 
 import contextlib
-import errno
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,11 +14,11 @@ import torch
 from ...kernels.layer import LayerError, LayerSpec, is_finite
 from ..calibration.file import Statistics
 from ..calibration.tokens import InputStatistics
-from ..files.checkpoint import Provenance
+from ..files.checkpoint import Provenance, new_checkpoint
 from ..files.dialects import native
 from ..files.header import metadata_of
+from ..files.lifecycle import naming_a_full_disk
 from ..files.source import Source
-from ..files.tensor_file import TensorWriter
 from ..maths.layer import Dense, Making
 from ..recipe import Recipe
 from .decide import BudgetError, Decisions, decide
@@ -43,7 +42,6 @@ Progress = Callable[[int, int, str], None]
 """progress(done, total, layer): called before each layer; raise from it to stop, nothing is then left on disk but
 the work folder, where one was asked for"""
 
-DISK_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 WORK_VERSION = "2"  # raise it when the same recipe starts to give other bytes
 
 
@@ -121,14 +119,8 @@ def quantize_model(
         decisions = decide(plan, source, recipe, statistics)
         reader, making = SourceReader(source), Making(recipe, plan.dtype, device)
         maker = GroupMaker(reader, decisions, statistics, making, target.work)
-        try:
+        with naming_a_full_disk(target.path, "; the finished layers are kept for it" if target.resume else ""):
             outcome = write(target.path, reader, decisions, recipe, maker.make_all(progress))
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            kept = "; the finished layers are kept for it" if target.resume else ""
-            where = f"while {target.path.name} was written to {target.path.parent}"
-            raise OSError(error.errno, f"{error.strerror} {where}: make room there and run again{kept}") from error
         WorkFolder.beside(target.path).clear() if target.work is None else target.work.clear()
         if progress is not None:
             progress(len(plan.specs), len(plan.specs), "")
@@ -326,7 +318,8 @@ def write(
     source, resumed = reader.source, 0
     records: dict[str, Mapping[str, Any]] = {}
     made = {f"{layer}.{part}" for layer in decisions.specs for part in ("weight", "bias")}
-    with TensorWriter(path, {}, extra=16 * len(decisions.specs) + len(source.infos)) as writer:
+    others = [info for key, info in source.infos.items() if key not in made or key.endswith(".bias")]
+    with new_checkpoint(path, decisions.specs.values(), others) as writer:
         for group in groups:
             # sorted: layers from the work folder come in another order
             for key in sorted(group.tensors):

@@ -1,14 +1,17 @@
 """report.json, report.md and pictures of a quantization run."""
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..files.lifecycle import write_whole
 from .model import QuantizeReport
 
 WORST = 10
+DATA, TEXT = "report.json", "report.md"
 PICTURES = ("error_by_layer.png", "error_by_step.png", "parts.png")
 
 
@@ -44,14 +47,13 @@ def write_report(report: QuantizeReport, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = summarize(report)
-    written = [folder / "report.json", folder / "report.md"]
-    written[0].write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    written = [write_whole(folder / DATA, f"{json.dumps(data, indent=2)}\n".encode())]
     pictures, missing = [], ""
     try:
         pictures = draw(report, folder)
     except ImportError:
         missing = "No pictures: matplotlib is not installed (`pip install matplotlib`)."
-    written[1].write_text(as_markdown(data, pictures, missing), encoding="utf-8")
+    written.append(write_whole(folder / TEXT, as_markdown(data, pictures, missing).encode()))
     return [*written, *pictures]
 
 
@@ -135,7 +137,7 @@ def draw(report: QuantizeReport, folder: Path) -> list[Path]:
     axes.set(xlabel="relative output error on held-out activations")
     axes.invert_yaxis()
     axes.legend()
-    figure.savefig(paths[0], dpi=110)
+    _save(figure, paths[0])
 
     figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.subplots()
@@ -145,7 +147,7 @@ def draw(report: QuantizeReport, folder: Path) -> list[Path]:
     axes.set(xlabel="part of the sampling run, first to last", xticks=parts, xticklabels=[part + 1 for part in parts])
     axes.set(yticks=range(len(names)), yticklabels=names)
     figure.colorbar(image, label="relative output error")
-    figure.savefig(paths[1], dpi=110)
+    _save(figure, paths[1])
 
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
@@ -154,5 +156,11 @@ def draw(report: QuantizeReport, folder: Path) -> list[Path]:
     )
     axes.axline((0.01, 0.01), (0.1, 0.1), color="gray", linewidth=0.8)
     axes.set(xlabel="error of the weight", ylabel="error of rounding the activation")
-    figure.savefig(paths[2], dpi=110)
+    _save(figure, paths[2])
     return paths
+
+
+def _save(figure: Any, path: Path) -> None:
+    made = io.BytesIO()
+    figure.savefig(made, dpi=110, format="png")
+    write_whole(path, made.getvalue())

@@ -1,6 +1,7 @@
 """Disks that are full, channels that are dead, layers that are too large: said, survived, and nothing half-written."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from svdquant_pack.kernels.layer import LayerError, LayerSpec
 from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
 from svdquant_pack.quantize.calibration.tokens import ModelCall
+from svdquant_pack.quantize.files.convert import convert_file
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.source import FileSource
 from svdquant_pack.quantize.maker.model import QuantizeError, quantize_model
@@ -23,13 +25,28 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZE = 128
 
 
-def quantize(folder: Path, largest_file: int | None = None) -> subprocess.CompletedProcess:
-    """`quantize --resume` in a process that cannot write past `largest_file` bytes of any file."""
+UNRESERVED = "import os, runpy, sys; del os.posix_fallocate; runpy.run_module('quantize', run_name='__main__')"
+
+
+def quantize(folder: Path, largest_file: int | None = None, reserving: bool = True) -> subprocess.CompletedProcess:
+    """`quantize --resume` in a process that cannot write past `largest_file` bytes of any file.
+
+    reserving  False: on a system that cannot take room from a disk before it is written
+    """
     resource = pytest.importorskip("resource", reason="limits of a process are a thing of Unix")
     limit = resource.RLIM_INFINITY if largest_file is None else largest_file
     command = ["quantize", str(folder / "model.safetensors"), str(folder / "out.safetensors")]
     return subprocess.run(
-        [sys.executable, "-m", "quantize", *command, "--rank", "16", "--resume", "--overwrite", "--json"],
+        [
+            sys.executable,
+            *(("-m", "quantize") if reserving else ("-c", UNRESERVED)),
+            *command,
+            "--rank",
+            "16",
+            "--resume",
+            "--overwrite",
+            "--json",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -49,7 +66,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_next_run_goes_on(tmp_pa
     whole = (tmp_path / "out.safetensors").read_bytes()
     for limit in (1000, len(whole) // 2, len(whole) - 1):
         (tmp_path / "out.safetensors").write_bytes(b"an older file")
-        done = quantize(tmp_path, limit)
+        done = quantize(tmp_path, limit, reserving=False)
         assert done.returncode == 1 and "File too large while out.safetensors was written to" in done.stderr
         assert "make room there and run again; the finished layers are kept for it" in done.stderr
         assert (tmp_path / "out.safetensors").read_bytes() == b"an older file"
@@ -60,6 +77,26 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_next_run_goes_on(tmp_pa
     assert kept == 4, "all layers were made when the last byte did not fit"
     done = quantize(tmp_path)
     assert json.loads(done.stdout)["resumed"] == 4 and (tmp_path / "out.safetensors").read_bytes() == whole
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve room on a disk")
+def test_a_disk_that_is_too_small_is_an_error_before_the_first_layer_is_made(tmp_path):
+    """Not after an hour. In the same way for a conversion, which named no folder."""
+    save_file(model(), tmp_path / "model.safetensors")
+    assert quantize(tmp_path).returncode == 0
+    whole = tmp_path / "out.safetensors"
+    done = quantize(tmp_path, whole.stat().st_size * 9 // 10)
+    assert done.returncode == 1 and f"File too large while out.safetensors was written to {tmp_path}: " in done.stderr
+    assert not (tmp_path / ".out.safetensors.work").exists(), "no layer was made"
+    resource, layers = pytest.importorskip("resource"), []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole.stat().st_size * 9 // 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"File too large while k\.safetensors was written to {tmp_path}: make room"):
+            convert_file(whole, tmp_path / "k.safetensors", "kitchen", progress=lambda *at: layers.append(at))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not layers and sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "out.safetensors"]
 
 
 def test_statistics_that_the_disk_cannot_hold_are_refused_before_they_are_begun(tmp_path):

@@ -13,8 +13,7 @@ from svdquant_pack.quantize.cli.main import main
 from svdquant_pack.quantize.families import FAMILIES
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.source import FileSource
-from svdquant_pack.quantize.files.tensor_file import TensorFileError
-from svdquant_pack.quantize.maker import model as build
+from svdquant_pack.quantize.files.tensor_file import TensorFileError, TensorWriter
 from svdquant_pack.quantize.maker import plan
 from svdquant_pack.quantize.maker.group import LayerGroup, make_group
 from svdquant_pack.quantize.maker.model import BudgetError, Target, quantize_model
@@ -101,7 +100,7 @@ def test_work_of_another_recipe_or_with_damage_is_done_again(source, statistics,
 
 
 def test_a_full_disk_leaves_no_half_file_and_the_work(source, statistics, tmp_path, monkeypatch):
-    target, real, written = tmp_path / "target.safetensors", build.TensorWriter.add, []
+    target, real, written = tmp_path / "target.safetensors", TensorWriter.add, []
 
     def add(self, name, tensor):
         written.append(name)
@@ -109,11 +108,11 @@ def test_a_full_disk_leaves_no_half_file_and_the_work(source, statistics, tmp_pa
             raise OSError(28, "No space left on device")
         real(self, name, tensor)
 
-    monkeypatch.setattr(build.TensorWriter, "add", add)
+    monkeypatch.setattr(TensorWriter, "add", add)
     with pytest.raises(OSError, match="No space left"):
         run(source, target, statistics, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == [".target.safetensors.work"]
-    monkeypatch.setattr(build.TensorWriter, "add", real)
+    monkeypatch.setattr(TensorWriter, "add", real)
     assert run(source, target, statistics, resume=True).resumed >= 4
 
 

@@ -1,6 +1,8 @@
 """`python -m quantize` as a user types it, without ComfyUI."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from svdquant_pack.quantize.calibration.file import Statistics
+from svdquant_pack.quantize.cli.main import main
 from svdquant_pack.tests.quantize.stored_models import legacy_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +96,25 @@ def test_a_file_that_is_there_is_replaced_only_on_request(quantized, tmp_path, c
     assert Path(source).read_bytes() == before
 
 
+@pytest.mark.parametrize("device", ["meta", "x", "", "cuda:99", "cpu:-1"])
+def test_a_device_that_computes_nothing_is_refused_before_anything_is_read(tmp_path, capsys, device):
+    """Each was a traceback of torch."""
+    assert main(["quantize", str(DEMO), str(tmp_path / "out.safetensors"), "--device", device]) == 1
+    assert capsys.readouterr().err.startswith(f"error: device is {device!r}, needed one")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names there are text")
+def test_a_file_whose_name_is_no_text_is_read_and_shown(quantized, tmp_path):
+    name = os.fsdecode(b"\xff.safetensors")
+    try:
+        shutil.copy(quantized, tmp_path / name)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    done = run("inspect", tmp_path / name)
+    assert done.returncode == 0 and done.stdout.startswith("\\udcff.safetensors: flux"), done.stderr
+
+
 def test_bad_input_is_one_line_and_leaves_nothing(quantized, tmp_path):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(quantized.read_bytes()[:5000])
@@ -138,3 +160,34 @@ def test_tune_knows_the_layers_of_a_file_and_of_known_models(quantized):
     assert of_file.total() == 26 and {format for format, *_ in of_file} == {"int4", "awq_w4a16"}
     known = layers_of(Namespace(model=None, shapes="flux", format="nvfp4", rank=128))
     assert known["nvfp4", 3072, 15360, 128] == 1 and known["awq_w4a16", 18432, 3072, 0] == 1 and len(known) == 7
+
+
+@pytest.mark.parametrize("command", ["quantize", "convert", "merge"])
+@pytest.mark.parametrize("name", ["CON.safetensors", "a:b", "x.", "a\\b", "n" * 256])
+def test_what_is_written_has_a_name_on_every_system(command, name, tmp_path, capsys):
+    order = (tmp_path / name, DEMO) if command == "merge" else (DEMO, tmp_path / name)
+    assert main([command, *map(str, order), *(("--to", "native") if command == "convert" else ())]) == 1
+    assert "is no name for a new file: " in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_report_is_replaced_only_on_request(tmp_path, capsys):
+    save_file({"blocks.0.proj.weight": torch.randn(128, 128)}, tmp_path / "wide.safetensors")
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "report.md").write_text("my own")
+    command = ["quantize", str(tmp_path / "wide.safetensors"), str(tmp_path / "x.safetensors"), "--rank", "16"]
+    assert main([*command, "--report", str(folder)]) == 1
+    assert "report.md: is there already; choose another folder, or --over" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists() and (folder / "report.md").read_text() == "my own"
+    assert main([*command, "--report", str(folder / "report.md")]) == 1
+    assert "is a file, needed a folder" in capsys.readouterr().err
+    assert main([*command, "--report", str(folder), "--overwrite"]) == 0
+    assert json.loads((folder / "report.json").read_text())["family"] == "generic"
+    assert (folder / "report.md").read_text().startswith("# x.safetensors")
+    assert main([*command, "--overwrite", "--report", "CON"]) == 1 and "is a device" in capsys.readouterr().err
+
+
+def test_statistics_are_not_replaced_by_the_model_made_with_them(tmp_path, capsys):
+    path = Statistics.create(tmp_path / "s.safetensors", {"blocks.0.proj": 64}, 64, {"family": "generic"}).path
+    assert main(["quantize", str(DEMO), str(path), "--statistics", str(path), "--overwrite"]) == 1
+    assert "is what is read" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdquant_pack.quantize.files.checkpoint import Checkpoint, CheckpointError, Provenance
+from svdquant_pack.quantize.files.checkpoint import Checkpoint, CheckpointError, Provenance, new_checkpoint
 from svdquant_pack.quantize.files.convert import TARGETS, convert_file
 from svdquant_pack.quantize.files.dialects import native
 from svdquant_pack.quantize.files.header import metadata_of
@@ -147,6 +147,7 @@ def added(header, data):
     return data + bytes(4)
 
 
+NOTHING = torch.ones(1)
 NAN = struct.pack("<H", 0x7FC1)
 A, B = "blocks.0.proj", "blocks.1.proj"
 DAMAGE = {  # what was done -> (how, what the error names)
@@ -250,14 +251,63 @@ def test_every_problem_of_the_header_is_listed_where_it_is_asked_for(path):
     assert problems == ["tensor head.weight is gone", "recipe in the header is not what was written"]
 
 
-def test_the_header_has_room_for_the_checksums(path, monkeypatch):
-    """Without it every file would be copied once more when it is finished."""
+@pytest.fixture
+def moved(monkeypatch):
+    """Files whose header outgrew its room, which costs a copy of all the data"""
     made = []
-    monkeypatch.setattr(TensorWriter, "_make_room", lambda self, room: made.append(room))
-    tensors = {f"transformer_blocks.{i}.attn.to_added_qkv.weight_scale_channel": torch.ones(1) for i in range(2000)}
-    plan = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
-    for writer in (TensorWriter(path, plan), TensorWriter(path, {}, extra=len(plan))):
-        with writer:
-            for name, tensor in tensors.items():
-                writer.write(name, tensor) if writer._plan.get(name) else writer.add(name, tensor)
-    assert not made and len(load_file(path)) == 2000
+    monkeypatch.setattr(TensorWriter, "_make_room", lambda self, room: made.append(self.path))
+    return made
+
+
+def test_a_plan_has_room_for_its_checksums(path, moved):
+    plan = dict.fromkeys((f"transformer_blocks.{i}.attn.qkv.weight_scale" for i in range(2000)), TensorInfo.of(NOTHING))
+    with TensorWriter(path, plan) as writer:
+        for name in plan:
+            writer.write(name, NOTHING)
+    assert not moved and len(load_file(path)) == 2000
+
+
+def test_a_new_checkpoint_has_room_for_what_is_said_of_its_layers(path, moved):
+    layer = random_layer("nvfp4", 64, 64, 16, centred=True)
+    names = [f"single_transformer_blocks.{i}.ff_context.net.0.proj" for i in range(500)]
+    with new_checkpoint(path, [layer.spec] * 500, [TensorInfo((64,), torch.float32)] * 500) as writer:
+        for name in names:
+            for key, tensor in (native.encode_layer(name, layer) | {f"{name}.bias": torch.zeros(64)}).items():
+                writer.add(key, tensor)
+        writer.metadata |= metadata_of(Provenance(unet_config={"depth": [1] * 100}), dict.fromkeys(names, layer.spec))
+    assert not moved and len(open_checkpoint(path).specs) == 500
+
+
+WITHOUT = {  # what shows without checksums too: (what was done, what the error says)
+    "bias as I16": (stated(f"{A}.bias", dtype="I16", shape=[256]), rf"{A}.*(shape|dtype)"),
+    "a weight as I16": (stated("head.weight", dtype="I16"), r"head\.weight has dtype int16"),
+    "NaN in a 16-bit weight": (overwritten("head.weight", NAN), r"head\.weight holds NaN"),
+    "weight_scale_2 renamed": (
+        renamed("blocks.2.proj.weight_scale_2", "blocks.2.proj.input_scale"),
+        r"layer 'blocks\.2\.proj': input_scale is not part of a 4-bit layer",
+    ),
+    "weight_scale_2 of no layer": (
+        renamed("blocks.2.proj.weight_scale_2", "blocks.9.proj.weight_scale_2"),
+        r"blocks\.9\.proj\.weight_scale_2 belongs to a 4-bit layer",
+    ),
+    "smooth_factor renamed": (
+        renamed(f"{A}.smooth_factor", f"{A}.smooth"),
+        r"layer 'blocks\.0\.proj': smooth is not part of a 4-bit layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("dialect", ["native", "kitchen"])
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_what_shows_without_checksums_is_refused_in_the_files_of_others(path, dialect, kind):
+    edit(path, string(KEY, lambda text: None))
+    change, said = WITHOUT[kind]
+    if dialect == "kitchen":
+        tensors = {name: part for name, part in load_file(path).items() if not name.startswith("blocks.2.proj")}
+        named = {name.replace(".proj_", ".weight_proj_"): part for name, part in tensors.items()}
+        save_file(named, path)
+        if kind.startswith("weight_scale_2"):
+            change, said = renamed(f"{A}.weight_scale", f"{A}.scale"), r"layer 'blocks\.0\.proj': scale is not part"
+    assert read_all(path).dialect == dialect
+    with pytest.raises(CheckpointError, match=rf"^x\.safetensors: .*{said}"):
+        read_all(edit(path, change))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,22 @@ def test_what_a_dead_process_left_goes_when_the_file_is_written_again(tmp_path):
     stale.write_bytes(bytes(100))
     write(tmp_path / "x.safetensors", {"a": torch.ones(1)})
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has other permissions")
+def test_a_file_that_may_not_be_read_is_said_to_be_one():
+    """It was called truncated, or not there."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        save_file({"a": torch.zeros(1)}, path)
+        path.chmod(0)
+        Path(folder).chmod(0o755)
+        root = os.geteuid() == 0
+        if root:  # to whom everything is readable
+            os.seteuid(65534)
+        try:
+            with pytest.raises(TensorFileError, match=r"x\.safetensors: cannot be opened \(Permission denied\)"):
+                TensorFile(path)
+        finally:
+            if root:
+                os.seteuid(0)

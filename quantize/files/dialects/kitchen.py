@@ -97,24 +97,7 @@ def open_file(file: TensorFile) -> Checkpoint:
         marked = markers(file)
     except LayerError as error:
         raise CheckpointError(f"{file.path.name}: {error}") from error
-    layers: dict[str, dict[str, str]] = {layer: {} for layer in marked}
-    rest: dict[str, TensorInfo] = {}
-    for name, info in file.infos.items():
-        layer, _, suffix = name.rpartition(".")
-        part = spelling.part_of(suffix) if layer in layers and suffix not in OWN else PARTS.get(suffix)
-        if layer in layers and part is not None:
-            if part in layers[layer]:
-                raise CheckpointError(f"{file.path.name}: layer {layer!r}: {part} is there in two spellings")
-            layers[layer][part] = name
-        elif layer in layers and suffix not in ("bias", MARKER):
-            raise CheckpointError(f"{file.path.name}: layer {layer!r}: {suffix} is not part of a 4-bit layer")
-        elif part is not None and suffix != "weight":
-            raise CheckpointError(
-                f"{file.path.name}: {name} belongs to a 4-bit layer, but {layer}.{MARKER} is missing. "
-                "The file is damaged or its header was edited."
-            )
-        elif suffix != MARKER:
-            rest[name] = info
+    layers, rest = spelling.sort_names(file, marked, OWN)
     specs = {}
     for layer, parts in layers.items():
         try:

@@ -68,14 +68,13 @@ from ..header import check_stated, kept_metadata, metadata_of, provenance_of
 from ..spelling import (
     AFTER_GELU,
     MARKER,
-    PARTS,
     check_bias,
     check_one_dtype,
     dtype_of,
     marked_layers,
     marker_tensor,
-    part_of,
     read_marker,
+    sort_names,
     suffix_of,
 )
 from ..tensor_file import TensorFile, TensorInfo, TensorWriter
@@ -167,22 +166,7 @@ def speaks(file: TensorFile) -> bool:
 
 def open_file(file: TensorFile) -> Checkpoint:
     """Check every header entry and return the Checkpoint; no weight is read."""
-    layers: dict[str, dict[str, str]] = {layer: {} for layer in marked_layers(file)}
-    rest: dict[str, TensorInfo] = {}
-    for name, info in file.infos.items():
-        layer, _, suffix = name.rpartition(".")
-        part = part_of(suffix) if layer in layers else None
-        if part is not None:
-            layers[layer][part] = name
-        elif layer in layers and suffix not in ("bias", MARKER):
-            raise CheckpointError(f"{file.path.name}: layer {layer!r}: {suffix} is not part of a 4-bit layer")
-        elif suffix in PARTS and suffix != "weight":
-            raise CheckpointError(
-                f"{file.path.name}: {name} belongs to a 4-bit layer, but {layer}.{MARKER} is missing. "
-                "The file is damaged or its header was edited."
-            )
-        elif suffix != MARKER:
-            rest[name] = info
+    layers, rest = sort_names(file, marked_layers(file))
     specs = {}
     for layer, parts in layers.items():
         try:
