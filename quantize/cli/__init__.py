@@ -17,8 +17,9 @@ def show(done: int, total: int, what: str) -> None:
 
 
 def complain(text: str) -> None:
-    """A line on standard error of its own, whatever progress has left there."""
-    sys.stderr.write(("\n" if _line["open"] else "") + text + "\n")
+    """One line on standard error, whatever progress has left there; names in it may hold ends of lines, and worse."""
+    line = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    sys.stderr.write(("\n" if _line["open"] else "") + line + "\n")
     _line["open"] = False
 
 

@@ -104,6 +104,15 @@ def test_a_device_that_computes_nothing_is_refused_before_anything_is_read(tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_an_error_is_one_line_whatever_a_tensor_is_called(tmp_path, capsys):
+    """The end of a line, or a terminal's commands, in a name came out as they are."""
+    path = tmp_path / "x.safetensors"
+    save_file({"a\n\x1b[2J.proj_down": torch.zeros(1)}, path, {"svdquant": "{}"})
+    assert main(["inspect", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("error: x.safetensors: ") and "\x1b" not in said
+
+
 @pytest.mark.skipif(os.name == "nt", reason="names there are text")
 def test_a_file_whose_name_is_no_text_is_read_and_shown(quantized, tmp_path):
     name = os.fsdecode(b"\xff.safetensors")

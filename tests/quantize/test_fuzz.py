@@ -29,7 +29,7 @@ from svdquant_pack.quantize.files.dialects import kitchen, native
 from svdquant_pack.quantize.files.dialects.nunchaku.layers import PARTS
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.source import FP8, FileSource
-from svdquant_pack.quantize.files.tensor_file import TensorFileError
+from svdquant_pack.quantize.files.tensor_file import TensorFileError, TensorInfo
 from svdquant_pack.quantize.maker.work_folder import WorkFolder
 from svdquant_pack.quantize.recipe import NAMED, Recipe
 from svdquant_pack.tests.kernels.layers import random_layer
@@ -99,11 +99,10 @@ def read_all(checkpoint: Checkpoint) -> dict[str, Any]:
     return found | {name: checkpoint.tensor(name) for name in checkpoint.rest}
 
 
-def assert_same(found: dict[str, Any], wanted: dict[str, Any], values: bool = True, names: bool = True) -> None:
-    """The same tensors; without `values` of the same shapes, without `names` those that are in both."""
-    if names:
-        assert found.keys() == wanted.keys(), f"other names: {sorted(found.keys() ^ wanted.keys())[:4]}"
-    for key, value in ((key, value) for key, value in wanted.items() if key in found):
+def assert_same(found: dict[str, Any], wanted: dict[str, Any], values: bool = True) -> None:
+    """The same tensors; without `values` of the same shapes."""
+    assert found.keys() == wanted.keys(), f"other names: {sorted(found.keys() ^ wanted.keys())[:4]}"
+    for key, value in wanted.items():
         if not isinstance(value, torch.Tensor):
             assert found[key] == value, f"{key} is {found[key]}, written was {value}"
         elif values:
@@ -112,14 +111,27 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any], values: bool = Tr
             assert found[key].shape == value.shape, f"{key} has another shape"
 
 
+def assert_plausible(found: dict[str, Any], wanted: dict[str, Any], done: list[str], any_names: bool = False) -> None:
+    """As far as can be known without checksums: the same 4-bit layers, and 16-bit tensors as their header says.
+
+    What forms those have only the model knows that the host builds. any_names: nor which of them there are.
+    """
+    kinds = {each.partition(" of ")[0] for each in done}
+    for key, value in wanted.items():
+        of_layer = "|" in key or not isinstance(value, torch.Tensor)
+        if not of_layer and key in found and TensorInfo.of(found[key]) != TensorInfo.of(value):
+            found[key] = value
+        if any_names and key not in found:
+            assert not of_layer or key.endswith(OPTIONAL) or "drop layer" in kinds, f"{key} is not there"
+            found[key] = value
+    known = {key: value for key, value in found.items() if key in wanted} if any_names else found
+    assert_same(known, wanted, not kinds & PAYLOAD.keys())
+
+
 def is_checked(file: File, original: File) -> bool:
     """Whether the file still has the checksums that it was written with: then every damage is seen."""
     checksums = original.metadata.get(integrity.KEY)
     return checksums is not None and file.metadata.get(integrity.KEY) == checksums
-
-
-def undetectable(done: list[str]) -> bool:
-    return any(each.partition(" of ")[0] in PAYLOAD for each in done)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -128,7 +140,6 @@ def test_a_damaged_checkpoint_is_the_original_or_an_error(tmp_path, record_prope
     path = make(tmp_path)
     original, wanted = File(path), read_all(open_checkpoint(path))
     target = tmp_path / "damaged.safetensors"
-    checkpoint_layers = {key.partition("|")[0] for key in wanted if "|" in key}
     ours = name in ("native", "kitchen")  # whose names are anybody's: a 16-bit tensor may be there or not
 
     def check(rng: Random) -> tuple[str, list[str]]:
@@ -146,10 +157,10 @@ def test_a_damaged_checkpoint_is_the_original_or_an_error(tmp_path, record_prope
         else:
             outcome = "read"
             try:
-                checked = is_checked(file, original)
-                assert_same(found, wanted, checked or not undetectable(done), checked or not ours)
-                lost = {key for key in wanted.keys() - found.keys() if "|" in key or key in checkpoint_layers}
-                assert all(key.endswith(OPTIONAL) for key in lost), f"{lost} is not there"
+                if is_checked(file, original):
+                    assert_same(found, wanted)
+                else:
+                    assert_plausible(found, wanted, done, any_names=ours)
             except AssertionError as error:
                 raise AssertionError(f"{error} ({done})") from error
         if not rng.randrange(4):
@@ -228,7 +239,7 @@ def test_a_damaged_folder_is_the_original_or_an_error(tmp_path, record_property,
             done = damage(file, rng, list(file.header), list(KINDS))
             file.write(path)
         try:
-            assert_same(read_all(open_checkpoint(folder)), wanted, not undetectable(done))
+            assert_plausible(read_all(open_checkpoint(folder)), wanted, done)
             outcome = "read"
         except ERRORS as error:
             assert any(name in str(error) for name in (path.name, folder.name)), f"{error} ({done})"
