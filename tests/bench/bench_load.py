@@ -32,9 +32,7 @@ from svdquant_pack.quantize.files.open import open_checkpoint  # noqa: E402
 from svdquant_pack.quantize.files.tensor_file import TensorFile, TensorWriter  # noqa: E402
 
 MOST_COPIES = 8.0  # reading a layer may cost this many plain copies of its bytes
-MOST_CHECKSUMS = (
-    4.0  # a native layer with checksums may cost this many times as much as without: it is little but a copy
-)
+LEAST_CHECKSUMS = 1e9  # bytes per second that comparing checksums must not be slower than
 MOST_MEMORY = 1 << 30  # bytes over the size of the file
 H, MLP, RANK, TEXT = 3072, 12288, 32, 4096
 Tensors = dict[str, torch.Tensor]
@@ -131,12 +129,12 @@ def bench_layer(folder: Path) -> bool:
     copying = best(lambda: [tensor.clone() for tensor in stored])
     reading = best(lambda: checkpoint.layer("x"))
     size = sum(tensor.nbytes for tensor in stored)
-    good = bench_checksums(path, folder / "native.safetensors")
-    good &= reading <= MOST_COPIES * copying
+    good = reading <= MOST_COPIES * copying
     sys.stdout.write(
         f"layer {H} x {MLP}, {size / 1e6:.1f} MB: copy {copying * 1e3:.1f} ms, read {reading * 1e3:.1f} ms, "
         f"ratio {reading / copying:.1f} (target {MOST_COPIES:.0f}) {'ok' if good else 'MISSED'}\n"
     )
+    good &= bench_checksums(path, folder / "native.safetensors")
     path.unlink()
     return good
 
@@ -145,16 +143,17 @@ def bench_checksums(stored: Path, native: Path) -> bool:
     """Both files read with the checksums that their writer gave them, and again without."""
     convert_file(stored, native, "native", as_is=True)
     good = True
-    for path in (stored, native):
+    for path in (stored, native):  # in the system's cache by now: a disk would make the share smaller
         bare = path.with_name(f"bare_{path.name}")
         bare.write_bytes(path.read_bytes().replace(KEY.encode(), KEY.upper().encode(), 1))
         with_them, without = open_checkpoint(path, as_is=True), open_checkpoint(bare, as_is=True)
         size = with_them.layer("x").nbytes()
         verified, unverified = best(lambda c=with_them: c.layer("x")), best(lambda c=without: c.layer("x"))
-        ok = verified <= MOST_CHECKSUMS * unverified
+        rate = size / max(1e-9, verified - unverified)
+        ok = rate >= LEAST_CHECKSUMS
         sys.stdout.write(
             f"checksums, {with_them.dialect}: {verified * 1e3:.1f} ms with, {unverified * 1e3:.1f} ms without, ratio "
-            f"{verified / unverified:.2f} (target {MOST_CHECKSUMS}), {size / (verified - unverified) / 1e9:.1f} GB/s "
+            f"{verified / unverified:.2f}, {rate / 1e9:.1f} GB/s (target {LEAST_CHECKSUMS / 1e9:.0f}) "
             f"{'ok' if ok else 'MISSED'}\n"
         )
         good &= ok
