@@ -121,6 +121,8 @@ class PatchedWeight:
     def _dora(self, term: Term, form: Factors, factors: FactoredTerm) -> tuple[Dora, FactoredTerm]:
         """(magnitude over norm, diag(rows) delta diag(cols))"""
         assert form.magnitude is not None
+        if form.magnitude.dim() == 0:
+            raise LoraError("its DoRA magnitude is one number, needed one for each row or column")
         delta = None
         if form.magnitude.shape[0] == 1:
             rows, cols = span(term.offset, self.shape)

@@ -194,7 +194,10 @@ class Instants:
         count = min(most, self._random.choice([1, 1, 2, 3]))
         for _ in range(count):
             child = start(self._job, self._source, self._target, None)
-            time.sleep(self._random.random() * self.seconds)
+            late = self._random.random() < 0.5
+            while late and child.poll() is None and not leftovers(self._target.parent):
+                time.sleep(0.001)  # half of them while something is being written
+            time.sleep(self._random.random() * self.seconds / (4 if late else 1))
             kill(child)
             assert self._target.read_bytes() in (OLD, self.content)
             assert not any(each.in_use for each in leftovers(self._target.parent))
