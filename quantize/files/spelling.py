@@ -5,7 +5,7 @@ the table below does not name is stored under the name that its format gives it.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -120,6 +120,16 @@ def sort_names(
         elif suffix != MARKER:
             rest[name] = info
     return sorted_names, rest
+
+
+def name_in_the_way(names: Iterable[str], layers: Collection[str]) -> str | None:
+    """A name that means something else in a file with these 4-bit layers than a 16-bit tensor, or None."""
+    taken = {*PARTS, MARKER} - {"weight"}
+    for name in names:
+        layer, _, suffix = name.rpartition(".")
+        if suffix in taken or (layer in layers and suffix not in ("weight", "bias")):
+            return name
+    return None
 
 
 def check_one_dtype(infos: Mapping[str, TensorInfo]) -> None:

@@ -16,6 +16,7 @@ from svdquant_pack.quantize.calibration.tokens import ModelCall
 from svdquant_pack.quantize.files.convert import convert_file
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.source import FileSource
+from svdquant_pack.quantize.files.tensor_file import TensorFileError
 from svdquant_pack.quantize.maker.model import QuantizeError, quantize_model
 from svdquant_pack.quantize.maths.layer import Dense
 from svdquant_pack.quantize.recipe import NAMED, Recipe, bytes_of
@@ -290,3 +291,11 @@ def test_a_bias_that_does_not_fit_names_file_and_layer(tmp_path, bias):
     with pytest.raises(QuantizeError, match=r"^m.safetensors: layer blocks.0.proj: bias has"):
         quantize_model(FileSource(path), tmp_path / "out.safetensors", Recipe(rank=16))
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", ["blocks.1.proj.weight_scale", "blocks.0.proj.other", "x.comfy_quant"])
+def test_a_tensor_that_would_stand_for_a_part_of_a_4bit_layer_is_refused_by_name(tmp_path, name):
+    """The file was written, and could not be opened."""
+    save_file({"blocks.0.proj.weight": torch.randn(128, 128), name: torch.ones(())}, tmp_path / "m.safetensors")
+    with pytest.raises((QuantizeError, TensorFileError), match=rf"^m.safetensors: .*({name}|is a 4-bit model already)"):
+        quantize_model(FileSource(tmp_path / "m.safetensors"), tmp_path / "out.safetensors", Recipe(rank=16))
