@@ -15,7 +15,7 @@ import torch
 
 from ...kernels.layer import Layer
 from ..linear import PackedLinear
-from .deltas import Delta, LoraError, Offset, span
+from .deltas import Delta, LoraError, Offset, check_finite, span
 from .fit import Dora, LoraLimits, dora, fit
 from .loras import LayerLoras
 from .store import FactorStore
@@ -128,6 +128,7 @@ class PatchedWeight:
             rows, cols = span(term.offset, self.shape)
             whole = factors.delta.dense(*self.shape).to(self.device) * form.alpha
             delta = whole[rows[0] : sum(rows), cols[0] : sum(cols)]
+        check_finite(form.magnitude)
         vectors = dora(form.magnitude, self._weight(), delta, term.offset)
         vectors = Dora(_on_cpu(vectors.rows), _on_cpu(vectors.cols))
         bent = factors.delta.scaled(vectors.rows, vectors.cols)

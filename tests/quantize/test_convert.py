@@ -206,6 +206,15 @@ def test_as_is_keeps_names_of_models_without_a_family(tmp_path, format):
         assert torch.allclose(read[part].float(), tensor.float(), rtol=0, atol=tolerance)
 
 
+def test_scales_whose_zeros_are_no_numbers_there_are_refused(tmp_path):
+    """What was written held Inf, and could not be read."""
+    tensors = native.encode_layer("some.thing.3", random_layer("awq_w4a16", 256, 128, dtype=torch.bfloat16))
+    tensors["some.thing.3.weight_scale"][0, 0] = torch.finfo(torch.bfloat16).max
+    source = save_model(tmp_path / "a.safetensors", tensors | {"some.thing.3.bias": torch.zeros(256).bfloat16()})
+    with pytest.raises(CheckpointError, match=r"^a.safetensors: layer 'some.thing.3': has scales up to 3.39e\+38"):
+        convert_file(source, tmp_path / "b.safetensors", "nunchaku", as_is=True)
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "quantize", "convert", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

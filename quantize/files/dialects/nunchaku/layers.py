@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .....kernels.formats import SIXTEEN_BIT, Format
-from .....kernels.layer import LayerError, LayerSpec
+from .....kernels.layer import LayerError, LayerSpec, is_finite
 from ... import tiles as layout
 from ...spelling import formats_of
 from ...tensor_file import TensorInfo
@@ -297,6 +297,8 @@ def write_layer(tensors: Mapping[str, torch.Tensor], spec: LayerSpec, chunks: in
 def _write_awq(tensors: Mapping[str, torch.Tensor], chunks: int) -> dict[str, torch.Tensor]:
     qweight, wscales = tensors["qweight"], tensors["wscales"]
     wzeros = (tensors["wzeros"].float() - 8 * wscales.float()).to(wscales.dtype)
+    if not is_finite(wzeros):
+        raise LayerError(f"has scales up to {wscales.abs().amax().item():.3g}, whose zeros are no 16-bit numbers there")
     wzeros = torch.where(wzeros == 0, -0.0, wzeros).to(wscales.dtype)  # as the packers write -zero_point * wscales
     if chunks:
         qweight = layout.interleave_rows(qweight, chunks)
