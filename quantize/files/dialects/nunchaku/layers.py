@@ -131,9 +131,13 @@ def _check_sizes(padded: tuple[int, int], needed: tuple[int, int], logical: tupl
 def _rank(infos: Mapping[str, TensorInfo]) -> int:
     if ("proj_down" in infos) != ("proj_up" in infos):
         raise LayerError(f"proj_{'up' if 'proj_down' in infos else 'down'} is missing")
-    if "proj_down" not in infos or 0 in infos["proj_down"].shape:
+    if "proj_down" not in infos:
         return 0
-    shape = infos["proj_down"].shape
+    shape, up = infos["proj_down"].shape, infos["proj_up"].shape
+    if (0 in shape) != (0 in up):
+        raise LayerError(f"proj_down has shape {shape} and proj_up {up}, needed numbers in both or none")
+    if 0 in shape:
+        return 0
     if len(shape) != 2 or shape[1] % layout.RANK_TILE:
         raise LayerError(f"proj_down has shape {shape}, needed (K, R) with R a multiple of {layout.RANK_TILE}")
     return shape[1]

@@ -12,16 +12,13 @@ from ....families import FamilyError
 from ....families import detect as detect_family
 from ...checkpoint import Checkpoint, CheckpointError
 from ...header import kept_metadata, provenance_of
-from ...spelling import PARTS as PARTS_BEHIND_MARKERS
 from ...tensor_file import TensorFile, TensorInfo
 from ...tiles import TILE
 from . import header, joins, plain
 from .assign import Placement, assign, is_lite_only
-from .layers import PARTS, StoredLayer, inspect_layer, read_bias, read_layer, stored_size
+from .layers import StoredLayer, inspect_layer, read_bias, read_layer, stored_size
 from .stored_file import Draft, StoredFile, group
 from .tables import LinearRow, Sizes, StoredName
-
-PART_OF_4BIT = {*PARTS, *PARTS_BEHIND_MARKERS} - {"weight", "bias"}
 
 
 def open_file(file: TensorFile) -> Checkpoint:
@@ -66,11 +63,6 @@ def open_as_is(file: TensorFile) -> Checkpoint:
     for module, suffixes in stored.plain.items():
         for suffix, info in suffixes.items():
             key = f"{module}.{suffix}" if module else suffix
-            if suffix in PART_OF_4BIT:
-                raise CheckpointError(
-                    f"{file.path.name}: {key} belongs to a 4-bit layer, but {module}.qweight is missing. The file is "
-                    "damaged or its header was edited"
-                )
             draft.add_rest(key, info, partial(stored.read, key))
     return _checkpoint(draft, as_is=True)
 
