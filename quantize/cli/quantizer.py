@@ -64,6 +64,8 @@ def inspect_statistics(path: str) -> tuple[dict[str, Any], str]:
         f"{found['file']}: statistics of {len(layers)} inputs, family {found['family']}, {len(found['runs'])} runs",
         f"size    {found['bytes']:,} bytes, room for more tokens included",
     ]
+    if not found["finished"]:
+        lines.append("a run is writing this file, or was stopped while it did: the next run goes on with it")
     lines += [
         f"{layer['tokens']:>7} tokens of {layer['seen']:>9}, {layer['hold_out']:>5} held out, absmax "
         f"{layer['absmax']:>9.3g}  {name}"

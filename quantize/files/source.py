@@ -119,7 +119,7 @@ class FileSource:
 
     def _read(self, key: str) -> torch.Tensor:
         full = self._keys[key]
-        return self._files[full].read(full)  # not mapped: memory stays near what is being worked on
+        return self._files[full].read(full)
 
 
 def _scale_of(key: str, stored: Mapping[str, TensorInfo]) -> str | None:

@@ -14,6 +14,7 @@ from svdquant_pack.kernels.layer import LayerError
 from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
 from svdquant_pack.quantize.calibration.several import describe, merge
 from svdquant_pack.quantize.calibration.tokens import ModelCall
+from svdquant_pack.quantize.cli.quantizer import inspect_statistics
 from svdquant_pack.quantize.files.tensor_file import TensorFile
 from svdquant_pack.quantize.maths.inputs import Gram
 from svdquant_pack.quantize.maths.rounding import factorize
@@ -136,6 +137,7 @@ def test_an_unfinished_file_is_no_damaged_one(tmp_path):
         reader.entry("a")
     left = Statistics.open(statistics.path)
     assert not left.finished and not left.has_checksums and not describe(left.path)["finished"]
+    assert "was stopped while it did" in inspect_statistics(left.path)[1]
     assert int(left.entry("a").count.sum()) == 64
     again = Statistics.open(statistics.path, writable=True)
     again.begin()
