@@ -6,7 +6,8 @@
 #   make test-all     both of these and the demo
 #   make demo         quantize and sample a small model in a real ComfyUI, and draw the comparison
 #   make bench        measure the layers
-#   make fuzz         read 50,000 damaged files
+#   make fuzz         50,000 damaged inputs; prints their seed, kinds and what came of them
+#   make kills        50 kills at random instants, of commands and of ComfyUI's server
 #   make soak         300 prompts from several clients to a real ComfyUI, with faults; SVDQUANT_SOAK=1000 for more
 #   make audit        licences and known vulnerabilities of what users are asked to install
 #
@@ -27,7 +28,7 @@ WITH_HOST := COMFYUI_PATH="$(or $(COMFYUI_PATH),$(CURDIR)/.host/ComfyUI)" $(PYTH
 PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile --timeout 900 # a test that hangs ends the run, and its server
 FAST := not slow and not network
 
-.PHONY: venv install install-oldest host lint types check test test-oldest test-all demo bench fuzz soak audit clean
+.PHONY: venv install install-oldest host lint types check test test-oldest test-all demo bench fuzz kills soak audit clean
 
 # What was installed is compared by a recipe, because make cannot name a file whose path has a space.
 LISTS := { cat requirements.txt tests/requirements.txt tests/tools.txt tests/host/requirements.txt; echo "$(TORCH)"; }
@@ -80,8 +81,14 @@ demo: host
 bench: venv
 	$(PYTHON) tests/bench/bench_linear.py
 
-fuzz: venv
-	SVDQUANT_FUZZ=50000 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(WORKERS) tests/quantize/test_fuzz.py
+# another seed each time, unless SVDQUANT_FUZZ_SEED names one; the figures say which it was
+fuzz: host
+	SVDQUANT_FUZZ=50000 SVDQUANT_FUZZ_SEED=$${SVDQUANT_FUZZ_SEED:-$$(date +%s)} OMP_NUM_THREADS=1 \
+	$(WITH_HOST) -m pytest -q -n $(WORKERS) tests/quantize/test_fuzz.py tests/nodes/test_fuzz_loras.py
+
+kills: host
+	SVDQUANT_KILLS=50 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE \
+	$(WITH_HOST) -m pytest -q tests/quantize/test_kills.py tests/nodes/test_server_kills.py
 
 soak: host
 	$(WITH_HOST) tests/soak.py

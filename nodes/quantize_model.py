@@ -13,7 +13,7 @@ from ..quantize.calibration.file import Statistics
 from ..quantize.files.source import FileSource
 from ..quantize.maker.model import QuantizeReport, Target, quantize_model
 from ..quantize.maker.report import summarize, write_report
-from ..quantize.recipe import NAMED, WITH_BRANCH, Recipe, size_in_bytes
+from ..quantize.recipe import NAMED, WITH_BRANCH, Recipe, bytes_of
 from .calibrate import STATISTICS
 from .host.changed import WRITTEN, changed, fingerprint_of_model, fingerprint_of_statistics, target_of
 from .host.files import (
@@ -121,7 +121,7 @@ class SVDQuantQuantizeModel:
             rank=rank,
             activation=activation,
             auto_rank=auto_rank,
-            target_size=size_in_bytes(target_size_gb),
+            target_size=bytes_of(target_size_gb),
             fallback=fallback,
             act8_share=act8_share,
         )

@@ -6,6 +6,7 @@ from the server but its ordinary queue.
 
 import argparse
 import copy
+import http.client
 import json
 import time
 import urllib.error
@@ -110,7 +111,7 @@ def calibrate(
     """Run the workflow for every prompt, one after another; returns how many.
 
     raises  CalibrateError if the server refuses a run, a run fails, or the server is started again meanwhile and has
-            forgotten it; OSError if it cannot be reached
+            forgotten it; ConnectionError if it cannot be reached or answers with something else
     """
     if not any(node.get("class_type") == "SVDQuantCalibrate" for node in workflow.values()):
         raise CalibrateError("the workflow holds no SVDQuant Calibrate node: put it between the model and the sampler")
@@ -163,6 +164,8 @@ def _request(url: str, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
         raise CalibrateError(
             f"the server refuses the workflow: {error.read().decode(errors='replace')[:500]}"
         ) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionError(f"{url} cannot be reached or does not answer as a server does: {error}") from error
 
 
 def add_commands(commands: Any) -> None:

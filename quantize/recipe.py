@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..kernels.layer import RANK_TILE
 
 LARGEST_AUTO_RANK = 128  # LoRAs are appended to the branch, and kernels slow down above 256 columns in all
 HESSIAN_STEP = 64  # columns: blocks of a Hessian are multiples of it, so that they hold whole groups
+LARGEST_SIZE = 10**18  # bytes: beyond any disk
 KEEP_16BIT = "16bit"  # the choice for modulation layers that stay as they are
 WITH_BRANCH = tuple(name for name, fmt in FORMATS.items() if fmt.low_rank)  # formats with 4-bit activations
 WITHOUT_BRANCH = tuple(name for name, fmt in FORMATS.items() if not fmt.low_rank)  # with 16-bit ones
@@ -97,7 +97,7 @@ class Recipe:
         for name, (fits, needed) in _NEEDED.items():
             value = getattr(self, name)
             if not fits(value):
-                raise ValueError(f"{name} is {value!r}, needed {needed}")
+                raise ValueError(f"{name} is {_said(value)}, needed {needed}")
             if isinstance(getattr(type(self), name), float):
                 object.__setattr__(self, name, float(value))  # 0 and 0.0 are one recipe, and have one hash
         smoothing = NAMED[self.name].get("smoothing", "weight_spans")
@@ -115,8 +115,8 @@ class Recipe:
         >>> best.rank, best.rounds, best.needs_data
         (64, 5, True)
         """
-        if name not in NAMED:
-            raise ValueError(f"recipe is {name!r}, known are {', '.join(NAMED)}")
+        if not _is_word(name, NAMED):
+            raise ValueError(f"recipe is {_said(name)}, known are {', '.join(NAMED)}")
         return cls(name=name, **(NAMED[name] | changes))
 
     @property
@@ -136,22 +136,37 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
 
 
-def size_in_bytes(gigabytes: float) -> int:
-    """`target_size` of a size as people write it; 0 is no limit. Raises ValueError for what is no size.
+def bytes_of(gigabytes: float) -> int:
+    """Bytes of a size in GB, for `target_size`.
 
-    >>> size_in_bytes(6.7)
-    6700000000
+    raises  ValueError for NaN, infinite and negative ones, and for more than any disk has
+
+        >>> bytes_of(6.5)
+        6500000000
     """
-    if not 0 <= gigabytes < math.inf:
-        raise ValueError(f"the target size is {gigabytes} GB, needed a number above 0, or 0 for no limit")
+    if not 0 <= gigabytes <= LARGEST_SIZE / 10**9:
+        raise ValueError(f"target_size is {gigabytes} GB, needed a number of gigabytes, or 0 for no limit")
     return int(gigabytes * 10**9)
 
 
+def _said(value: object) -> str:
+    """A value in a message, however long it is; Python has no digits for the largest numbers."""
+    try:
+        text = repr(value)
+    except ValueError:
+        text = f"a number of {value.bit_length():,} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _is_word(value: object, known: Iterable[str]) -> bool:
+    return isinstance(value, str) and value in known
+
+
 def _word(*known: str) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value in known, " or ".join(known)
+    return lambda value: _is_word(value, known), " or ".join(known)
 
 
-def _whole(least: int, needed: str, step: int = 1, most: float = math.inf) -> tuple[Callable[[Any], bool], str]:
+def _whole(least: int, needed: str, step: int = 1, most: int = (1 << 63) - 1) -> tuple[Callable[[Any], bool], str]:
     return (
         lambda value: (
             isinstance(value, int) and not isinstance(value, bool) and least <= value <= most and value % step == 0
@@ -179,7 +194,7 @@ _NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "modulation": _word(*WITHOUT_BRANCH, KEEP_16BIT),
     "rank": _whole(0, f"a multiple of {RANK_TILE}, or 0 for no low-rank branch", RANK_TILE),
     "auto_rank": _BOOL,
-    "target_size": _whole(0, "a whole number of bytes, or 0 for no limit"),
+    "target_size": _whole(0, "a whole number of bytes, or 0 for no limit", most=LARGEST_SIZE),
     "fallback": _number(0, sys.float_info.max, "a relative error, or 0 to keep every layer 4-bit"),
     "act8_share": _number(0, 1, "a share from 0 to 1 of the multiply-adds"),
     "smooth_power": _number(0, 1, "a power from 0 to 1"),
@@ -193,5 +208,5 @@ _NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "input_noise": _BOOL,
     "centring": _BOOL,
     "bias_correction": _BOOL,
-    "seed": _whole(0, "a whole number from 0 to 2^63 - 1", most=(1 << 63) - 1),
+    "seed": _whole(0, "a whole number from 0 to 2^63 - 1"),
 }

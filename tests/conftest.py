@@ -20,3 +20,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(tuple(SLOW)):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What tests have counted or measured and recorded as `figures`."""
+    reports = [each for kind in ("passed", "failed") for each in terminalreporter.getreports(kind)]
+    said = [text for report in reports for name, text in report.user_properties if name == "figures"]
+    if said:
+        terminalreporter.section("figures")
+        for text in said:
+            terminalreporter.write_line(text)

@@ -145,12 +145,13 @@ def _build(
         load = _with_pinned_detection(load, pinned)
     try:
         return load(state_dict, model_options=options, **keywords)
-    except (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, AttributeError) as error:
-        if not pinned or isinstance(error, CheckpointError):
+    except (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, AttributeError, RuntimeError) as error:
+        other_runtime_error = isinstance(error, RuntimeError) and "state_dict" not in str(error)  # of memory, say
+        if isinstance(error, CheckpointError) or other_runtime_error:
             raise
+        said = ", ".join(f"{key} {value!r:.40}" for key, value in pinned.items())
         raise CheckpointError(
-            f"{file}: ComfyUI cannot build a model as the header of the file says, with "
-            f"{', '.join(f'{key} {value!r:.40}' for key, value in pinned.items())}: {error}"
+            f"{file}: ComfyUI cannot build a model as the header of the file says, with {said or 'nothing'}: {error}"
         ) from error
 
 

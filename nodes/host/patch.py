@@ -123,7 +123,7 @@ def magnitude_of(value: Any) -> torch.Tensor | None:
 
 
 def alpha_factor(value: WeightAdapterBase) -> float:
-    """alpha / rank, as the host has it"""
+    """alpha / rank, as the host has it. Raises LoraError for factors without a rank."""
     weights = value.weights
     rank = None
     if isinstance(value, LoRAAdapter | LoHaAdapter):
@@ -131,6 +131,8 @@ def alpha_factor(value: WeightAdapterBase) -> float:
     elif isinstance(value, LoKrAdapter):
         decomposed = weights[6] if weights[1] is None else weights[4] if weights[0] is None else None
         rank = None if decomposed is None else decomposed.shape[0]
+    if rank == 0:
+        raise LoraError("its factors have rank 0: the file is damaged")
     return 1.0 if weights[2] is None or rank is None else float(weights[2]) / rank
 
 

@@ -7,10 +7,20 @@ from pathlib import Path
 from ..files.names import refuse_file
 from ..maker.report import DATA, PICTURES, TEXT
 
+_line = {"open": False}  # whether the line on standard error waits for its end; there is one in a process
+
 
 def show(done: int, total: int, what: str) -> None:
     """Progress on standard error, in one line."""
     sys.stderr.write(f"\r{done}/{total} {what:<60.60}" + ("\n" if done == total else ""))
+    _line["open"] = done != total
+
+
+def complain(text: str) -> None:
+    """One line on standard error, whatever progress has left there; names in it may hold ends of lines, and worse."""
+    line = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    sys.stderr.write(("\n" if _line["open"] else "") + line + "\n")
+    _line["open"] = False
 
 
 def add_target(command: argparse.ArgumentParser) -> None:

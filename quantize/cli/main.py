@@ -13,7 +13,7 @@ from typing import Any
 from ..files.convert import TARGETS, convert_file
 from ..files.describe import inspect_file
 from ..measure.files import compare_files
-from . import add_target, target_of
+from . import add_target, complain, target_of
 from .clean import add_commands as add_cleaning
 from .quantizer import add_commands, inspect_statistics, is_statistics
 from .tune import add_commands as add_tuning
@@ -29,13 +29,19 @@ def main(argv: Sequence[str], more: Sequence[AddCommands] = ()) -> int:
     try:
         result, text = arguments.run(arguments)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; nothing was written\n")
+        complain("stopped; nothing was written")
         return 130
-    sys.stdout.write((json.dumps(result, indent=2) if arguments.json else text) + "\n")
+    _say(json.dumps(result, indent=2) if arguments.json else text)
     return 1 if result.get("damaged") else 0
+
+
+def _say(text: str) -> None:
+    """Print it, whatever letters a file's name or header has that the terminal has not."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def _parser(more: Sequence[AddCommands]) -> argparse.ArgumentParser:

@@ -5,13 +5,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...kernels.formats import DEFAULT
 from ..calibration.file import Statistics
 from ..calibration.several import describe, merge
 from ..files.source import FileSource
 from ..maker.model import Target, quantize_model
 from ..maker.report import summarize, write_report
-from ..recipe import NAMED, WITH_BRANCH, Recipe, size_in_bytes
+from ..recipe import NAMED, WITH_BRANCH, Recipe, bytes_of
 from . import add_target, report_folder_of, show, target_of
 
 
@@ -85,7 +87,7 @@ def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         rank=32 if auto else int(arguments.rank),
         auto_rank=auto,
         activation=arguments.activation,
-        target_size=size_in_bytes(arguments.target_size),
+        target_size=bytes_of(arguments.target_size),
         fallback=arguments.fallback,
         act8_share=arguments.act8_share,
         seed=arguments.seed,
@@ -95,7 +97,7 @@ def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         Target(target, arguments.resume),
         recipe,
         None if arguments.json else show,
-        arguments.device,
+        _usable(arguments.device),
         statistics,
     )
     if folder is not None:
@@ -125,6 +127,16 @@ def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         + f"{result['seconds']:.1f} s"
     )
     return result, "\n".join([text, *report.notes])
+
+
+def _usable(device: str) -> str:
+    """The device, if a number can be computed on it. Raises ValueError otherwise, with torch's reason."""
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device is {device!r}, needed one that torch computes on here, e.g. cpu: {reason}") from error
+    return device
 
 
 def _merge(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:

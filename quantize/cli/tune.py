@@ -44,7 +44,7 @@ def add_commands(commands: Any) -> None:
 
 def layers_of(arguments: argparse.Namespace) -> Counter[tuple[str, int, int, int]]:
     """{(format, N, K, rank): number of such layers}; of --shapes each is there once"""
-    if arguments.model:
+    if arguments.model is not None:
         specs = open_checkpoint(arguments.model).specs.values()
         return Counter((spec.format, spec.n, spec.k, spec.rank) for spec in specs)
     found = Counter((arguments.format, *shape, arguments.rank) for shape in SHAPES[arguments.shapes].values())

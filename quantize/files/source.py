@@ -1,5 +1,6 @@
 """Where 16-bit weights come from: a file here, a loaded model in a host. Both look like a Source."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,6 +81,8 @@ class FileSource:
         self._keys = {family.canonical(key): full for key, full in keys.items()}  # older names of the same layers
         stored = {key: self._files[full].infos[full] for key, full in self._keys.items()}
         self._scales = {key: scale for key in stored if (scale := _scale_of(key, stored)) is not None}
+        for key, scale in self._scales.items():
+            self._check_scale(key, stored[key].shape, stored[scale])
         dropped = {f"{key.removesuffix('weight')}{suffix}" for key in self._scales for suffix in FP8_ONLY} | {
             FP8_MARKER
         }
@@ -96,6 +99,14 @@ class FileSource:
             return  # such files may carry the markers of a 4-bit dialect
         for dialect in speaking(file):
             raise TensorFileError(f"{self.name}: is a 4-bit model already ({dialect.name}), needed a 16-bit one")
+
+    def _check_scale(self, key: str, shape: tuple[int, ...], scale: TensorInfo) -> None:
+        count = math.prod(scale.shape)
+        if count not in (1, *shape[:1]) or not scale.dtype.is_floating_point:
+            raise TensorFileError(
+                f"{self.name}: the scale of {key} has shape {scale.shape} and dtype "
+                f"{str(scale.dtype).removeprefix('torch.')}, needed one number, or one for each row of {shape}"
+            )
 
     def tensor(self, key: str) -> torch.Tensor:
         tensor = self._read(key)

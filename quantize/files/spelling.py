@@ -5,7 +5,7 @@ the table below does not name is stored under the name that its format gives it.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ from ...kernels.formats import FORMATS, SIXTEEN_BIT, Format
 from ...kernels.layer import LayerError, LayerSpec
 from .bounded_json import MARKER as LARGEST_MARKER
 from .bounded_json import JsonError, read_object
-from .checkpoint import CheckpointError
+from .checkpoint import Checkpoint, CheckpointError
 from .tensor_file import TensorFile, TensorInfo
 
 MARKER = "comfy_quant"
@@ -120,6 +120,25 @@ def sort_names(
         elif suffix != MARKER:
             rest[name] = info
     return sorted_names, rest
+
+
+def name_in_the_way(names: Iterable[str], layers: Collection[str]) -> str | None:
+    """A name that means something else in a file with these 4-bit layers than a 16-bit tensor, or None."""
+    taken = {*PARTS, MARKER} - {"weight"}
+    for name in names:
+        layer, _, suffix = name.rpartition(".")
+        if suffix in taken or (layer in layers and suffix not in ("weight", "bias")):
+            return name
+    return None
+
+
+def check_rest(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a 16-bit tensor that would be taken for a part of a 4-bit layer when it is read."""
+    if name := name_in_the_way(checkpoint.rest, checkpoint.specs):
+        raise CheckpointError(
+            f"{checkpoint.path.name}: {name} is named like a part of a 4-bit layer, and belongs to none. The file "
+            "is damaged or its header was edited"
+        )
 
 
 def check_one_dtype(infos: Mapping[str, TensorInfo]) -> None:

@@ -1,5 +1,6 @@
 """A change of a weight in factored form: columns beside those of the low-rank branch, or a Kronecker product."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,9 @@ HALF = (torch.bfloat16, torch.float16, torch.float32)
 
 Offset = tuple[int, int, int]
 """(dim, start, length): the rows (dim 0) or columns (dim 1) of a fused weight that a patch is for"""
+
+
+LARGEST = 1e6  # of a factor, a strength or an alpha over its rank: four of them times an activation are a float32
 
 
 class LoraError(ValueError):
@@ -33,11 +37,14 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_finite(*factors: torch.Tensor) -> None:
-    """Raise LoraError if a factor holds NaN or Inf."""
+    """Raise LoraError if a factor holds NaN or Inf, or numbers whose products are."""
     for factor in factors:
-        # a sum is NaN or Inf if a term is, and reads the factor once without a mask of its size
-        if not factor.sum(dtype=torch.float32).isfinite() and not factor.isfinite().all():
-            raise LoraError("the LoRA holds NaN or Inf")
+        if factor.numel():
+            low, high = (edge.item() for edge in factor.aminmax())  # NaN if there is one
+            if not math.isfinite(high - low):
+                raise LoraError("the LoRA holds NaN or Inf")
+            if max(-low, high) > LARGEST:
+                raise LoraError(f"the LoRA holds {max(-low, high):.3g}, at most {LARGEST:.0e} is used: it is damaged")
 
 
 def scaled(weight: torch.Tensor, rows: torch.Tensor | None, cols: torch.Tensor | None) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from ...kernels.layer import Layer
 from ..linear import PackedLinear
-from .deltas import Delta, LoraError, Offset, span
+from .deltas import Delta, LoraError, Offset, check_finite, span
 from .fit import Dora, LoraLimits, dora, fit
 from .loras import LayerLoras
 from .store import FactorStore
@@ -121,11 +121,14 @@ class PatchedWeight:
     def _dora(self, term: Term, form: Factors, factors: FactoredTerm) -> tuple[Dora, FactoredTerm]:
         """(magnitude over norm, diag(rows) delta diag(cols))"""
         assert form.magnitude is not None
+        if form.magnitude.dim() == 0:
+            raise LoraError("its DoRA magnitude is one number, needed one for each row or column")
         delta = None
         if form.magnitude.shape[0] == 1:
             rows, cols = span(term.offset, self.shape)
             whole = factors.delta.dense(*self.shape).to(self.device) * form.alpha
             delta = whole[rows[0] : sum(rows), cols[0] : sum(cols)]
+        check_finite(form.magnitude)
         vectors = dora(form.magnitude, self._weight(), delta, term.offset)
         vectors = Dora(_on_cpu(vectors.rows), _on_cpu(vectors.cols))
         bent = factors.delta.scaled(vectors.rows, vectors.cols)

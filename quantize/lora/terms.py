@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.layer import RANK_TILE
-from .deltas import Delta, LoraError, Offset, columns_of, plain
+from .deltas import LARGEST, Delta, LoraError, Offset, columns_of, plain
 from .fit import LoraLimits, hadamard, kronecker
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
@@ -133,13 +133,15 @@ class Term:
 
 
 def check_numbers(term: Term) -> None:
-    """Raise LoraError for a strength or alpha that is NaN or infinite: every output of the layer would be."""
+    """Raise LoraError for a strength or alpha that is NaN, infinite or so large that outputs of the layer would be."""
     numbers = {"strength": term.strength, "strength of the model": term.own}
     if isinstance(term.form, LoraFactors | LohaFactors | LokrFactors):
         numbers["alpha over its rank"] = term.form.alpha
     for name, number in numbers.items():
         if not math.isfinite(number):
             raise LoraError(f"the {name} is {number}: NaN or infinite, needed a finite number")
+        if abs(number) > LARGEST:
+            raise LoraError(f"the {name} is {number:.3g}, at most {LARGEST:.0e} is used")
 
 
 def factored(group: Sequence[Term], shape: tuple[int, int], limits: LoraLimits) -> tuple[Delta, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...kernels.layer import LayerSpec, is_finite
+from ...kernels.layer import LayerError, LayerSpec, is_finite
 from ..calibration.file import Statistics
 from ..calibration.tokens import InputStatistics
 from ..files.checkpoint import Provenance, new_checkpoint
@@ -235,13 +235,16 @@ class GroupMaker:
         found = None if self.work is None else self.work.find(key)
         if found is not None:
             return GroupResult(kept | found[0], found[1], resumed=True)
-        task = LayerGroup(
-            [Dense(read[f"{layer}.weight"], read.get(f"{layer}.bias"), decisions.specs[layer]) for layer in layers],
-            inputs,
-            [decisions.eight.get(layer) for layer in layers],
-            share.has_room_for(layers),
-        )
-        outcomes = dict(zip(layers, make_group(task, self.making), strict=True))
+        try:
+            task = LayerGroup(
+                [Dense(read[f"{layer}.weight"], read.get(f"{layer}.bias"), decisions.specs[layer]) for layer in layers],
+                inputs,
+                [decisions.eight.get(layer) for layer in layers],
+                share.has_room_for(layers),
+            )
+            outcomes = dict(zip(layers, make_group(task, self.making), strict=True))
+        except LayerError as error:
+            raise QuantizeError(f"{self.reader.source.name}: layer {', '.join(layers)}: {error}") from error
         tensors = {key: part for layer, outcome in outcomes.items() for key, part in _as_file(layer, outcome, read)}
         records = {layer: outcome.record for layer, outcome in outcomes.items()}
         if self.work is not None:

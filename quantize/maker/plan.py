@@ -10,6 +10,7 @@ from ...kernels.formats import FORMATS
 from ...kernels.layer import LayerSpec
 from ..families import FAMILIES, Family, detect
 from ..files.source import Source
+from ..files.spelling import name_in_the_way
 from ..files.tensor_file import TensorInfo
 from ..recipe import KEEP_16BIT, Recipe
 
@@ -52,6 +53,11 @@ def plan_model(source: Source, recipe: Recipe) -> Plan:
     plan = plan_layers(source.infos, family, recipe)
     if not plan.specs:
         raise QuantizeError(f"{source.name}: no linear layer of family {family.name} can become 4-bit")
+    if name := name_in_the_way(source.infos, plan.specs):
+        raise QuantizeError(
+            f"{source.name}: {name} is named like a part of a 4-bit layer, and the file could not be read again. The "
+            "model is damaged, or quantized in a way that is not known here: use its 16-bit original"
+        )
     return plan
 
 

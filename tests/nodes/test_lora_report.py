@@ -247,3 +247,21 @@ def test_the_same_file_twice_counts_twice(plain, weights):
     once = with_file(plain, file, 0.7)
     assert relative(forward(twice), forward(once)) < 1e-5
     assert len(describe_loras(twice)["rows"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"alpha": torch.tensor(3e38)}, "alpha over its rank is"),
+        ({"lora_up.weight": torch.full((128, 4), 1e30)}, "holds 1e[+]30"),
+        ({"lora_up.weight": torch.zeros(128, 0), "lora_down.weight": torch.zeros(0, 128)}, "rank 0"),
+        ({"dora_scale": torch.tensor(1.0)}, "DoRA magnitude is one number"),
+    ],
+    ids=["alpha", "factor", "rank", "magnitude"],
+)
+def test_numbers_that_no_lora_has_are_refused_by_layer(plain, tmp_path, change, said):
+    """The first two gave pictures of NaN, the others errors of Python without a layer."""
+    made = tensors_of("lora", torch.ones(128, 128), 0) | change
+    file = as_file({f"{KEY}.{name}": tensor for name, tensor in made.items()}, tmp_path / "odd.safetensors")
+    with pytest.raises(LoraError, match=rf"double_blocks\.0\..*{said}"):
+        with_file(plain, file, 1.0).layer_loras()

@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from svdquant_pack.nodes.host.model import load_model, load_pinned_model
@@ -69,4 +70,20 @@ def test_what_the_host_cannot_build_names_file_and_configuration(demo_file, tmp_
     config = json.loads(TensorFile(demo_file).metadata["config"]) | {"axes_dim": [2, 2, 2]}
     save_file(load_file(demo_file), tmp_path / "odd.safetensors", {"config": json.dumps(config)})
     with pytest.raises(CheckpointError, match=r"^odd.safetensors: ComfyUI cannot build.*axes_dim \[2, 2, 2\]"):
+        load_pinned_model(str(tmp_path / "odd.safetensors"))
+
+
+def test_tensors_that_the_host_cannot_build_a_model_of_name_the_file(demo_file, tmp_path):
+    """Without its configuration the demo would need 24 heads; the host's error had no file in it."""
+    save_file(load_file(demo_file), tmp_path / "bare.safetensors")
+    with pytest.raises(CheckpointError, match=r"^bare.safetensors: ComfyUI cannot build.*num_heads 24"):
+        load_pinned_model(str(tmp_path / "bare.safetensors"))
+
+
+def test_tensors_of_other_shapes_than_the_model_has_name_the_file(demo_file, tmp_path):
+    """torch's list of shapes had no file in it."""
+    tensors, metadata = load_file(demo_file), TensorFile(demo_file).metadata
+    name = next(name for name in tensors if name.endswith("query_norm.scale"))
+    save_file(tensors | {name: torch.ones(3)}, tmp_path / "odd.safetensors", metadata)
+    with pytest.raises(CheckpointError, match=r"(?s)^odd.safetensors: ComfyUI cannot build a model.*size mismatch"):
         load_pinned_model(str(tmp_path / "odd.safetensors"))

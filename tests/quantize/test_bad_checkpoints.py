@@ -193,3 +193,20 @@ def test_nan_outside_the_4bit_layers_is_named(tmp_path, bad):
         assert checkpoint.tensor("position_ids").tolist() == [0, 1, 2]
         with pytest.raises(CheckpointError, match=rf"^x.safetensors: {name} holds NaN or Inf"):
             checkpoint.tensor(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("transformer_blocks.0.qkv_proj_context.lora_down", lambda t: t[:0], "proj_down has shape .0, 16. and proj_up"),
+        ("single_transformer_blocks.0.mlp_fc2.bias", None, "bias is missing"),
+    ],
+)
+def test_what_silently_counted_as_nothing_is_refused(tmp_path, name, change, said):
+    """An empty proj_down beside a proj_up, and the bias of a layer that is stored in two."""
+    tensors = stored_model("flux", "nvfp4")
+    lost = tensors.pop(name)
+    tensors |= {} if change is None else {name: change(lost)}
+    path = save_model(tmp_path / "x.safetensors", tensors, quantization_config("nvfp4"))
+    with pytest.raises(CheckpointError, match=rf"^x.safetensors: layer .*: {said}"):
+        open_checkpoint(path)

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from svdquant_pack.kernels.layer import LayerError, LayerSpec
 from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
 from svdquant_pack.quantize.calibration.tokens import ModelCall
-from svdquant_pack.quantize.cli.main import main
 from svdquant_pack.quantize.files.convert import convert_file
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.source import FileSource
-from svdquant_pack.quantize.maker.model import quantize_model
+from svdquant_pack.quantize.files.tensor_file import TensorFileError
+from svdquant_pack.quantize.maker.model import QuantizeError, quantize_model
 from svdquant_pack.quantize.maths.layer import Dense
-from svdquant_pack.quantize.recipe import NAMED, Recipe, size_in_bytes
+from svdquant_pack.quantize.recipe import NAMED, Recipe, bytes_of
 
 NAN, INF = float("nan"), float("inf")
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,15 +273,6 @@ def test_a_layer_that_does_not_fit_cannot_be_made(change, message):
         Dense(**{**legal, **change})
 
 
-@pytest.mark.parametrize("size", [NAN, INF, -1.0])
-def test_a_target_size_that_is_no_size_is_said(tmp_path, size):
-    with pytest.raises(ValueError, match=f"the target size is {size} GB, needed a number above 0"):
-        size_in_bytes(size)
-    save_file(model(1), tmp_path / "model.safetensors")
-    command = ["quantize", str(tmp_path / "model.safetensors"), str(tmp_path / "out.safetensors")]
-    assert main([*command, f"--target-size={size}"]) == 1
-
-
 @pytest.mark.parametrize(("rank", "wide"), [(16, False), (128, True)])
 def test_a_branch_wider_than_its_layers_is_said(tmp_path, rank, wide):
     save_file(model(1), tmp_path / "model.safetensors")
@@ -290,3 +281,37 @@ def test_a_branch_wider_than_its_layers_is_said(tmp_path, rank, wide):
     assert (report.bytes_4bit >= report.bytes_16bit) == wide
     said = [note for note in report.notes if f"a branch of rank {rank} is too wide" in note]
     assert len(said) == wide
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rounds", 10**4400), ("rank", 10**4400), ("name", []), ("format", {}), ("smoothing", [[]]), ("seed", [10**4400])],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_recipe_refuses_what_has_no_hash_or_no_digits_by_field(field, value):
+    """The first was a number that cannot be written into the file, the others errors of Python without a field."""
+    with pytest.raises(ValueError, match=f"^{'recipe' if field == 'name' else field} is "):
+        Recipe.named(**{"name": "fast", field: value})
+
+
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), 1e300, -1.0])
+def test_a_target_size_that_is_none_is_refused_by_name(size):
+    with pytest.raises(ValueError, match=r"^target_size is .* GB, needed"):
+        bytes_of(size)
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(127), torch.zeros(128, dtype=torch.int32)])
+def test_a_bias_that_does_not_fit_names_file_and_layer(tmp_path, bias):
+    path = tmp_path / "m.safetensors"
+    save_file({"blocks.0.proj.weight": torch.randn(128, 128), "blocks.0.proj.bias": bias}, path)
+    with pytest.raises(QuantizeError, match=r"^m.safetensors: layer blocks.0.proj: bias has"):
+        quantize_model(FileSource(path), tmp_path / "out.safetensors", Recipe(rank=16))
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", ["blocks.1.proj.weight_scale", "blocks.0.proj.other", "x.comfy_quant"])
+def test_a_tensor_that_would_stand_for_a_part_of_a_4bit_layer_is_refused_by_name(tmp_path, name):
+    """The file was written, and could not be opened."""
+    save_file({"blocks.0.proj.weight": torch.randn(128, 128), name: torch.ones(())}, tmp_path / "m.safetensors")
+    with pytest.raises((QuantizeError, TensorFileError), match=rf"^m.safetensors: .*({name}|is a 4-bit model already)"):
+        quantize_model(FileSource(tmp_path / "m.safetensors"), tmp_path / "out.safetensors", Recipe(rank=16))

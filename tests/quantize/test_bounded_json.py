@@ -1,6 +1,7 @@
 """Every JSON that is read: what is in bounds comes back, everything else is an error with a type, a file and a key."""
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from svdquant_pack.kernels.backends.triton import tuned
 from svdquant_pack.nodes.remote import CalibrateError, read_workflow
 from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
 from svdquant_pack.quantize.files.bounded_json import JsonError, Limits, read_json, read_object
@@ -110,6 +112,16 @@ def test_a_workflow_that_is_none_names_the_file(tmp_path, text):
     (tmp_path / "w.json").write_text(text)
     with pytest.raises(CalibrateError, match=r"^w\.json"):
         read_workflow(tmp_path / "w.json")
+
+
+@pytest.mark.parametrize("text", [DEEP, "1" * 5000, "[]", '{"a": 1}', "{"])
+def test_tuned_settings_that_are_none_name_the_file(tmp_path, monkeypatch, text):
+    """Lists in lists without end counted as no file, without a word."""
+    monkeypatch.setenv("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", str(tmp_path))
+    tuned.path().parent.mkdir()
+    tuned.path().write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(tuned.path()))):
+        tuned.read()
 
 
 def test_json_is_read_in_one_place():

@@ -1,13 +1,15 @@
 """Calibrating from the command line: what is sent to the server, and what its answers mean."""
 
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
-from svdquant_pack.nodes.remote import CalibrateError, calibrate, read_prompts, with_prompt
+from svdquant_pack.nodes.remote import CalibrateError, add_commands, calibrate, read_prompts, with_prompt
+from svdquant_pack.quantize.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = json.loads((ROOT / "workflows" / "api" / "quantize_your_model.json").read_text())
@@ -98,7 +100,32 @@ def test_the_shipped_prompts_are_many_and_distinct(tmp_path):
         read_prompts(tmp_path / "p.txt")
 
 
-def test_a_server_that_is_gone_is_an_error_of_the_system(server):
+def test_a_server_that_is_gone_is_an_error_that_names_it(server):
     url = server[0].rpartition(":")[0] + ":9"
-    with pytest.raises(OSError, match=r"refused|cannot"):
+    with pytest.raises(ConnectionError, match=f"^{url}/prompt cannot be reached"):
         calibrate(url, WORKFLOW, ["a cat"], poll=0)
+
+
+@pytest.mark.parametrize("answer", [b"", b"no HTTP\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"])
+def test_what_is_no_server_is_named(answer):
+    """An answer that is cut was an exception of the HTTP library, and a traceback on the command line."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            with listening.accept()[0] as one:
+                one.recv(1 << 16)
+                one.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises((ConnectionError, CalibrateError), match=url):
+            calibrate(url, WORKFLOW, ["a cat"], poll=0)
+        thread.join()
+
+
+def test_an_error_has_a_line_of_its_own_after_progress(tmp_path, capsys):
+    """It stood behind the prompt that was running."""
+    (tmp_path / "w.json").write_text(json.dumps(WORKFLOW))
+    assert main(["calibrate", str(tmp_path / "w.json"), "--server", "http://127.0.0.1:9"], [add_commands]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: http://127.0.0.1:9/prompt cannot be reached")

@@ -1,6 +1,8 @@
 """`python -m quantize` as a user types it, without ComfyUI."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -94,6 +96,34 @@ def test_a_file_that_is_there_is_replaced_only_on_request(quantized, tmp_path, c
     assert Path(source).read_bytes() == before
 
 
+@pytest.mark.parametrize("device", ["meta", "x", "", "cuda:99", "cpu:-1"])
+def test_a_device_that_computes_nothing_is_refused_before_anything_is_read(tmp_path, capsys, device):
+    """Each was a traceback of torch."""
+    assert main(["quantize", str(DEMO), str(tmp_path / "out.safetensors"), "--device", device]) == 1
+    assert capsys.readouterr().err.startswith(f"error: device is {device!r}, needed one")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_is_one_line_whatever_a_tensor_is_called(tmp_path, capsys):
+    """The end of a line, or a terminal's commands, in a name came out as they are."""
+    path = tmp_path / "x.safetensors"
+    save_file({"a\n\x1b[2J.proj_down": torch.zeros(1)}, path, {"svdquant": "{}"})
+    assert main(["inspect", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("error: x.safetensors: ") and "\x1b" not in said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names there are text")
+def test_a_file_whose_name_is_no_text_is_read_and_shown(quantized, tmp_path):
+    name = os.fsdecode(b"\xff.safetensors")
+    try:
+        shutil.copy(quantized, tmp_path / name)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    done = run("inspect", tmp_path / name)
+    assert done.returncode == 0 and done.stdout.startswith("\\udcff.safetensors: flux"), done.stderr
+
+
 def test_bad_input_is_one_line_and_leaves_nothing(quantized, tmp_path):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(quantized.read_bytes()[:5000])
@@ -128,6 +158,8 @@ def test_tune_says_what_it_needs(quantized, tmp_path):
         assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
         assert "error: tune times kernels on a GPU, and torch" in done.stderr
     assert "holds no 4-bit layers" in run("tune", "--model", DEMO).stderr
+    done = run("tune", "--model", "")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
     assert run("tune").returncode == 2
 
 

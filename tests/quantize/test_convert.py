@@ -182,6 +182,15 @@ def test_progress_counts_layers_and_ends_full(tmp_path):
     assert seen[0][:2] == (0, total) and seen[-1] == (total, total, "") and len(seen) == total + 1
 
 
+@pytest.mark.parametrize("part", ["proj_down", "smooth_factor"])
+def test_a_part_without_its_layer_is_not_converted_as_is(tmp_path, part):
+    """What was written could not be opened again."""
+    tensors = stored_model("flux", lite=True) | {"blocks.7.proj." + part: torch.ones(16)}
+    save_model(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=rf"^a.safetensors: blocks.7.proj.{part} is named like a part"):
+        convert_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "native", as_is=True)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_as_is_keeps_names_of_models_without_a_family(tmp_path, format):
     layer = random_layer(format, 256, 128, 16 * FORMATS[format].low_rank, dtype=torch.bfloat16)
@@ -195,6 +204,15 @@ def test_as_is_keeps_names_of_models_without_a_family(tmp_path, format):
     for part, tensor in layer.tensors.items():
         tolerance = 0.02 if part == "wzeros" else 0
         assert torch.allclose(read[part].float(), tensor.float(), rtol=0, atol=tolerance)
+
+
+def test_scales_whose_zeros_are_no_numbers_there_are_refused(tmp_path):
+    """What was written held Inf, and could not be read."""
+    tensors = native.encode_layer("some.thing.3", random_layer("awq_w4a16", 256, 128, dtype=torch.bfloat16))
+    tensors["some.thing.3.weight_scale"][0, 0] = torch.finfo(torch.bfloat16).max
+    source = save_model(tmp_path / "a.safetensors", tensors | {"some.thing.3.bias": torch.zeros(256).bfloat16()})
+    with pytest.raises(CheckpointError, match=r"^a.safetensors: layer 'some.thing.3': has scales up to 3.39e\+38"):
+        convert_file(source, tmp_path / "b.safetensors", "nunchaku", as_is=True)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -27,10 +27,12 @@ def read() -> dict[str, Tables]:
     raises  OSError if it cannot be read, ValueError if it is not what `write` writes
     """
     try:
-        found = json.loads(path().read_text(encoding="utf-8"))
+        text = path().read_bytes()
     except (FileNotFoundError, RuntimeError):  # RuntimeError: a user without a home folder
         return {}
-    except ValueError as error:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter: lists in lists without end
         raise ValueError(f"{path()} is damaged: {error}") from error
     if not _is_file(found):
         raise ValueError(f"{path()} does not hold tables of launch settings")

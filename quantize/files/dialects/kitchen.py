@@ -259,6 +259,7 @@ def save(
     tile_packed: bool = False,
 ) -> list[str]:
     """Write a checkpoint in natural order. Inverse: `open_file`. Raises CheckpointError for what cannot be held."""
+    spelling.check_rest(checkpoint)
     for name, spec in checkpoint.specs.items():
         reason = refusal(spec)
         if reason:

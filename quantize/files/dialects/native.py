@@ -70,6 +70,7 @@ from ..spelling import (
     MARKER,
     check_bias,
     check_one_dtype,
+    check_rest,
     dtype_of,
     marked_layers,
     marker_tensor,
@@ -194,7 +195,8 @@ def open_file(file: TensorFile) -> Checkpoint:
 
 
 def save(checkpoint: Checkpoint, writer: TensorWriter, as_is: bool, step: Callable[[str], None]) -> list[str]:
-    """Write any checkpoint as a native one; it holds everything. Inverse: `open_file`."""
+    """Write any checkpoint as a native one; it holds everything. Inverse: `open_file`. Raises CheckpointError."""
+    check_rest(checkpoint)
     for name in checkpoint.specs:
         step(name)
         for key, tensor in encode_layer(name, checkpoint.layer(name)).items():

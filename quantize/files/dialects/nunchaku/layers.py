@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .....kernels.formats import SIXTEEN_BIT, Format
-from .....kernels.layer import LayerError, LayerSpec
+from .....kernels.layer import LayerError, LayerSpec, is_finite
 from ... import tiles as layout
 from ...spelling import formats_of
 from ...tensor_file import TensorInfo
@@ -131,9 +131,13 @@ def _check_sizes(padded: tuple[int, int], needed: tuple[int, int], logical: tupl
 def _rank(infos: Mapping[str, TensorInfo]) -> int:
     if ("proj_down" in infos) != ("proj_up" in infos):
         raise LayerError(f"proj_{'up' if 'proj_down' in infos else 'down'} is missing")
-    if "proj_down" not in infos or 0 in infos["proj_down"].shape:
+    if "proj_down" not in infos:
         return 0
-    shape = infos["proj_down"].shape
+    shape, up = infos["proj_down"].shape, infos["proj_up"].shape
+    if (0 in shape) != (0 in up):
+        raise LayerError(f"proj_down has shape {shape} and proj_up {up}, needed numbers in both or none")
+    if 0 in shape:
+        return 0
     if len(shape) != 2 or shape[1] % layout.RANK_TILE:
         raise LayerError(f"proj_down has shape {shape}, needed (K, R) with R a multiple of {layout.RANK_TILE}")
     return shape[1]
@@ -297,6 +301,8 @@ def write_layer(tensors: Mapping[str, torch.Tensor], spec: LayerSpec, chunks: in
 def _write_awq(tensors: Mapping[str, torch.Tensor], chunks: int) -> dict[str, torch.Tensor]:
     qweight, wscales = tensors["qweight"], tensors["wscales"]
     wzeros = (tensors["wzeros"].float() - 8 * wscales.float()).to(wscales.dtype)
+    if not is_finite(wzeros):
+        raise LayerError(f"has scales up to {wscales.abs().amax().item():.3g}, whose zeros are no 16-bit numbers there")
     wzeros = torch.where(wzeros == 0, -0.0, wzeros).to(wscales.dtype)  # as the packers write -zero_point * wscales
     if chunks:
         qweight = layout.interleave_rows(qweight, chunks)

@@ -122,7 +122,7 @@ def add_biases(
             _check_no_bias(layer.name, read())
         return
     columns = linear.join == "columns" and len(layers) > 1
-    if not readers or (len(readers) < len(layers) and not columns):
+    if "bias" not in layers[-1].parts or (len(readers) < len(layers) and not columns):  # of columns the last has it
         raise LayerError("bias is missing")
     dtype = draft.stored.layers[layers[0].name]["bias"].dtype if "bias" in layers[0].parts else readers[0]().dtype
     if chunks:

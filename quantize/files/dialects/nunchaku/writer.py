@@ -105,7 +105,10 @@ def _save_as_is(checkpoint: Checkpoint, writer: TensorWriter, step: Step) -> lis
         step(name)
         layer = stock_layer(name, checkpoint.layer(name), notes)
         bias = checkpoint.tensor(f"{name}.bias") if f"{name}.bias" in checkpoint.rest else None
-        _add_layer(writer, name, layer, bias, v2)
+        try:
+            _add_layer(writer, name, layer, bias, v2)
+        except LayerError as error:
+            raise CheckpointError(f"{checkpoint.path.name}: layer {name!r}: {error}") from error
         shapes |= _padded_shape(name, spec)
     for name in checkpoint.rest:
         if name not in biases:
