@@ -75,14 +75,17 @@ class Manifest:
         return json.dumps({"method": METHOD, "strings": made, "tensors": self.tensors}, separators=(",", ":"))
 
     def problems(self, names: Iterable[str], strings: Mapping[str, str]) -> list[str]:
-        """What the header of a file with these tensors and strings has that was not written, or lacks."""
+        """What the header of a file with these tensors and strings has that was not written, or lacks.
+
+        A string that was added is no damage: tools that sort models leave titles and pictures there.
+        """
         names = set(names)
         found = [f"tensor {name} is gone" for name in sorted(self.tensors.keys() - names)]
         found += [f"tensor {name} was not written with the others" for name in sorted(names - self.tensors.keys())]
-        for key in sorted(self.strings.keys() | strings.keys()):
+        for key, written in sorted(self.strings.items()):
             if key not in strings:
                 found.append(f"{key} in the header is gone")
-            elif self.strings.get(key) != checksum(strings[key].encode(), key):
+            elif written != checksum(strings[key].encode(), key):
                 found.append(f"{key} in the header is not what was written")
         return found
 
