@@ -32,14 +32,12 @@ class ModelState:
     layers    weight key -> 4-bit layer
     store     factored terms of the LoRAs
     snapshot  of the last load; None while nothing is loaded
-    room      bytes of LoRAs inside the host's count of a partly loaded model
     unhooked  weight key -> what a layer had before a hook's LoRAs took its place
     """
 
     layers: Mapping[str, SVDQuantLinear]
     store: FactorStore = field(default_factory=FactorStore)
     snapshot: LoadSnapshot | None = None
-    room: int = 0
     unhooked: dict[str, LayerLoras | None] = field(default_factory=dict)
 
     @classmethod

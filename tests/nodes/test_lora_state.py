@@ -113,7 +113,7 @@ def test_half_loaded_is_the_same_model_with_every_kind(plain, weights, caplog):
         strong.partially_unload(strong.offload_device, 200_000)
     assert not any(module.weight_function for module in strong.packed_layers().values())
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert plain.model.svdquant.room == strong.lora_bytes() <= strong.loaded_size() < strong.model_size()
+    assert strong.lora_bytes() <= strong.loaded_size() < strong.model_size()
     assert torch.equal(forward(strong), whole)
     strong.detach()
     assert strong.loaded_size() == 0
@@ -228,3 +228,41 @@ def test_saving_says_that_the_loras_are_missing(plain, weights, caplog):
     strong = with_file(plain, lora_of(("lora",), weights), 1.0)
     comfy.model_management.load_models_gpu([strong], force_patch_weights=True)
     assert "SVDQuant Bake LoRA" in caplog.text
+
+
+def test_a_partly_loaded_models_loras_are_counted_beside_its_weights(plain, weights):
+    """The same room for weights with and without LoRAs: the host's own count of the weights, and the LoRAs on top."""
+    small, large = (with_file(plain, lora_of(("lora",), weights, seed), 1.0) for seed in (0, 1))
+    large = with_file(large, lora_of(KINDS, weights, 2), 1.0)
+    room = plain.model_size() // 2
+    plain.patch_model(plain.load_device, lowvram_model_memory=room)
+    alone = plain.loaded_size()
+    assert 0 < alone < room
+    plain.detach()
+    for _ in range(2):  # the second time on top of the first
+        small.patch_model(small.load_device, lowvram_model_memory=room + small.lora_bytes())
+        assert small.loaded_size() == alone + small.lora_bytes()
+    loaded_before = small.loaded_size()
+    assert large.partially_load(large.load_device, -1) == 0, "less room is given: LoRAs are swapped, weights leave"
+    assert large.loaded_size() <= loaded_before + large.lora_bytes() - small.lora_bytes()
+    assert len(loaded(large)) == len(weights)
+    large.detach()
+    assert plain.loaded_size() == 0
+
+
+def test_unloading_ends_what_a_hook_has_put_on(plain, weights, monkeypatch):
+    """Also where the host leaves its hooks alone, as the streaming patchers of newer hosts do."""
+    import comfy.hooks
+    from comfy.model_patcher import ModelPatcher
+
+    comfy.model_management.load_models_gpu([plain])
+    hooks = comfy.hooks.create_hook_lora(lora_of(("lora",), weights), 1.0, 0.0)
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    hooked = plain.clone()
+    hooked.register_all_hook_patches(hooks, target, {})
+    hooked.patch_hooks(hooks)
+    assert len(loaded(plain)) == len(weights) == len(plain.model.svdquant.unhooked)
+    unpatch = ModelPatcher.unpatch_model
+    monkeypatch.setattr(ModelPatcher, "unpatch_model", lambda self, *args, **kwargs: unpatch(self, None, False))
+    hooked.unpatch_model(plain.offload_device)
+    assert not loaded(plain) and not plain.model.svdquant.unhooked

@@ -193,3 +193,13 @@ def test_nan_outside_the_4bit_layers_is_named(tmp_path, bad):
         assert checkpoint.tensor("position_ids").tolist() == [0, 1, 2]
         with pytest.raises(CheckpointError, match=rf"^x.safetensors: {name} holds NaN or Inf"):
             checkpoint.tensor(name)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_zero_that_activations_are_divided_by_is_named(tmp_path, place):
+    tensors = native.encode_layer("b.0", random_layer("int4", 128, 128, 16, dtype=torch.bfloat16))
+    tensors["b.0.bias"] = torch.zeros(128)
+    tensors["b.0.smooth_factor"][place] = 0
+    checkpoint = open_checkpoint(save_model(tmp_path / "x.safetensors", tensors))
+    with pytest.raises(CheckpointError, match=r"^x.safetensors: layer 'b.0': smooth_factor holds a zero"):
+        checkpoint.layer("b.0")

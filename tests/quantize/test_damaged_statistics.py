@@ -52,7 +52,7 @@ def test_a_part_of_another_form_is_refused_on_opening(damaged, part, edit):
 @pytest.mark.parametrize(
     ("part", "value"),
     [(part, bad) for part in ("tokens", "key", "absmax", "square", "sensitivity") for bad in BAD]
-    + [("tokens", 3e38), ("key", 2), ("stratum", 999), ("stratum", -1), ("hold", 7), ("count", -1), ("absmax", -1)],
+    + [("tokens", 3e38), ("key", 2), ("stratum", 64), ("stratum", -1), ("hold", 7), ("count", -1), ("absmax", -1)],
 )
 def test_numbers_that_no_run_has_written_are_refused_when_used(damaged, part, value):
     statistics = Statistics.open(damaged(part, first(value)))
