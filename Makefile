@@ -8,10 +8,12 @@
 #   make bench        measure the layers
 #   make fuzz         50,000 damaged checkpoints through the readers
 #   make fuzz         read 50,000 damaged files
+#   make mutants      change the code in 300 places, one at a time, and see whether the tests notice: hours
 #
 #   VENV=...          another virtual environment (missing packages are installed into it)
 #   COMFYUI_PATH=...  a ComfyUI source tree to use instead of a downloaded one
 #   WORKERS=2         processes that the tests are spread over
+#   MUTANTS=...       options of tests/mutants.py, such as --seed 2 or --again
 
 VENV ?= .venv
 COMFYUI_PATH ?=
@@ -21,11 +23,13 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch torchvision,torch==2.13.0 tor
 
 PYTHON := "$(VENV)/bin/python"
 OLDEST := .venv-oldest
-WITH_HOST := COMFYUI_PATH="$(or $(COMFYUI_PATH),$(CURDIR)/.host/ComfyUI)" $(PYTHON)
+MUTATOR := .venv-mutants
+HOST_PATH := COMFYUI_PATH="$(or $(COMFYUI_PATH),$(CURDIR)/.host/ComfyUI)"
+WITH_HOST := $(HOST_PATH) $(PYTHON)
 PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile --timeout 900 # a test that hangs ends the run, and its server
 FAST := not slow and not network
 
-.PHONY: venv install install-oldest host lint types check test test-oldest test-all demo bench fuzz clean
+.PHONY: venv install install-oldest host lint types check test test-oldest test-all demo bench fuzz mutants clean
 
 # What was installed is compared by a recipe, because make cannot name a file whose path has a space.
 LISTS := { cat requirements.txt tests/requirements.txt tests/tools.txt tests/host/requirements.txt; echo "$(TORCH)"; }
@@ -57,8 +61,8 @@ types: venv
 	$(PYTHON) tests/typecheck.py
 
 # torch's threads are to sleep while they wait: spinning starves them on a machine with few cores
-check test test-oldest: export OMP_WAIT_POLICY ?= PASSIVE
-check test test-oldest: export OMP_NUM_THREADS ?= 1
+check test test-oldest mutants: export OMP_WAIT_POLICY ?= PASSIVE
+check test test-oldest mutants: export OMP_NUM_THREADS ?= 1
 
 check: lint
 	$(PYTHON) $(PYTEST) -m "$(FAST)"
@@ -81,6 +85,13 @@ bench: venv
 fuzz: venv
 	SVDQUANT_FUZZ=50000 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(WORKERS) tests/quantize/test_fuzz.py
 
+mutants: host
+	test -x $(MUTATOR)/bin/python || python3 -m venv $(MUTATOR)
+	cmp -s tests/mutants.txt $(MUTATOR)/.svdquant-installed || \
+	$(MUTATOR)/bin/python -m pip install --quiet -r tests/mutants.txt
+	cp tests/mutants.txt $(MUTATOR)/.svdquant-installed
+	$(HOST_PATH) $(MUTATOR)/bin/python tests/mutants.py --python $(PYTHON) $(MUTANTS)
+
 clean:
-	rm -rf .venv $(OLDEST) .host demo .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv $(OLDEST) $(MUTATOR) .mutants .host demo .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

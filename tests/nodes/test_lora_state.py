@@ -10,6 +10,7 @@ pytest.importorskip("comfy.lora", reason="no ComfyUI: set COMFYUI_PATH")
 
 import comfy.model_management
 
+from svdquant_pack.nodes.host.lora_groups import layer_name
 from svdquant_pack.nodes.host.model import load_model
 from svdquant_pack.quantize.lora.deltas import LoraError
 from svdquant_pack.tests.nodes.lora_files import KINDS, lora_of, with_file
@@ -266,3 +267,60 @@ def test_unloading_ends_what_a_hook_has_put_on(plain, weights, monkeypatch):
     monkeypatch.setattr(ModelPatcher, "unpatch_model", lambda self, *args, **kwargs: unpatch(self, None, False))
     hooked.unpatch_model(plain.offload_device)
     assert not loaded(plain) and not plain.model.svdquant.unhooked
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_layers_loras_leave_the_device_with_it_unless_the_host_streams(plain, weights, streamed):
+    strong = with_file(plain, lora_of(("lora",), weights), 0.7)
+    strong.is_dynamic = lambda: streamed  # what newer hosts ask
+    output = forward(strong)
+    module = loaded(strong)[0]
+    assert module.loras_stay == streamed and module._loaded is not None
+    home = module.weight
+    module.weight = torch.nn.Parameter(home.to("meta"), requires_grad=False)
+    module.leave_device()
+    assert (module._loaded is not None) == streamed
+    module.weight = home
+    module.leave_device()
+    assert torch.equal(forward(strong), output)
+    forward(plain)
+    assert not module.loras_stay and module._loaded is None
+
+
+@pytest.mark.parametrize("count", [1, 5, 7])
+def test_every_layer_that_refuses_is_counted_and_five_are_named(plain, weights, count):
+    from comfy.weight_adapter import LoRAAdapter
+
+    keys = list(weights)[:count]
+    wrong = {key: (torch.ones(weights[key].shape[0], 4), torch.ones(4, 3), 1.0, None, None, None) for key in keys}
+    bad = plain.clone()
+    bad.add_patches({key: LoRAAdapter(set(), factors) for key, factors in wrong.items()}, 1.0)
+    with pytest.raises(LoraError, match=f"^{count} 4-bit layers have a patch that cannot be applied") as caught:
+        bad.layer_loras()
+    said = str(caught.value)
+    assert [layer_name(key) in said for key in keys] == [place < 5 for place in range(count)]
+    assert ("(and 2 more layers)" in said) == (count == 7) and ("more layers" in said) == (count == 7)
+    assert not forward(plain).isnan().any()
+
+
+def test_parts_of_a_four_bit_layer_are_not_patched(plain, weights):
+    key = next(iter(weights))
+    part = key.removesuffix("weight") + "proj_up"
+    with pytest.raises(LoraError, match=f"^{layer_name(key)}.proj_up is a part of a 4-bit layer"):
+        plain.clone().add_patches({part: ("diff", (torch.ones(2, 2),))})
+    with pytest.raises(LoraError, match=f"^{layer_name(key)}: a 4-bit model cannot be merged"):
+        plain.clone().add_patches({(key, (0, 0, 4)): [torch.ones(2, 2)]})
+    with pytest.raises(LoraError, match="none of the keys in this LoRA belongs to this model"):
+        plain.clone().add_patches({})
+
+
+def test_limits_of_what_is_approximated_are_those_that_were_set(plain, weights):
+    from svdquant_pack.quantize.lora.fit import LoraLimits
+
+    strict = with_file(plain, lora_of(("diff",), weights), 1.0)
+    before = strict.patches_uuid
+    assert strict.lora_limits() == LoraLimits() and strict.layer_loras()
+    strict.set_lora_limits(LoraLimits(max_rank=16, max_lost=0.5))
+    assert strict.patches_uuid != before, "what is loaded was made under other limits"
+    assert strict.lora_limits() == strict.clone().lora_limits() == LoraLimits(max_rank=16, max_lost=0.5)
+    assert plain.lora_limits() == LoraLimits()
