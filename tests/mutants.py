@@ -29,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,7 +104,8 @@ def silent(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 def compiles(code: str | None, source: str) -> bool:
     if code is None or code == source:
         return False
-    with contextlib.suppress(SyntaxError):
+    with contextlib.suppress(SyntaxError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         compile(code, "mutant", "exec", dont_inherit=True)
         return True
     return False
