@@ -219,3 +219,19 @@ def test_only_a_layer_that_keeps_a_shift_in_its_bias_needs_one(checkpoints):
             refused.add(name)
     assert refused == {name for name, spec in checkpoint.specs.items() if spec.act_unsigned != (0, 0)}
     assert 0 < len(refused) < len(checkpoint.specs)
+
+
+def test_what_the_host_lends_for_a_layer_is_given_back(checkpoints, monkeypatch):
+    """Hosts that stream wait for it before they put the next layer's bytes there; also where the layer failed."""
+    import comfy.ops
+
+    lent, back, cast, uncast = [], [], comfy.ops.cast_bias_weight, comfy.ops.uncast_bias_weight
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda *a, **k: (lent.append(cast(*a, **k)), lent[-1])[1])
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *a: (back.append(a[1:]), uncast(*a))[1])
+    module = next(iter(load_model(str(checkpoints["int4"])).packed_layers().values()))
+    module(torch.ones(2, module.in_features))
+    with pytest.raises(ValueError, match="x has shape"):
+        module(torch.ones(2, module.in_features + 1))
+    assert len(lent) == 2 and all(
+        one is other for a, b in zip(lent, back, strict=True) for one, other in zip(a, b, strict=True)
+    )

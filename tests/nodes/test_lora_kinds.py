@@ -256,3 +256,22 @@ def test_what_the_host_only_complains_of_is_an_error(pair):
     patched.add_patches({(key, None, torch.tanh): broken}, 1.0)
     with pytest.raises(LoraError, match=r"the patch of kind 'lora': ComfyUI cannot apply it \(.+\)"):
         patched.layer_loras()
+
+
+@pytest.mark.parametrize("apart", ["w1", "w2", "both", "neither"])
+def test_alpha_of_a_lokr_is_over_the_rank_of_what_is_taken_apart(pair, apart):
+    """Of the right factor where both are, and nothing where none is: as the host has it."""
+    key, weight = next(iter(dense_weights(*pair).items()))
+    n, k = weight.shape
+    noise = torch.Generator().manual_seed(11)
+    made = {"alpha": torch.tensor(3.0)}
+    for name, shape, rank in (("w1", (8, 8), 2), ("w2", (n // 8, k // 8), 5)):
+        if apart in (name, "both"):
+            made[f"lokr_{name}_a"] = 0.2 * torch.randn(shape[0], rank, generator=noise)
+            made[f"lokr_{name}_b"] = torch.randn(rank, shape[1], generator=noise)
+        else:
+            made[f"lokr_{name}"] = 0.2 * torch.randn(*shape, generator=noise)
+    file = {f"{key.removesuffix('weight')}{name}": tensor for name, tensor in made.items()}
+    patched = [with_file(patcher, file, 0.6) for patcher in pair]
+    assert layer_errors(*patched)[key] < EXACT
+    assert layer_errors(pair[0], patched[1])[key] > 0.01

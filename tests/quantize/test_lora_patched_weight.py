@@ -154,6 +154,7 @@ def test_narrow_slices_share_a_block(packed):
     weight = weight_of(packed)
     assert weight.loras(terms).rank == 16
     assert [note.columns for note in weight.notes] == [16, 0, 0]
+    assert [note.milliseconds > 0 for note in weight.notes] == [True, False, False], "counted once"
     wanted = dense(packed)
     for place, form in enumerate(forms):
         wanted[32 * place : 32 * place + 32] += 0.8 * 0.5 * form.up @ form.down
