@@ -275,3 +275,11 @@ def test_alpha_of_a_lokr_is_over_the_rank_of_what_is_taken_apart(pair, apart):
     patched = [with_file(patcher, file, 0.6) for patcher in pair]
     assert layer_errors(*patched)[key] < EXACT
     assert layer_errors(pair[0], patched[1])[key] > 0.01
+
+
+def test_what_has_an_exact_form_is_never_approximated(pair):
+    notes, strict = {}, with_file(pair[0], lora_of(EXACT_KINDS, dense_weights(*pair)), 1.0)
+    strict.set_lora_limits(LoraLimits(max_rank=16, max_lost=0.0))
+    strict.layer_loras(notes=notes)
+    assert notes.keys() == strict.packed_layers().keys()
+    assert {note.kept for of_layer in notes.values() for note in of_layer} == {1.0}
