@@ -159,3 +159,19 @@ def test_a_split_is_the_best_approximation_of_its_rank(shape):
     wide = lowrank.split(matrix[:8], 16, 0)
     assert wide[0].shape == (shape[1], 16) and not wide[0][:, 8:].any()
     torch.testing.assert_close(wide[1] @ wide[0].T, matrix[:8], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(40, 200), (200, 40)])
+def test_where_probes_would_save_nothing_the_split_is_exact(shape):
+    """Singular values that hardly fall are what random probes find worst."""
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(4))
+    exact, found, probed = (
+        (matrix - up @ down.T).norm().item()
+        for down, up in (lowrank.split_exactly(matrix, 12), lowrank.split(matrix, 12, 0), _by_probes(matrix, 12))
+    )
+    assert found == pytest.approx(exact, rel=1e-6) and probed > (1 + 1e-5) * exact, "else nothing could be told apart"
+
+
+def _by_probes(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    u, s, v = lowrank.randomized_svd(matrix, rank + lowrank.OVERSAMPLING, lowrank.POWER_STEPS, 0)
+    return v[:, :rank], u[:, :rank] * s[:rank]
