@@ -106,6 +106,12 @@ def test_a_kronecker_product_on_a_slice(offset):
     assert torch.equal(delta.dense(N, K).narrow(*offset), torch.kron(noise(8, 8), noise(n // 8, k // 8)))
 
 
+def test_a_batch_as_long_as_a_slice_is_no_slice():
+    delta = kronecker((noise(8, 8),), (noise(12, 24),), (0, 0, 96), (N, K))
+    x, y = noise(2, 96, K), noise(2, 96, N)
+    assert close(delta.add_to(y, x, 0.5), y + 0.5 * x @ delta.dense(N, K).T)
+
+
 @pytest.mark.parametrize("axis", ["rows", "cols"])
 def test_dora_is_the_formula(axis):
     weight, delta = noise(N, K), 0.1 * noise(N, K, seed=1)
