@@ -324,3 +324,61 @@ def test_limits_of_what_is_approximated_are_those_that_were_set(plain, weights):
     assert strict.patches_uuid != before, "what is loaded was made under other limits"
     assert strict.lora_limits() == strict.clone().lora_limits() == LoraLimits(max_rank=16, max_lost=0.5)
     assert plain.lora_limits() == LoraLimits()
+
+
+def image_input(seed: int) -> dict[str, torch.Tensor]:
+    """A LoRA of a 16-bit layer, which the host patches itself."""
+    noise = torch.Generator().manual_seed(seed)
+    factors = {"lora_up": torch.randn(128, 4, generator=noise), "lora_down": torch.randn(4, 64, generator=noise)}
+    return {f"diffusion_model.img_in.{name}.weight": factor for name, factor in factors.items()}
+
+
+def test_the_short_way_is_taken_where_the_16bit_layers_stay_as_they_are_and_only_there(plain, weights, monkeypatch):
+    from comfy.model_patcher import ModelPatcher
+
+    base = with_file(plain, image_input(1), 0.1)
+    weak, strong = (with_file(base, lora_of(("lora",), weights), strength) for strength in (0.2, 0.9))
+    twice = with_file(strong, image_input(2), 0.1)
+    fresh = {}
+    for name, patcher in (("weak", weak), ("strong", strong), ("twice", twice)):
+        fresh[name] = forward(patcher)
+        comfy.model_management.unload_all_models()
+    loads, load = [], ModelPatcher.load
+    monkeypatch.setattr(ModelPatcher, "load", lambda *args, **kwargs: (loads.append(args), load(*args, **kwargs))[1])
+    for name, patcher, anew in (("weak", weak, 1), ("strong", strong, 0), ("twice", twice, 1), ("strong", strong, 1)):
+        loads.clear()
+        assert torch.equal(forward(patcher), fresh[name]), name
+        assert len(loads) == anew, name
+
+
+def test_an_unloaded_model_keeps_no_file_in_memory(plain, weights):
+    import weakref
+
+    file = image_input(3)
+    alive = [weakref.ref(tensor) for tensor in file.values()]
+    strong = with_file(plain, file, 0.1)
+    forward(strong)
+    comfy.model_management.unload_all_models()
+    del strong, file
+    gc.collect()
+    assert not any(ref() is not None for ref in alive)
+
+
+def test_loras_that_are_swapped_in_place_take_a_hooks_place(plain, weights):
+    """A run that was stopped may leave its hook on."""
+    import comfy.hooks
+
+    strong = with_file(plain, lora_of(("lora",), weights), 0.7)
+    wanted = forward(strong)
+    forward(plain)
+    hooks = comfy.hooks.create_hook_lora(lora_of(("lora",), weights, 4), 1.0, 0.0)
+    hooked = plain.clone()
+    hooked.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
+    hooked.patch_hooks(hooks)
+    before = [module.loras for module in loaded(plain)]
+    hooked.unpatch_hooks({"another.weight"})
+    assert [module.loras for module in loaded(plain)] == before, "only others were to go"
+    comfy.model_management.load_models_gpu([strong])
+    assert not plain.model.svdquant.unhooked
+    hooked.patch_hooks(None)
+    assert torch.equal(forward(strong), wanted)
