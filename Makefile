@@ -8,7 +8,7 @@
 #   make bench        measure the layers
 #   make fuzz         50,000 damaged checkpoints through the readers
 #   make fuzz         read 50,000 damaged files
-#   make mutants      change the code in 300 places, one at a time, and see whether the tests notice: hours
+#   make mutants      change the code in 300 places, one at a time, and see whether the tests notice
 #
 #   VENV=...          another virtual environment (missing packages are installed into it)
 #   COMFYUI_PATH=...  a ComfyUI source tree to use instead of a downloaded one
