@@ -283,3 +283,15 @@ def test_what_has_an_exact_form_is_never_approximated(pair):
     strict.layer_loras(notes=notes)
     assert notes.keys() == strict.packed_layers().keys()
     assert {note.kept for of_layer in notes.values() for note in of_layer} == {1.0}
+
+
+def test_a_function_that_mixes_columns_a_little_is_not_taken_for_one_on_rows(pair):
+    from comfy.weight_adapter import LoRAAdapter
+
+    key, weight = next(iter(dense_weights(*pair).items()))
+    made = tensors_of("lora", weight, 3)
+    adapter = LoRAAdapter(set(), (made["lora_up.weight"], made["lora_down.weight"], 2.0, None, None, None))
+    patched = [patcher.clone() for patcher in pair]
+    for patcher in patched:
+        patcher.add_patches({(key, None, lambda delta: delta + 0.02 * delta.roll(1, 1)): adapter}, 0.9)
+    assert layer_errors(*patched)[key] < FITTED

@@ -286,3 +286,13 @@ def test_terms_are_told_apart_as_objects_and_stay_as_they_are(kind):
     assert one != other and len({one, other}) == 2
     with pytest.raises(AttributeError):
         setattr(one, next(iter(names)), None)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("starts", [(0, 32), (32, 0), (0, 96)])
+def test_slices_share_a_block_in_any_order_and_up_to_the_edge(dim, starts):
+    sizes = (32, K) if dim == 0 else (N, 32)
+    terms = [term(lora(*sizes, seed=start), offset=(dim, start, 32)) for start in starts]
+    assert len(grouped(terms)) == 1
+    overlapping = term(lora(*sizes), offset=(dim, starts[0] + 31, 32))
+    assert len(grouped([terms[0], overlapping])) == len(grouped([overlapping, terms[0]])) == 2

@@ -267,3 +267,15 @@ def test_the_expected_noise_is_that_of_rounding_both_factors(layer, gptq):
     )
     assert 0.5 < found.activation.item() / of_act < 2.2
     assert 0.4 < (found.total - found.activation).item() / (of_weight * (0.5 if gptq else 1)) < 2.5
+
+
+def test_the_search_starts_from_the_best_of_its_rules(layer):
+    spec = spec_of(layer, "int4", rank=0)
+    inputs = smooth.Inputs.of(LayerInput.plain(layer.calibration, spec, torch.device("cpu")).whole())
+    model, spans = smooth.NoiseModel.of(spec, torch.device("cpu"), True), (inputs.absmax, layer.weight.abs().amax(0))
+    rules = [smooth.from_spans(*spans, a, b) for a, b in ((0.0, 0.0), (0.5, 0.0), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3))]
+    costs = [
+        model.cost((rule / rule.log().mean().exp()).clamp(1e-2, 1e2).log(), inputs, layer.weight) for rule in rules
+    ]
+    found = smooth.search([layer.weight], inputs, spec, 0, 0)
+    assert model.cost(found.log(), inputs, layer.weight) <= min(costs) * 1.00001 < max(costs)

@@ -193,3 +193,14 @@ def test_no_more_runs_than_the_header_has_room_for(tmp_path):
     with pytest.raises(StatisticsError, match="no room for more runs"):
         statistics.add_run(id="x", note="y" * (1 << 18))
     assert not Statistics.open(tmp_path / "s.safetensors").metadata.get("runs")
+
+
+def test_a_group_has_the_statistics_of_whichever_layer_was_watched(tmp_path):
+    statistics = new(tmp_path / "s.safetensors")
+    assert statistics.of_group(["not", "b", "a"]) is statistics.entries["b"]
+    assert statistics.of_group(["c"]) is statistics.entries["a"] and statistics.of_group(["not"]) is None
+
+
+def test_rows_that_are_no_sequence_of_the_batch_are_one_stratum():
+    for call, shape in ((ModelCall(0, 4, (0, 1), 6), (6, K)), (ModelCall(0, 4, (0, 1), 4), (2, 8, K))):
+        assert not call.strata(shape).any()
