@@ -10,10 +10,12 @@
 #   make kills        50 kills at random instants, of commands and of ComfyUI's server
 #   make soak         300 prompts from several clients to a real ComfyUI, with faults; SVDQUANT_SOAK=1000 for more
 #   make audit        licences and known vulnerabilities of what users are asked to install
+#   make mutants      change the code in 300 places, one at a time, and see whether the tests notice
 #
 #   VENV=...          another virtual environment (missing packages are installed into it)
 #   COMFYUI_PATH=...  a ComfyUI source tree to use instead of a downloaded one
 #   WORKERS=2         processes that the tests are spread over
+#   MUTANTS=...       options of tests/mutants.py, such as --seed 2 or --again
 
 VENV ?= .venv
 COMFYUI_PATH ?=
@@ -24,11 +26,14 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch torchvision,torch==2.13.0 tor
 PYTHON := "$(VENV)/bin/python"
 OLDEST := .venv-oldest
 AUDIT := .venv-audit
-WITH_HOST := COMFYUI_PATH="$(or $(COMFYUI_PATH),$(CURDIR)/.host/ComfyUI)" $(PYTHON)
+MUTATOR := .venv-mutants
+HOST_PATH := COMFYUI_PATH="$(or $(COMFYUI_PATH),$(CURDIR)/.host/ComfyUI)"
+WITH_HOST := $(HOST_PATH) $(PYTHON)
 PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile --timeout 900 # a test that hangs ends the run, and its server
 FAST := not slow and not network
 
-.PHONY: venv install install-oldest host lint types check test test-oldest test-all demo bench fuzz kills soak audit clean
+.PHONY: venv install install-oldest host lint types check test test-oldest test-all demo bench fuzz kills soak audit \
+mutants clean
 
 # What was installed is compared by a recipe, because make cannot name a file whose path has a space.
 LISTS := { cat requirements.txt tests/requirements.txt tests/tools.txt tests/host/requirements.txt; echo "$(TORCH)"; }
@@ -60,8 +65,8 @@ types: venv
 	$(PYTHON) tests/typecheck.py
 
 # torch's threads are to sleep while they wait: spinning starves them on a machine with few cores
-check test test-oldest soak: export OMP_WAIT_POLICY ?= PASSIVE
-check test test-oldest soak: export OMP_NUM_THREADS ?= 1
+check test test-oldest soak mutants: export OMP_WAIT_POLICY ?= PASSIVE
+check test test-oldest soak mutants: export OMP_NUM_THREADS ?= 1
 
 check: lint
 	$(PYTHON) $(PYTEST) -m "$(FAST)"
@@ -100,6 +105,13 @@ audit:
 	$(AUDIT)/bin/python -m pip install --quiet --upgrade --target $(AUDIT)/users -r requirements.txt
 	$(AUDIT)/bin/python tests/audit.py $(AUDIT)/users
 
+mutants: host
+	test -x $(MUTATOR)/bin/python || python3 -m venv $(MUTATOR)
+	cmp -s tests/mutants.txt $(MUTATOR)/.svdquant-installed || \
+	$(MUTATOR)/bin/python -m pip install --quiet -r tests/mutants.txt
+	cp tests/mutants.txt $(MUTATOR)/.svdquant-installed
+	$(HOST_PATH) $(MUTATOR)/bin/python tests/mutants.py --python $(PYTHON) $(MUTANTS)
+
 clean:
-	rm -rf .venv $(OLDEST) $(AUDIT) .host demo .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv $(OLDEST) $(AUDIT) $(MUTATOR) .mutants .host demo .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

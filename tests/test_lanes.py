@@ -23,6 +23,15 @@ def test_every_lane_named_in_the_readme_is_a_target():
     assert {"check", "test", "test-oldest"} <= set(named) <= set(targets)
 
 
+def test_what_the_map_of_mutants_names_exists():
+    """A test that was renamed would be left out, or run although it is too slow."""
+    named = re.findall(r'"(?:--deselect=)?([\w/.]+\.py)(?:::(\w+))?', (ROOT / "tests" / "mutants.toml").read_text())
+    assert len(named) > 20
+    for path, name in named:
+        assert (ROOT / path).is_file(), path
+        assert not name or f"def {name}(" in (ROOT / path).read_text(), name
+
+
 def test_the_install_line_names_one_folder():
     """`.ci/run` runs everything in a folder of this name."""
     found = set(re.findall(r"custom_nodes/([A-Za-z0-9._-]+)", (ROOT / "README.md").read_text()))

@@ -94,7 +94,7 @@ def product(x: torch.Tensor, layer: Layer, compute: str) -> torch.Tensor:
         act = eight_bit.decode_groups(*eight_bit.quantize_groups(_smoothed(x, layer)))
     else:
         act = smooth_activation(x, layer, layer.tensors.get("act_mean") if compute == "w4a4" else None)
-        if compute == "w4a4" and x.shape[0]:
+        if compute == "w4a4":
             act = rounded(act, spec)
     return act.to(wide) @ decoded_weight(layer).to(wide).T
 

@@ -181,8 +181,6 @@ class SVDQuantPatcher(ModelPatcher):
         state.show_shapes(False)
         self._take_hooked_off()
         self._show(loras)
-        self.model.model_loaded_weight_memory -= state.room  # hosts differ in who starts from nothing
-        state.room = 0
         budget = max(lowvram_model_memory - room, 0.1) if lowvram_model_memory else 0
         try:
             with self._hidden_patches():
@@ -192,7 +190,6 @@ class SVDQuantPatcher(ModelPatcher):
             raise
         if self.model.model_lowvram:  # a whole load has counted them already, as part of model_size
             self.model.model_loaded_weight_memory += room
-            state.room = room
         state.snapshot = self._now()
         return result
 
@@ -209,8 +206,6 @@ class SVDQuantPatcher(ModelPatcher):
             self._show(loras)
             now = self._now()
             self.model.model_loaded_weight_memory += now.nbytes - before.nbytes
-            if self.model.model_lowvram:
-                state.room += now.nbytes - before.nbytes
             state.snapshot = now
             self.model.current_weight_patches_uuid = self.patches_uuid
         return super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights, **kwargs)
@@ -250,9 +245,8 @@ class SVDQuantPatcher(ModelPatcher):
         self._state.show_shapes(False)
         result = super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
-            state = self._state
-            state.unhooked.clear()
-            state.snapshot, state.room = None, 0
+            self._state.unhooked.clear()
+            self._state.snapshot = None
             self._show({})
         return result
 

@@ -34,7 +34,6 @@ class ModelState:
     path      of the file
     store     factored terms of the LoRAs
     snapshot  of the last load; None while nothing is loaded
-    room      bytes of LoRAs inside the host's count of a partly loaded model
     unhooked  weight key -> what a layer had before a hook's LoRAs took its place
     shapes_shown  whether the layers' weights read as tensors (N, K): from a call that announces training until a load
     """
@@ -43,7 +42,6 @@ class ModelState:
     path: Path | None = None
     store: FactorStore = field(default_factory=FactorStore)
     snapshot: LoadSnapshot | None = None
-    room: int = 0
     unhooked: dict[str, LayerLoras | None] = field(default_factory=dict)
     shapes_shown: bool = False
 

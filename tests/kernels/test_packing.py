@@ -29,3 +29,10 @@ def test_the_even_column_is_the_low_nibble():
 def test_an_odd_width_is_refused():
     with pytest.raises(ValueError, match="must be even"):
         pack(torch.zeros(2, 3, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
+def test_codes_may_come_in_any_integer_dtype(dtype):
+    codes = torch.arange(-8, 8, dtype=dtype)
+    assert torch.equal(pack(codes), pack(codes.to(torch.int8)))
+    assert torch.equal(sign_extend(unpack(pack(codes)).to(dtype)), codes.to(torch.int8))

@@ -55,12 +55,14 @@ def demo_model(demo_file):
 
 @pytest.fixture(scope="session")
 def checkpoints(demo_model, tmp_path_factory) -> dict[str, Path]:
-    """format -> 4-bit checkpoint of the demo model at rank 16."""
+    """format -> 4-bit checkpoint of the demo model at rank 16; where SVDQUANT_CHECKPOINTS is set, an earlier run's."""
     from svdquant_pack.nodes.host.source import ModelSource
     from svdquant_pack.quantize.maker.model import quantize_model
     from svdquant_pack.quantize.recipe import Recipe
 
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for format in ("int4", "nvfp4"):
-        quantize_model(ModelSource(demo_model), folder / f"{format}.safetensors", Recipe(format=format, rank=16))
-    return {format: folder / f"{format}.safetensors" for format in ("int4", "nvfp4")}
+    folder = Path(os.environ.get("SVDQUANT_CHECKPOINTS") or tmp_path_factory.mktemp("checkpoints"))
+    made = {format: folder / f"{format}.safetensors" for format in ("int4", "nvfp4")}
+    for format, path in made.items():
+        if not path.exists():
+            quantize_model(ModelSource(demo_model), path, Recipe(format=format, rank=16))
+    return made

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from svdquant_pack.kernels import COMPUTES
 from svdquant_pack.nodes.host import describe, files
 from svdquant_pack.nodes.host.describe import describe_model
-from svdquant_pack.nodes.host.linear import SVDQuantLinear
+from svdquant_pack.nodes.host.linear import SVDQuantLinear, operations
 from svdquant_pack.nodes.host.model import load_model
 from svdquant_pack.nodes.host.source import ModelSource
 from svdquant_pack.nodes.model_info import SVDQuantModelInfo
@@ -226,3 +226,56 @@ def test_every_node_explains_itself(name):
     for group in node.INPUT_TYPES().values():
         for entry in group.values():
             assert entry[1]["tooltip"].endswith("."), f"{name}: every input has a tooltip"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_that_is_not_four_bit_is_an_ordinary_linear(bias):
+    layer, stored = SVDQuantLinear(8, 4, bias, dtype=torch.bfloat16), {"weight": torch.randn(4, 8)}
+    stored |= {"bias": torch.randn(4)} if bias else {}
+    assert not layer.load_state_dict(stored).missing_keys
+    held, x = {name: tensor.bfloat16() for name, tensor in stored.items()}, torch.randn(3, 8)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, *(tensor.float() for tensor in held.values())))
+    saved, kept = layer.state_dict(), layer.state_dict(keep_vars=True)
+    assert saved.keys() == kept.keys() == stored.keys()
+    assert all(torch.equal(saved[name], held[name]) and kept[name] is getattr(layer, name) for name in stored)
+    assert layer.load_state_dict({}, strict=False).missing_keys == list(stored)
+    with pytest.raises(RuntimeError, match=r"weight has shape \(4, 9\), this model needs \(4, 8\)"):
+        layer.load_state_dict(stored | {"weight": torch.zeros(4, 9)})
+    layer.load_state_dict(stored, assign=True)
+    assert layer.weight.dtype == torch.float32 and layer.weight.data_ptr() == stored["weight"].data_ptr()
+
+
+def test_what_is_saved_of_a_four_bit_layer_is_no_parameter_unless_asked_for(checkpoints):
+    module = next(iter(load_model(str(checkpoints["int4"])).packed_layers().values()))
+    assert module.state_dict(keep_vars=True)["bias"] is module.bias
+    assert not isinstance(module.state_dict()["bias"], torch.nn.Parameter)
+    assert torch.equal(module.state_dict()["bias"], module.bias)
+
+
+def test_only_a_layer_that_keeps_a_shift_in_its_bias_needs_one(checkpoints):
+    checkpoint, refused = open_checkpoint(checkpoints["int4"]), set()
+    for name, spec in checkpoint.specs.items():
+        module = operations(checkpoint, "auto").Linear(spec.k, spec.n, bias=False)
+        try:
+            module._load_from_state_dict({}, f"{name}.", {}, True, [], [], [])
+        except CheckpointError as error:
+            assert f"layer {name!r} keeps the shift of its unsigned activations in its bias" in str(error)
+            refused.add(name)
+    assert refused == {name for name, spec in checkpoint.specs.items() if spec.act_unsigned != (0, 0)}
+    assert 0 < len(refused) < len(checkpoint.specs)
+
+
+def test_what_the_host_lends_for_a_layer_is_given_back(checkpoints, monkeypatch):
+    """Hosts that stream wait for it before they put the next layer's bytes there; also where the layer failed."""
+    import comfy.ops
+
+    lent, back, cast, uncast = [], [], comfy.ops.cast_bias_weight, comfy.ops.uncast_bias_weight
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda *a, **k: (lent.append(cast(*a, **k)), lent[-1])[1])
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *a: (back.append(a[1:]), uncast(*a))[1])
+    module = next(iter(load_model(str(checkpoints["int4"])).packed_layers().values()))
+    module(torch.ones(2, module.in_features))
+    with pytest.raises(ValueError, match="x has shape"):
+        module(torch.ones(2, module.in_features + 1))
+    assert len(lent) == 2 and all(
+        one is other for a, b in zip(lent, back, strict=True) for one, other in zip(a, b, strict=True)
+    )

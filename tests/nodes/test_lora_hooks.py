@@ -176,3 +176,20 @@ def test_another_model_as_a_lora_is_refused_by_name(pair, demo_model):
     strict.set_lora_limits(LoraLimits(max_rank=16))
     with pytest.raises(LoraError, match=r"'model_as_lora'.*keep \d+\.\d% of its energy"):
         sample(strict, positive, prompt())
+
+
+def test_a_hook_reaches_16bit_and_4bit_layers_alike(pair):
+    weights = dense_weights(*pair)
+    noise = torch.Generator().manual_seed(5)
+    file = {
+        "diffusion_model.img_in.lora_up.weight": 0.3 * torch.randn(128, 4, generator=noise),
+        "diffusion_model.img_in.lora_down.weight": torch.randn(4, 64, generator=noise),
+    }
+    outputs, apart = [], []
+    for patcher in pair:
+        positive = comfy.hooks.set_hooks_for_conditioning(prompt(), hook_of({**lora_of(KINDS, weights), **file}, 0.9))
+        without = comfy.hooks.set_hooks_for_conditioning(prompt(), hook_of(lora_of(KINDS, weights), 0.9))
+        outputs.append(sample(patcher, positive, prompt()))
+        apart.append(relative(outputs[-1], sample(patcher, without, prompt())))
+    assert relative(*outputs) < EXACT and min(apart) > 100 * EXACT
+    assert_hooks_gone(pair[0])

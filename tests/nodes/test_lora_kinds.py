@@ -208,3 +208,90 @@ def test_every_family_takes_every_kind(name, tmp_path):
         assert errors[worst] < FITTED, worst
         assert min(layer_errors(pair[0], patched[1]).values()) > 1e-3, "every layer changes"
     assert dealt == set(KINDS), "the model has too few layers to show every kind"
+
+
+def test_a_lora_at_strength_0_beside_another_comes_back(pair):
+    weights = dense_weights(*pair)
+    first, second = (lora_of(("lora",), weights, seed) for seed in (5, 6))
+    for strengths in ((0.8, 0.0), (0.8, -0.3), (0.0, 0.5)):
+        patched = [with_file(with_file(patcher, first, strengths[0]), second, strengths[1]) for patcher in pair]
+        assert_equal_and_moved(pair, patched, EXACT)
+
+
+def test_the_short_way_to_another_strength_is_the_long_way(pair):
+    """Plain LoRAs of whole weights take it, everything else is looked at again; both give the dense model's output."""
+    from svdquant_pack.nodes.host.patch import known_loras
+
+    weights = dense_weights(*pair)
+    store = pair[0].model.svdquant.store
+    for file, short in (
+        (lora_of(("lora",), weights, 7), True),
+        (slices_of(pair[0], 7), False),
+        (lora_of(("dora_out", "locon_mid", "loha"), weights, 7), False),
+    ):
+        for strength in (0.7, -0.4):
+            patched = [with_file(patcher, file, strength) for patcher in pair]
+            assert max(layer_errors(*patched).values()) < EXACT
+            known = [known_loras(store, key, patched[0].patches[key]) for key in patched[0].layer_loras()]
+            assert all((loras is not None) == short for loras in known)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "lokr_low"])
+def test_dora_of_every_kind_that_has_it(pair, kind):
+    key, weight = next(iter(dense_weights(*pair).items()))
+    made = {f"{key.removesuffix('.weight')}.{name}": tensor for name, tensor in tensors_of(kind, weight, 8).items()}
+    made[f"{key.removesuffix('.weight')}.dora_scale"] = weight.norm(dim=1, keepdim=True) * 1.1
+    patched = [with_file(patcher, made, 0.8) for patcher in pair]
+    assert layer_errors(*patched)[key] < EXACT
+    assert layer_errors(pair[0], patched[1])[key] > 0.05, "the magnitude alone is a tenth more"
+
+
+def test_what_the_host_only_complains_of_is_an_error(pair):
+    """Its adapters log and leave the weight as it was: a picture without the LoRA, and nobody knows why."""
+    from comfy.weight_adapter import LoRAAdapter
+
+    key, weight = next(iter(dense_weights(*pair).items()))
+    broken = LoRAAdapter(set(), (torch.ones(weight.shape[0], 4), torch.ones(4, 3), 1.0, None, None, None))
+    patched = pair[0].clone()
+    patched.add_patches({(key, None, torch.tanh): broken}, 1.0)
+    with pytest.raises(LoraError, match=r"the patch of kind 'lora': ComfyUI cannot apply it \(.+\)"):
+        patched.layer_loras()
+
+
+@pytest.mark.parametrize("apart", ["w1", "w2", "both", "neither"])
+def test_alpha_of_a_lokr_is_over_the_rank_of_what_is_taken_apart(pair, apart):
+    """Of the right factor where both are, and nothing where none is: as the host has it."""
+    key, weight = next(iter(dense_weights(*pair).items()))
+    n, k = weight.shape
+    noise = torch.Generator().manual_seed(11)
+    made = {"alpha": torch.tensor(3.0)}
+    for name, shape, rank in (("w1", (8, 8), 2), ("w2", (n // 8, k // 8), 5)):
+        if apart in (name, "both"):
+            made[f"lokr_{name}_a"] = 0.2 * torch.randn(shape[0], rank, generator=noise)
+            made[f"lokr_{name}_b"] = torch.randn(rank, shape[1], generator=noise)
+        else:
+            made[f"lokr_{name}"] = 0.2 * torch.randn(*shape, generator=noise)
+    file = {f"{key.removesuffix('weight')}{name}": tensor for name, tensor in made.items()}
+    patched = [with_file(patcher, file, 0.6) for patcher in pair]
+    assert layer_errors(*patched)[key] < EXACT
+    assert layer_errors(pair[0], patched[1])[key] > 0.01
+
+
+def test_what_has_an_exact_form_is_never_approximated(pair):
+    notes, strict = {}, with_file(pair[0], lora_of(EXACT_KINDS, dense_weights(*pair)), 1.0)
+    strict.set_lora_limits(LoraLimits(max_rank=16, max_lost=0.0))
+    strict.layer_loras(notes=notes)
+    assert notes.keys() == strict.packed_layers().keys()
+    assert {note.kept for of_layer in notes.values() for note in of_layer} == {1.0}
+
+
+def test_a_function_that_mixes_columns_a_little_is_not_taken_for_one_on_rows(pair):
+    from comfy.weight_adapter import LoRAAdapter
+
+    key, weight = next(iter(dense_weights(*pair).items()))
+    made = tensors_of("lora", weight, 3)
+    adapter = LoRAAdapter(set(), (made["lora_up.weight"], made["lora_down.weight"], 2.0, None, None, None))
+    patched = [patcher.clone() for patcher in pair]
+    for patcher in patched:
+        patcher.add_patches({(key, None, lambda delta: delta + 0.02 * delta.roll(1, 1)): adapter}, 0.9)
+    assert layer_errors(*patched)[key] < FITTED

@@ -10,6 +10,7 @@ pytest.importorskip("comfy.lora", reason="no ComfyUI: set COMFYUI_PATH")
 
 import comfy.model_management
 
+from svdquant_pack.nodes.host.lora_groups import layer_name
 from svdquant_pack.nodes.host.model import load_model
 from svdquant_pack.quantize.lora.deltas import LoraError
 from svdquant_pack.tests.nodes.lora_files import KINDS, lora_of, with_file
@@ -113,7 +114,7 @@ def test_half_loaded_is_the_same_model_with_every_kind(plain, weights, caplog):
         strong.partially_unload(strong.offload_device, 200_000)
     assert not any(module.weight_function for module in strong.packed_layers().values())
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert plain.model.svdquant.room == strong.lora_bytes() <= strong.loaded_size() < strong.model_size()
+    assert strong.lora_bytes() <= strong.loaded_size() < strong.model_size()
     assert torch.equal(forward(strong), whole)
     strong.detach()
     assert strong.loaded_size() == 0
@@ -228,3 +229,156 @@ def test_saving_says_that_the_loras_are_missing(plain, weights, caplog):
     strong = with_file(plain, lora_of(("lora",), weights), 1.0)
     comfy.model_management.load_models_gpu([strong], force_patch_weights=True)
     assert "SVDQuant Bake LoRA" in caplog.text
+
+
+def test_a_partly_loaded_models_loras_are_counted_beside_its_weights(plain, weights):
+    """The same room for weights with and without LoRAs: the host's own count of the weights, and the LoRAs on top."""
+    small, large = (with_file(plain, lora_of(("lora",), weights, seed), 1.0) for seed in (0, 1))
+    large = with_file(large, lora_of(KINDS, weights, 2), 1.0)
+    room = plain.model_size() // 2
+    plain.patch_model(plain.load_device, lowvram_model_memory=room)
+    alone = plain.loaded_size()
+    assert 0 < alone < room
+    plain.detach()
+    for _ in range(2):  # the second time on top of the first
+        small.patch_model(small.load_device, lowvram_model_memory=room + small.lora_bytes())
+        assert small.loaded_size() == alone + small.lora_bytes()
+    loaded_before = small.loaded_size()
+    assert large.partially_load(large.load_device, -1) == 0, "less room is given: LoRAs are swapped, weights leave"
+    assert large.loaded_size() <= loaded_before + large.lora_bytes() - small.lora_bytes()
+    assert len(loaded(large)) == len(weights)
+    large.detach()
+    assert plain.loaded_size() == 0
+
+
+def test_unloading_ends_what_a_hook_has_put_on(plain, weights, monkeypatch):
+    """Also where the host leaves its hooks alone, as the streaming patchers of newer hosts do."""
+    import comfy.hooks
+    from comfy.model_patcher import ModelPatcher
+
+    comfy.model_management.load_models_gpu([plain])
+    hooks = comfy.hooks.create_hook_lora(lora_of(("lora",), weights), 1.0, 0.0)
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    hooked = plain.clone()
+    hooked.register_all_hook_patches(hooks, target, {})
+    hooked.patch_hooks(hooks)
+    assert len(loaded(plain)) == len(weights) == len(plain.model.svdquant.unhooked)
+    unpatch = ModelPatcher.unpatch_model
+    monkeypatch.setattr(ModelPatcher, "unpatch_model", lambda self, *args, **kwargs: unpatch(self, None, False))
+    hooked.unpatch_model(plain.offload_device)
+    assert not loaded(plain) and not plain.model.svdquant.unhooked
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_layers_loras_leave_the_device_with_it_unless_the_host_streams(plain, weights, streamed):
+    strong = with_file(plain, lora_of(("lora",), weights), 0.7)
+    strong.is_dynamic = lambda: streamed  # what newer hosts ask
+    output = forward(strong)
+    module = loaded(strong)[0]
+    assert module.loras_stay == streamed and module._loaded is not None
+    home = module.weight
+    module.weight = torch.nn.Parameter(home.to("meta"), requires_grad=False)
+    module.leave_device()
+    assert (module._loaded is not None) == streamed
+    module.weight = home
+    module.leave_device()
+    assert torch.equal(forward(strong), output)
+    forward(plain)
+    assert not module.loras_stay and module._loaded is None
+
+
+@pytest.mark.parametrize("count", [1, 5, 7])
+def test_every_layer_that_refuses_is_counted_and_five_are_named(plain, weights, count):
+    from comfy.weight_adapter import LoRAAdapter
+
+    keys = list(weights)[:count]
+    wrong = {key: (torch.ones(weights[key].shape[0], 4), torch.ones(4, 3), 1.0, None, None, None) for key in keys}
+    bad = plain.clone()
+    bad.add_patches({key: LoRAAdapter(set(), factors) for key, factors in wrong.items()}, 1.0)
+    with pytest.raises(LoraError, match=f"^{count} 4-bit layers have a patch that cannot be applied") as caught:
+        bad.layer_loras()
+    said = str(caught.value)
+    assert [layer_name(key) in said for key in keys] == [place < 5 for place in range(count)]
+    assert ("(and 2 more layers)" in said) == (count == 7) and ("more layers" in said) == (count == 7)
+    assert not forward(plain).isnan().any()
+
+
+def test_parts_of_a_four_bit_layer_are_not_patched(plain, weights):
+    key = next(iter(weights))
+    part = key.removesuffix("weight") + "proj_up"
+    with pytest.raises(LoraError, match=f"^{layer_name(key)}.proj_up is a part of a 4-bit layer"):
+        plain.clone().add_patches({part: ("diff", (torch.ones(2, 2),))})
+    with pytest.raises(LoraError, match=f"^{layer_name(key)}: a 4-bit model cannot be merged"):
+        plain.clone().add_patches({(key, (0, 0, 4)): [torch.ones(2, 2)]})
+    with pytest.raises(LoraError, match="none of the keys in this LoRA belongs to this model"):
+        plain.clone().add_patches({})
+
+
+def test_limits_of_what_is_approximated_are_those_that_were_set(plain, weights):
+    from svdquant_pack.quantize.lora.fit import LoraLimits
+
+    strict = with_file(plain, lora_of(("diff",), weights), 1.0)
+    before = strict.patches_uuid
+    assert strict.lora_limits() == LoraLimits() and strict.layer_loras()
+    strict.set_lora_limits(LoraLimits(max_rank=16, max_lost=0.5))
+    assert strict.patches_uuid != before, "what is loaded was made under other limits"
+    assert strict.lora_limits() == strict.clone().lora_limits() == LoraLimits(max_rank=16, max_lost=0.5)
+    assert plain.lora_limits() == LoraLimits()
+
+
+def image_input(seed: int) -> dict[str, torch.Tensor]:
+    """A LoRA of a 16-bit layer, which the host patches itself."""
+    noise = torch.Generator().manual_seed(seed)
+    factors = {"lora_up": torch.randn(128, 4, generator=noise), "lora_down": torch.randn(4, 64, generator=noise)}
+    return {f"diffusion_model.img_in.{name}.weight": factor for name, factor in factors.items()}
+
+
+def test_the_short_way_is_taken_where_the_16bit_layers_stay_as_they_are_and_only_there(plain, weights, monkeypatch):
+    from comfy.model_patcher import ModelPatcher
+
+    base = with_file(plain, image_input(1), 0.1)
+    weak, strong = (with_file(base, lora_of(("lora",), weights), strength) for strength in (0.2, 0.9))
+    twice = with_file(strong, image_input(2), 0.1)
+    fresh = {}
+    for name, patcher in (("weak", weak), ("strong", strong), ("twice", twice)):
+        fresh[name] = forward(patcher)
+        comfy.model_management.unload_all_models()
+    loads, load = [], ModelPatcher.load
+    monkeypatch.setattr(ModelPatcher, "load", lambda *args, **kwargs: (loads.append(args), load(*args, **kwargs))[1])
+    for name, patcher, anew in (("weak", weak, 1), ("strong", strong, 0), ("twice", twice, 1), ("strong", strong, 1)):
+        loads.clear()
+        assert torch.equal(forward(patcher), fresh[name]), name
+        assert len(loads) == anew, name
+
+
+def test_an_unloaded_model_keeps_no_file_in_memory(plain, weights):
+    import weakref
+
+    file = image_input(3)
+    alive = [weakref.ref(tensor) for tensor in file.values()]
+    strong = with_file(plain, file, 0.1)
+    forward(strong)
+    comfy.model_management.unload_all_models()
+    del strong, file
+    gc.collect()
+    assert not any(ref() is not None for ref in alive)
+
+
+def test_loras_that_are_swapped_in_place_take_a_hooks_place(plain, weights):
+    """A run that was stopped may leave its hook on."""
+    import comfy.hooks
+
+    strong = with_file(plain, lora_of(("lora",), weights), 0.7)
+    wanted = forward(strong)
+    forward(plain)
+    hooks = comfy.hooks.create_hook_lora(lora_of(("lora",), weights, 4), 1.0, 0.0)
+    hooked = plain.clone()
+    hooked.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
+    hooked.patch_hooks(hooks)
+    before = [module.loras for module in loaded(plain)]
+    hooked.unpatch_hooks({"another.weight"})
+    assert [module.loras for module in loaded(plain)] == before, "only others were to go"
+    comfy.model_management.load_models_gpu([strong])
+    assert not plain.model.svdquant.unhooked
+    hooked.patch_hooks(None)
+    assert torch.equal(forward(strong), wanted)

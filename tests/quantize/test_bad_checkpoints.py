@@ -1,15 +1,21 @@
 """Files that cannot be used are refused with file, layer, what was found and what was needed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from svdquant_pack.kernels.layer import LayerError, LayerSpec
+from svdquant_pack.quantize.files import tiles
 from svdquant_pack.quantize.files.checkpoint import CheckpointError
 from svdquant_pack.quantize.files.dialects import native
+from svdquant_pack.quantize.files.dialects.nunchaku.layers import inspect_layer, read_layer, write_layer
 from svdquant_pack.quantize.files.open import open_checkpoint
+from svdquant_pack.quantize.files.tensor_file import TensorInfo
 from svdquant_pack.tests.kernels.layers import random_layer
 from svdquant_pack.tests.quantize.stored_models import awq, quantization_config, save_model, stored_model, w4a4
+from svdquant_pack.tests.quantize.test_layout import same_bytes
 
 
 def edited(**changes):
@@ -210,3 +216,132 @@ def test_what_silently_counted_as_nothing_is_refused(tmp_path, name, change, sai
     path = save_model(tmp_path / "x.safetensors", tensors, quantization_config("nvfp4"))
     with pytest.raises(CheckpointError, match=rf"^x.safetensors: layer .*: {said}"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_zero_that_activations_are_divided_by_is_named(tmp_path, place):
+    tensors = native.encode_layer("b.0", random_layer("int4", 128, 128, 16, dtype=torch.bfloat16))
+    tensors["b.0.bias"] = torch.zeros(128)
+    tensors["b.0.smooth_factor"][place] = 0
+    checkpoint = open_checkpoint(save_model(tmp_path / "x.safetensors", tensors))
+    with pytest.raises(CheckpointError, match=r"^x.safetensors: layer 'b.0': smooth_factor holds a zero"):
+        checkpoint.layer("b.0")
+
+
+SEED = torch.Generator().manual_seed(0)
+STORED = {  # kind of stored layer -> its tensors under our names
+    "int4": w4a4(256, 128, SEED),
+    "nvfp4": w4a4(256, 256, SEED, "nvfp4"),
+    "nvfp4 merged": w4a4(384, 128, SEED, "nvfp4"),
+    "awq": awq(24, 1088, SEED),
+}
+HALF = torch.float16
+DAMAGES = [  # (kind, what is changed: name -> (shape, dtype) or None, what the message must say)
+    ("int4", {"qweight": None}, "qweight is missing"),
+    ("int4", {"qweight": ((256, 64), torch.int16)}, "TinyChat"),
+    ("int4", {"qweight": ((256, 64), torch.int32)}, "qweight has dtype int32, needed int8"),
+    ("awq", {"qweight": ((6, 544), torch.int8)}, "qweight has dtype int8, needed int32"),
+    ("int4", {"qweight": ((256 * 64,), torch.int8)}, "needed two dimensions"),
+    ("int4", {"qweight": ((256, 0), torch.int8)}, "not empty"),
+    ("int4", {"qweight": ((192, 64), torch.int8)}, r"is stored as \(192, 128\), needed multiples of 128"),
+    ("int4", {"qweight": ((256, 32), torch.int8)}, r"is stored as \(256, 64\), needed multiples of 128"),
+    ("int4", {"wscales": None}, "wscales is missing"),
+    ("int4", {"wscales": ((2, 256), torch.int8)}, r"wscales has dtype int8, needed .*\(int4\)"),
+    ("int4", {"wscales": ((4, 256), HALF)}, r"wscales has shape \(4, 256\), int4 at \(256, 128\) needs \(2, 256\)"),
+    ("nvfp4", {"wscales": ((12, 256), torch.float8_e4m3fn)}, "covers 192 of 256 input channels.*loses the rest"),
+    ("nvfp4", {"wscales": ((8, 256), torch.float8_e4m3fn)}, r"wscales has shape .* needs \(16, 256\)"),
+    ("int4", {"smooth_factor": None}, "smooth .*is missing"),
+    ("int4", {"smooth_factor": ((256,), HALF)}, r"smooth_factor has shape \(256,\).*needs \(128,\)"),
+    ("int4", {"proj_down": None}, "proj_down is missing"),
+    ("int4", {"proj_up": None}, "proj_up is missing"),
+    ("int4", {"proj_down": ((128, 24), HALF)}, "R a multiple of 16"),
+    ("int4", {"proj_down": ((16,), HALF)}, "R a multiple of 16"),
+    ("int4", {"proj_down": ((64, 16), HALF)}, r"proj_down has shape \(64, 16\).*needs \(128, 16\)"),
+    ("int4", {"proj_up": ((256, 32), HALF)}, r"proj_up has shape \(256, 32\).*needs \(256, 16\)"),
+    ("int4", {"bias": ((128,), HALF)}, r"bias has shape \(128,\).*needs \(256,\)"),
+    ("int4", {"bias": ((256,), torch.int8)}, "bias has dtype int8, needed bfloat16 or float16"),
+    ("int4", {"bias": ((256,), HALF)}, "mixes bfloat16 and float16"),
+    ("int4", {"wtscale": ((1,), HALF)}, "wtscale is not a tensor of a int4 layer"),
+    ("nvfp4", {"wtscale": ((2,), torch.bfloat16)}, r"wtscale has shape \(2,\).*needs \(1,\)"),
+    ("nvfp4 merged", {"wcscales": ((128,), torch.bfloat16)}, r"wcscales has shape \(128,\).*needs \(384,\)"),
+    ("awq", {"qweight": ((6, 40), torch.int32)}, "needed N a multiple of 4 and K of 64"),
+    ("awq", {"wscales": ((18, 24), torch.bfloat16)}, r"wscales has shape \(18, 24\).*needs \(32, 24\)"),
+    ("awq", {"wzeros": ((16, 24), torch.bfloat16)}, r"wzeros has shape \(16, 24\).*needs \(32, 24\)"),
+    ("awq", {"bias": ((48,), torch.bfloat16)}, r"bias has shape \(48,\)"),
+    ("awq", {"smooth_factor": ((1088,), torch.bfloat16)}, "smooth_factor is not a tensor of a awq_w4a16 layer"),
+]
+
+
+def infos_of(kind: str, **changed) -> dict[str, TensorInfo]:
+    infos = {name: TensorInfo.of(tensor) for name, tensor in STORED[kind].items()}
+    infos |= {name: TensorInfo(*new) for name, new in changed.items() if new is not None}
+    return {name: info for name, info in infos.items() if changed.get(name, info) is not None}
+
+
+@pytest.mark.parametrize(("kind", "changed", "words"), DAMAGES)
+def test_a_stored_layer_that_does_not_fit_itself_is_named(kind, changed, words):
+    with pytest.raises(LayerError, match=words):
+        inspect_layer("x", infos_of(kind, **changed))
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "k", "words"),
+    [
+        ("int4", 300, 128, r"is stored as \(N, K\) = \(256, 128\), the model needs \(300, 128\)"),
+        ("int4", 256, 200, r"the model needs \(256, 200\)"),
+        ("int4", 128, 128, r"the model needs \(128, 128\)"),
+        ("int4", 250, 100, "K=100 is not a multiple of the int4 group of 64"),
+        ("awq", 28, 1088, r"the model needs \(28, 1088\)"),
+    ],
+)
+def test_a_stored_layer_of_another_size_than_the_models_is_named(kind, n, k, words):
+    with pytest.raises(LayerError, match=words):
+        inspect_layer("x", infos_of(kind), n, k)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "wanted"),
+    [
+        ("int4", {}, LayerSpec("int4", 256, 128, 16)),
+        ("int4", {"smooth_factor_orig": ((5,), torch.int8)}, LayerSpec("int4", 256, 128, 16)),  # never read
+        ("int4", {"proj_down": ((128, 0), HALF), "proj_up": ((256, 0), HALF)}, LayerSpec("int4", 256, 128, 0)),
+        ("nvfp4", {"wtscale": ((), torch.float32)}, LayerSpec("nvfp4", 256, 256, 16)),
+        ("nvfp4 merged", {}, LayerSpec("nvfp4", 384, 128, 16)),
+        ("awq", {}, LayerSpec("awq_w4a16", 24, 1088)),
+        ("awq", dict.fromkeys(("wscales", "wzeros"), ((17, 24), torch.bfloat16)), LayerSpec("awq_w4a16", 24, 1088)),
+    ],
+)
+def test_what_a_stored_layer_may_look_like(kind, changed, wanted):
+    assert inspect_layer("x", infos_of(kind, **changed)).spec == wanted
+    smaller = (wanted.n - 6, wanted.k - wanted.fmt.group_size)
+    if kind != "awq":
+        assert inspect_layer("x", infos_of(kind, **changed), *smaller).spec == replace(
+            wanted, n=smaller[0], k=smaller[1]
+        )
+
+
+@pytest.mark.parametrize("kind", ["int4", "nvfp4"])
+@pytest.mark.parametrize("left", ["a row of codes", "a column of codes", "scales of a row", "scales of a group", ""])
+def test_weights_where_padding_has_to_be_are_named(kind, left):
+    """One number in a corner is enough; and what is written where nothing was left over is read again."""
+    fmt, n, k = kind, 200, 192
+    layer = random_layer(fmt, n, k, 16, dtype=torch.bfloat16)
+    stored = write_layer(layer.tensors, layer.spec)
+    unpack, pack = (
+        (tiles.unpack_int4_scales, tiles.pack_int4_scales)
+        if kind == "int4"
+        else (tiles.unpack_nvfp4_scales, tiles.pack_nvfp4_scales)
+    )
+    codes, scales = tiles.unpack_qweight(stored["qweight"]), unpack(stored["wscales"]).float()
+    if left.endswith("codes"):
+        codes[(n, 0) if "row" in left else (0, k // 2)] = 1
+    elif left:
+        scales[(0, n) if "row" in left else (k // layer.spec.fmt.group_size, 0)] = 2
+    stored |= {"qweight": tiles.pack_qweight(codes), "wscales": pack(scales.to(stored["wscales"].dtype))}
+    found = inspect_layer("x", {name: TensorInfo.of(tensor) for name, tensor in stored.items()}, n, k)
+    if left:
+        with pytest.raises(LayerError, match=r"is stored as \(256, 256\); beyond \(200, 192\) there are weights"):
+            read_layer(found, stored.__getitem__)
+    else:
+        again = read_layer(found, stored.__getitem__)
+        assert all(same_bytes(tensor, again[name].view(tensor.shape)) for name, tensor in layer.tensors.items())

@@ -60,7 +60,7 @@ def test_a_part_of_another_form_is_refused_on_opening(damaged, part, edit):
 @pytest.mark.parametrize(
     ("part", "value"),
     [(part, bad) for part in ("tokens", "key", "absmax", "square", "sensitivity") for bad in BAD]
-    + [("tokens", 3e38), ("key", 2), ("stratum", 999), ("stratum", -1), ("hold", 7), ("count", -1), ("absmax", -1)],
+    + [("tokens", 3e38), ("key", 1.5), ("stratum", 64), ("stratum", -1), ("hold", 7), ("count", -1), ("absmax", -1)],
 )
 def test_numbers_that_no_run_has_written_are_refused_when_used(damaged, part, value):
     statistics = Statistics.open(damaged(part, first(value)))
@@ -179,3 +179,35 @@ def test_a_file_cut_short_after_opening_is_an_error_and_no_signal(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and done.stdout.startswith("refused s.safetensors: b."), (done.returncode, done.stderr)
     assert "ends early" in done.stdout
+
+
+HEADERS = {
+    "no object": ("[1]", "statistics in the header"),
+    "no JSON": ("{", "statistics in the header"),
+    "another version": ('{"version": 2, "family": "flux"}', "statistics of version 2, this pack reads 1"),
+    "shared with a number": (
+        '{"version": 1, "family": "flux", "shared": {"b": "a", "c": 3}}',
+        "shared in the header holds more than names",
+    ),
+    "a run without a name": (
+        '{"version": 1, "family": "flux", "runs": [{"id": "1"}, {"steps": 4}]}',
+        "records of runs",
+    ),
+    "a run that is a list": ('{"version": 1, "family": "flux", "runs": [["id"]]}', "records of runs"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_that_no_run_has_written_is_refused_on_opening(damaged, name):
+    text, words = HEADERS[name]
+    path = damaged("tokens", lambda t: t)
+    save_file(load_file(path), path, {"statistics": text})
+    with pytest.raises(StatisticsError, match=rf"^s.safetensors: .*{words}"):
+        Statistics.open(path)
+
+
+def test_a_tensor_that_is_no_part_is_named(damaged):
+    path = damaged("tokens", lambda t: t)
+    save_file(load_file(path) | {"a.other": torch.ones(3)}, path, TensorFile(path).metadata)
+    with pytest.raises(StatisticsError, match=r"^s.safetensors: a.other is no part of statistics"):
+        Statistics.open(path)

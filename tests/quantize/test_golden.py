@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from svdquant_pack.kernels import svdquant_linear
 from svdquant_pack.kernels.formats import GELU_SHIFT
@@ -239,3 +239,43 @@ def _lora_of(lora: dict[str, torch.Tensor], module: str, hidden: int) -> tuple[t
     if single and local in ("out_proj", "mlp_fc2"):
         down = down[:hidden] if local == "out_proj" else down[hidden:]
     return down, up
+
+
+DIFFUSERS = {  # module -> what files that keep Diffusers' attention call it
+    "transformer_blocks.": {
+        "qkv_proj": "attn.to_qkv",
+        "qkv_proj_context": "attn.add_qkv_proj",
+        "out_proj": "attn.to_out.0",
+        "out_proj_context": "attn.to_add_out",
+        "mlp_fc1": "ff.net.0.proj",
+        "mlp_fc2": "ff.net.2",
+        "mlp_context_fc1": "ff_context.net.0.proj",
+        "mlp_context_fc2": "ff_context.net.2",
+    }
+    | {f"norm_{name}": f"attn.norm_{name}" for name in ("q", "k", "added_q", "added_k")},
+    "single_transformer_blocks.": {"qkv_proj": "attn.to_qkv", "out_proj": "attn.to_out"}
+    | {f"norm_{name}": f"attn.norm_{name}" for name in "qk"},
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_file_under_diffusers_attention_names_is_the_same_model(name, tmp_path):
+    tensors, renamed = load_file(path_of(name)), {}
+    for key, tensor in tensors.items():
+        start = next((start for start in DIFFUSERS if key.startswith(start)), None)
+        if start is not None:
+            number, _, rest = key.removeprefix(start).partition(".")
+            module, _, part = rest.rpartition(".")
+            key = f"{start}{number}.{DIFFUSERS[start].get(module, module)}.{part}"
+        renamed[key] = tensor
+    assert len(renamed.keys() - tensors.keys()) > 50
+    save_file(renamed, tmp_path / "x.safetensors")
+    model, other = open_checkpoint(path_of(name)), open_checkpoint(tmp_path / "x.safetensors")
+    assert other.specs == model.specs and other.rest == model.rest
+    x = torch.randn(5, model.specs["single_blocks.0.linear2"].k, generator=torch.Generator().manual_seed(0))
+    for layer, spec in model.specs.items():
+        ours, theirs = (
+            svdquant_linear(x[:, : spec.k], one.layer(layer), one.tensor(f"{layer}.bias"), compute="auto")
+            for one in (model, other)
+        )
+        assert torch.equal(ours, theirs), layer

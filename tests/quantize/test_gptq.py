@@ -125,17 +125,53 @@ def test_the_refit_of_a_block_diagonal_metric_is_that_of_the_matrix():
     torch.testing.assert_close(up @ down.T, up2 @ down2.T, rtol=1e-2, atol=1e-2)
 
 
-def test_balance_keeps_the_product_and_small_ranks_are_padded():
-    down, up = torch.randn(64, 4) * 1e-3, torch.randn(32, 4) * 1e3
-    down2, up2 = lowrank.balance(down, up)
-    torch.testing.assert_close(up2 @ down2.T, up @ down.T)
-    torch.testing.assert_close(down2.norm(dim=0), up2.norm(dim=0))
-    assert lowrank.pad(down, 16).shape == (64, 16) and not lowrank.pad(down, 16)[:, 4:].any()
-
-
 def test_exact_and_randomized_splits_agree():
     matrix = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
     exact = lowrank.split_exactly(matrix, 8)
     fast = lowrank.split(matrix, 8, 0)
     errors = [(matrix - up @ down.T).norm() for down, up in (exact, fast)]
     assert errors[0] <= errors[1] * (1 + 1e-5) and errors[1] < 1.01 * errors[0]
+
+
+@pytest.mark.parametrize("gain", [1e-6, 1.0, 1e6])
+def test_a_balanced_branch_has_columns_of_equal_length_on_both_sides(gain):
+    """fp16 ends at 65,504 and has few digits under 6e-5: neither factor may take the whole range of the product."""
+    generator = torch.Generator().manual_seed(0)
+    down, up = gain * torch.randn(48, 5, generator=generator), torch.randn(64, 5, generator=generator) / gain
+    down[:, 3], up[:, 4] = 0, 0  # a column that does nothing stays finite
+    lengths = [factor.norm(dim=0) for factor in lowrank.balance(down, up)]
+    torch.testing.assert_close(lengths[0][:3], lengths[1][:3])
+    new_down, new_up = lowrank.balance(down, up)
+    torch.testing.assert_close(new_up @ new_down.T, up @ down.T)
+    assert new_down.isfinite().all() and new_up.isfinite().all()
+    assert new_down[:, :3].half().isfinite().all() and (new_down[:, :3].half() == 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("shape", [(300, 260), (40, 260)])
+def test_a_split_is_the_best_approximation_of_its_rank(shape):
+    """By random probes for the large one, and no worse than they are known to be."""
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(2)) * torch.logspace(0, -2, shape[1])
+    best = torch.linalg.svdvals(matrix)[12:].norm()
+    for down, up in (lowrank.split(matrix, 12, 0), lowrank.split_exactly(matrix, 12)):
+        assert down.shape == (shape[1], 12) and up.shape == (shape[0], 12)
+        assert (matrix - up @ down.T).norm() < 1.01 * best
+        torch.testing.assert_close(down.norm(dim=0), up.norm(dim=0), rtol=1e-4, atol=1e-4)
+    wide = lowrank.split(matrix[:8], 16, 0)
+    assert wide[0].shape == (shape[1], 16) and not wide[0][:, 8:].any()
+    torch.testing.assert_close(wide[1] @ wide[0].T, matrix[:8], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(40, 200), (200, 40)])
+def test_where_probes_would_save_nothing_the_split_is_exact(shape):
+    """Singular values that hardly fall are what random probes find worst."""
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(4))
+    exact, found, probed = (
+        (matrix - up @ down.T).norm().item()
+        for down, up in (lowrank.split_exactly(matrix, 12), lowrank.split(matrix, 12, 0), _by_probes(matrix, 12))
+    )
+    assert found == pytest.approx(exact, rel=1e-6) and probed > (1 + 1e-5) * exact, "else nothing could be told apart"
+
+
+def _by_probes(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    u, s, v = lowrank.randomized_svd(matrix, rank + lowrank.OVERSAMPLING, lowrank.POWER_STEPS, 0)
+    return v[:, :rank], u[:, :rank] * s[:rank]

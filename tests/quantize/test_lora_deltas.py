@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from svdquant_pack.quantize.lora.deltas import Columns, Kron, LoraError, columns_of
+from svdquant_pack.quantize.lora.deltas import Columns, Kron, LoraError, columns_of, span
 from svdquant_pack.quantize.lora.fit import LOHA_COLUMNS, LoraLimits, dora, fit, hadamard, kronecker
 
 N, K = 128, 192
@@ -106,6 +106,12 @@ def test_a_kronecker_product_on_a_slice(offset):
     assert torch.equal(delta.dense(N, K).narrow(*offset), torch.kron(noise(8, 8), noise(n // 8, k // 8)))
 
 
+def test_a_batch_as_long_as_a_slice_is_no_slice():
+    delta = kronecker((noise(8, 8),), (noise(12, 24),), (0, 0, 96), (N, K))
+    x, y = noise(2, 96, K), noise(2, 96, N)
+    assert close(delta.add_to(y, x, 0.5), y + 0.5 * x @ delta.dense(N, K).T)
+
+
 @pytest.mark.parametrize("axis", ["rows", "cols"])
 def test_dora_is_the_formula(axis):
     weight, delta = noise(N, K), 0.1 * noise(N, K, seed=1)
@@ -135,3 +141,99 @@ def test_a_fit_finds_the_rank_and_states_what_it_keeps():
     with pytest.raises(LoraError, match=r"nearest 64 columns keep \d+\.\d% of its energy; at least 98.0%"):
         fit(full, LoraLimits(max_rank=64))
     assert torch.equal(fit(full, LoraLimits(64, 1.0))[0].up, columns.up), "the same bits each time"
+
+
+BAD_FACTORS = {
+    "no tensor": (["up"], "a factor is of type list, needed a tensor"),
+    "a convolution": (torch.ones(N, 4, 3, 3), "is of a convolution, the layer is linear"),
+    "a vector": (torch.ones(N), "needed"),
+    "of another height": (torch.ones(N + 1, 4), rf"\({N + 1}, 4\) and \(4, {K}\), needed \({N}, r\) and \(r, {K}\)"),
+    "of another rank": (torch.ones(N, 5), "trained for another model"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FACTORS)
+def test_factors_that_do_not_fit_are_refused(name):
+    up, words = BAD_FACTORS[name]
+    with pytest.raises(LoraError, match=words):
+        columns_of([(up, torch.ones(4, K), None)], (N, K))
+    for down in (torch.ones(4, K - 1), torch.ones(4)):
+        with pytest.raises(LoraError, match="trained for another model"):
+            columns_of([(torch.ones(N, 4), down, None)], (N, K))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float8_e4m3fn, torch.bfloat16),
+        (torch.float64, torch.float32),
+        (torch.int8, torch.float32),
+        (torch.int32, torch.float32),
+    ],
+)
+def test_every_dtype_becomes_one_that_holds_its_numbers(given, kept):
+    up, down = (8 * noise(N, 4)).to(given)[..., None, None], (8 * noise(4, K, seed=1)).to(given)
+    delta = columns_of([(up, down, None)], (N, K))
+    assert delta.up.dtype == delta.down.dtype == kept
+    assert torch.equal(delta.up[:, :4].double(), up.flatten(1).double())
+    mixed = columns_of([(up, down.float(), None)], (N, K))
+    assert mixed.up.dtype == torch.float32 and torch.equal(mixed.up[:, :4].double(), up.flatten(1).double())
+
+
+def test_large_numbers_whose_sum_is_not_one_are_no_damage():
+    columns_of([(torch.full((N, 4), 3e38), torch.ones(4, K), None)], (N, K))
+
+
+@pytest.mark.parametrize("offset", [(2, 0, 4), (-1, 0, 4), (0, -1, 4), (1, 0, 0), (0, N - 3, 4), (1, K, 1)])
+def test_parts_that_no_weight_has_are_refused(offset):
+    with pytest.raises(LoraError, match=r"for the part \(.*of a weight of shape \(128, 192\)"):
+        span(offset, (N, K))
+
+
+def test_parts_are_rows_or_columns_up_to_the_last():
+    assert span(None, (N, K)) == ((0, N), (0, K))
+    assert span((0, N - 1, 1), (N, K)) == ((N - 1, 1), (0, K)) and span((1, 2, K - 2), (N, K)) == ((0, N), (2, K - 2))
+
+
+@pytest.mark.parametrize("offset", [None, (0, 32, 96), (1, 96, 96)])
+def test_deltas_bend_by_rows_and_columns_one_after_another(offset):
+    n, k = (N, K) if offset is None else (96, K) if offset[0] == 0 else (N, 96)
+    rows, cols = (1 + 0.5 * noise(2, size, seed=size).abs() for size in (N, K))
+    columns = columns_of([(noise(n, 4), noise(4, k, seed=1), offset)], (N, K))
+    kron = kronecker((noise(8, 8),), (noise(n // 8, k // 8),), offset, (N, K))
+    x, y = noise(3, K), noise(3, N)
+    for delta in (columns, kron):
+        bent = delta.scaled(rows[0], None).scaled(None, cols[0]).scaled(rows[1], cols[1])
+        wanted = (rows[0] * rows[1])[:, None] * delta.dense(N, K) * (cols[0] * cols[1])
+        assert close(bent.dense(N, K), wanted)
+        assert bent.scaled(None, None).rank == delta.rank
+        if isinstance(delta, Kron):
+            assert close(bent.add_to(y, x, 0.3), y + 0.3 * x @ wanted.T)
+    assert columns.rank == 16 and columns.numel == 16 * (N + K)
+    assert kron.rank == 0 and kron.numel == 64 + n * k // 64
+    assert kron.scaled(rows[0], cols[0]).numel == kron.numel + n + k
+    low = Kron(kron.left, (noise(n // 8, 2), noise(2, k // 8)), kron.rows, kron.cols)
+    exact = Kron(kron.left, (low.right[0] @ low.right[1],), kron.rows, kron.cols)
+    assert close(low.dense(N, K), exact.dense(N, K)) and close(low.add_to(y, x, 1.0) - y, exact.add_to(y, x, 1.0) - y)
+    moved = kron.scaled(rows[0], None).to(torch.device("cpu"), torch.float64)
+    assert {tensor.dtype for tensor in moved.tensors} == {torch.float64}
+    assert len(moved.tensors) == 3 and moved.rows == kron.rows and moved.cols == kron.cols
+
+
+@pytest.mark.parametrize("rank", [5, 16])
+@pytest.mark.parametrize("offset", [None, (0, 32, 96), (1, 96, 96)])
+def test_no_number_of_a_block_is_left_as_memory_had_it(rank, offset, monkeypatch):
+    n, k = (N, K) if offset is None else (96, K) if offset[0] == 0 else (N, 96)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)  # torch.empty is NaN
+    try:
+        delta = columns_of([(noise(n, rank), noise(rank, k), offset)], (N, K))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert delta.rank == 16 and delta.up.isfinite().all() and delta.down.isfinite().all()
+    wanted = torch.zeros(N, K)
+    part = wanted if offset is None else wanted.narrow(*offset)
+    part.copy_(noise(n, rank) @ noise(rank, k))
+    assert close(delta.dense(N, K), wanted)

@@ -154,6 +154,7 @@ def test_narrow_slices_share_a_block(packed):
     weight = weight_of(packed)
     assert weight.loras(terms).rank == 16
     assert [note.columns for note in weight.notes] == [16, 0, 0]
+    assert [note.milliseconds > 0 for note in weight.notes] == [True, False, False], "counted once"
     wanted = dense(packed)
     for place, form in enumerate(forms):
         wanted[32 * place : 32 * place + 32] += 0.8 * 0.5 * form.up @ form.down
@@ -248,3 +249,50 @@ def test_a_number_that_is_none_is_refused_by_name(packed, number):
     store.remember("layer", PlainLoras((1,), plain.deltas, (0.5,)), [])
     assert store.at_strengths("layer", (1,), [2.0]).scales == (1.0,)
     assert store.at_strengths("layer", (1,), [number]) is None
+
+
+def test_a_plain_lora_leaves_the_weight_itself_alone(packed):
+    loras = weight_of(packed).loras([term(lora())])
+    assert loras.rows is None and loras.cols is None and loras.shift is None
+
+
+@pytest.mark.parametrize("offset", [None, (0, 32, 64), (1, 96, 96)])
+def test_a_term_may_take_the_weight_itself_away(packed, offset):
+    wanted = dense(packed).clone()
+    (wanted if offset is None else wanted.narrow(*offset)).zero_()
+    found = weight_of(packed).loras([Term(None, "own", ("own",), [], 0.0, 0.0, offset, None)])
+    assert torch.equal(found.dense_weight(dense(packed)), wanted)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_dora_on_a_slice_along_its_axis(packed, axis):
+    """The rows or columns outside the slice are those of the weight."""
+    size = (N, K)[axis]
+    part = (axis, size // 2, size // 4)
+    n, k = (part[2], K) if axis == 0 else (N, part[2])
+    form = lora(n, k, magnitude=1 + 0.1 * (noise(n, 1) if axis == 0 else noise(1, k)))
+    value, delta = dense(packed).clone(), 0.5 * form.up @ form.down
+    inside = value.narrow(*part)
+    norm = inside.norm(dim=1, keepdim=True) if axis == 0 else (inside + delta).norm(dim=0, keepdim=True)
+    inside.copy_(form.magnitude / norm * (inside + delta))
+    assert error(packed, [term(form, offset=part)], value) < EXACT
+
+
+@pytest.mark.parametrize("kind", [LoraFactors, LohaFactors, LokrFactors, DenseDelta, WeightFunction, Term])
+def test_terms_are_told_apart_as_objects_and_stay_as_they_are(kind):
+    """What is made of them is kept under them: equal numbers are no reason to mix two files up."""
+    names = kind.__dataclass_fields__
+    one, other = (kind(**dict.fromkeys(names, torch.ones(2))) for _ in range(2))
+    assert one != other and len({one, other}) == 2
+    with pytest.raises(AttributeError):
+        setattr(one, next(iter(names)), None)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("starts", [(0, 32), (32, 0), (0, 96)])
+def test_slices_share_a_block_in_any_order_and_up_to_the_edge(dim, starts):
+    sizes = (32, K) if dim == 0 else (N, 32)
+    terms = [term(lora(*sizes, seed=start), offset=(dim, start, 32)) for start in starts]
+    assert len(grouped(terms)) == 1
+    overlapping = term(lora(*sizes), offset=(dim, starts[0] + 31, 32))
+    assert len(grouped([terms[0], overlapping])) == len(grouped([overlapping, terms[0]])) == 2

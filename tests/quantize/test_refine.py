@@ -206,3 +206,76 @@ def test_errors_by_bucket(layer, bias):
     errors = output_errors(fit, dense, layer.test, buckets, 3)
     halves = [output_errors(fit, dense, layer.test[buckets == b]).total for b in (0, 1)]
     assert list(errors.by_bucket[:2]) == pytest.approx(halves) and errors.by_bucket[2] is None
+
+
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+def test_the_error_of_rounding_does_not_depend_on_the_unit_of_the_activation(format):
+    """NVFP4 has E4M3 scales and nothing above them: what they cannot hold has to be in the smoothing."""
+    made = make("attention", N, N, tokens=512, seed=3, test=256)
+    spec, errors = LayerSpec(format, N, N, 16), {}
+    for unit in (1.0, 1e-3, 3e3):
+        inputs = smooth.Inputs.of(unit * made.calibration)
+        z = unit * made.test / smooth.search([made.weight], inputs, spec, 0, 0)
+        errors[unit] = ((round_activation(z, spec) - z).norm() / z.norm()).item()
+    assert max(errors.values()) < 1.25 * errors[1.0]
+
+
+def test_data_free_smoothing_levels_the_weight_and_has_limits():
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * torch.logspace(-8, 8, 128)
+    weight[:, 5] = 0
+    for power in (0.25, 0.5):
+        factor = smooth.from_weight_spans(weight, power)
+        span = (weight.abs().amax(0).log() - weight.abs().amax(0)[weight.any(0)].log().mean()).exp()
+        within = (span > 1e-3) & (span < 1e3)
+        torch.testing.assert_close(factor[within], span[within] ** -power)
+        assert factor[5] == 1
+    assert smooth.from_weight_spans(weight, 1.0).aminmax() == (torch.tensor(1e-2), torch.tensor(1e2))
+    assert smooth.from_weight_spans(torch.zeros(4, 128), 0.5).eq(1).all()
+
+
+def test_the_search_stays_within_its_limits_whatever_the_channels():
+    x = torch.randn(256, N, generator=torch.Generator().manual_seed(1)) * torch.logspace(-9, 9, N)
+    weight = torch.randn(N, N, generator=torch.Generator().manual_seed(2))
+    factor = smooth.search([weight], smooth.Inputs.of(x), LayerSpec("int4", N, N, 16), 0, 0)
+    assert factor.min() >= 1e-2 and factor.max() <= 1e2
+
+
+def test_the_search_looks_at_tokens_from_all_over_the_sample():
+    x = torch.arange(1.0, 4001)[:, None].expand(-1, N)
+    inputs = smooth.Inputs.of(x)
+    assert len(inputs.rows) == smooth.TOKENS and inputs.rows[-1, 0] > 3500
+    assert inputs.absmax.eq(4000).all()
+    torch.testing.assert_close(inputs.square, x.square().mean(0))
+    assert len(smooth.Inputs.of(x[:100]).rows) == 100
+    assert smooth.Inputs.of(x, torch.full((N,), 9.0)).absmax.eq(9).all(), "known from more tokens"
+
+
+@pytest.mark.parametrize("gptq", [False, True])
+def test_the_expected_noise_is_that_of_rounding_both_factors(layer, gptq):
+    """Against rounding them to nearest; the gain of GPTQ is on the weight's noise alone."""
+    spec, tokens = spec_of(layer, "int4", rank=0), layer.calibration[:48]  # fewer than channels
+    found = smooth.ExpectedNoise.of(layer.weight, tokens, spec, gptq)
+    z = LayerInput(tokens, found.smooth, spec).whole()
+    smoothed = layer.weight * found.smooth
+    groups = smoothed.unflatten(1, (-1, 64))
+    step = groups.abs().amax(-1, keepdim=True) / 7
+    rounded = ((groups / step).round() * step).flatten(1)
+    exact, noise = z @ smoothed.T, round_activation(z, spec) - z
+    power = exact.square().sum()
+    of_act, of_weight = (
+        (part.square().sum() / power).item() for part in (noise @ smoothed.T, z @ (rounded - smoothed).T)
+    )
+    assert 0.5 < found.activation.item() / of_act < 2.2
+    assert 0.4 < (found.total - found.activation).item() / (of_weight * (0.5 if gptq else 1)) < 2.5
+
+
+def test_the_search_starts_from_the_best_of_its_rules(layer):
+    spec = spec_of(layer, "int4", rank=0)
+    inputs = smooth.Inputs.of(LayerInput.plain(layer.calibration, spec, torch.device("cpu")).whole())
+    model, spans = smooth.NoiseModel.of(spec, torch.device("cpu"), True), (inputs.absmax, layer.weight.abs().amax(0))
+    rules = [smooth.from_spans(*spans, a, b) for a, b in ((0.0, 0.0), (0.5, 0.0), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3))]
+    costs = [
+        model.cost((rule / rule.log().mean().exp()).clamp(1e-2, 1e2).log(), inputs, layer.weight) for rule in rules
+    ]
+    found = smooth.search([layer.weight], inputs, spec, 0, 0)
+    assert model.cost(found.log(), inputs, layer.weight) <= min(costs) * 1.00001 < max(costs)

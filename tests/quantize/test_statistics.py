@@ -140,3 +140,67 @@ def test_other_files_are_named(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(StatisticsError, match="is no statistics file"):
         Statistics.open(tmp_path / "x.safetensors")
+
+
+def test_runs_of_few_steps_and_more_calls_than_steps_have_buckets():
+    assert [ModelCall(step, 4).bucket for step in range(4)] == [0, 2, 4, 6]
+    assert ModelCall(0, 1).bucket == 0 and ModelCall(1, 1).bucket == ModelCall(9, 8).bucket == BUCKETS - 1
+    assert ModelCall(0, 0).bucket == 0
+    assert ModelCall(7, 8).strata((1, 4, K)).tolist() == [56, 57, 58, 59], "all with the prompt unless said otherwise"
+
+
+def test_free_room_belongs_to_no_stratum(tmp_path):
+    """A run that is only watched late: rows that were never used must not compete for the room."""
+    statistics = new(tmp_path / "s.safetensors", room=16)
+    entry, seen = statistics.entries["a"], torch.Generator().manual_seed(0)
+    for _ in range(3):
+        assert entry.observe(torch.randn(1, 40, K, generator=seen), ModelCall(7, 8), seen)
+    assert entry.kept == 16 and entry.stratum[entry.key > 0].min() >= 56
+
+
+def test_the_mean_square_counts_every_part_of_the_run_alike(tmp_path):
+    statistics = new(tmp_path / "s.safetensors")
+    seen = feed(statistics, steps=10)  # two of the ten steps share a bucket, and late ones are larger
+    buckets = [[step for step in range(10) if step * BUCKETS // 10 == bucket] for bucket in range(BUCKETS)]
+    wanted = torch.stack([seen[steps].square().reshape(-1, K).mean(0) for steps in buckets]).mean(0)
+    torch.testing.assert_close(statistics.entries["a"].channel_square(), wanted)
+    assert not statistics.entries["b"].channel_square().any(), "nothing seen"
+    assert statistics.entries["a"].observe(torch.zeros(0, K), ModelCall(0, 4), torch.Generator())
+
+
+@pytest.mark.parametrize(("k", "room"), [(5, 3), (1, 1), (7, 64)])
+def test_every_part_lies_where_its_numbers_can_be_read(tmp_path, k, room):
+    path = tmp_path / "new" / "folder" / "s.safetensors"
+    made = Statistics.create(path, {"a": k, "long": k + 2}, room, {"family": "f" * room})
+    assert made.entries["a"].observe(torch.ones(1, 2, k), ModelCall(0, 4), torch.Generator())
+    assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 64 == 0
+    assert torch.equal(Statistics.open(path).entry("a").absmax[0], torch.ones(k))
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    import shutil
+
+    path = new(tmp_path / "s.safetensors").path
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 9, 9))
+    with pytest.raises(StatisticsError, match=r"n\.safetensors may grow by .* bytes and 9 are free"):
+        new(tmp_path / "n.safetensors")
+    assert sorted(tmp_path.iterdir()) == [path]
+    Statistics.open(path, writable=True)  # its bytes are on the disk already
+
+
+def test_no_more_runs_than_the_header_has_room_for(tmp_path):
+    statistics = new(tmp_path / "s.safetensors")
+    with pytest.raises(StatisticsError, match="no room for more runs"):
+        statistics.add_run(id="x", note="y" * (1 << 18))
+    assert not Statistics.open(tmp_path / "s.safetensors").metadata.get("runs")
+
+
+def test_a_group_has_the_statistics_of_whichever_layer_was_watched(tmp_path):
+    statistics = new(tmp_path / "s.safetensors")
+    assert statistics.of_group(["not", "b", "a"]) is statistics.entries["b"]
+    assert statistics.of_group(["c"]) is statistics.entries["a"] and statistics.of_group(["not"]) is None
+
+
+def test_rows_that_are_no_sequence_of_the_batch_are_one_stratum():
+    for call, shape in ((ModelCall(0, 4, (0, 1), 6), (6, K)), (ModelCall(0, 4, (0, 1), 4), (2, 8, K))):
+        assert not call.strata(shape).any()
