@@ -40,7 +40,8 @@ def check_finite(*factors: torch.Tensor) -> None:
     """Raise LoraError if a factor holds NaN or Inf, or numbers whose products are."""
     for factor in factors:
         if factor.numel():
-            low, high = (edge.item() for edge in factor.aminmax())  # NaN if there is one
+            wide = factor.float() if factor.itemsize == 1 else factor  # torch compares no fp8
+            low, high = (edge.item() for edge in wide.aminmax())  # NaN if there is one
             if not math.isfinite(high - low):
                 raise LoraError("the LoRA holds NaN or Inf")
             if max(-low, high) > LARGEST:

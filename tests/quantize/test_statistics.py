@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
+from svdquant_pack.quantize.calibration.file import METADATA_ROOM, Statistics, StatisticsError
 from svdquant_pack.quantize.calibration.several import describe, merge, tokens_for
 from svdquant_pack.quantize.calibration.tokens import BUCKETS, ModelCall, bucket_of, survivors
 
@@ -191,7 +191,7 @@ def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkey
 def test_no_more_runs_than_the_header_has_room_for(tmp_path):
     statistics = new(tmp_path / "s.safetensors")
     with pytest.raises(StatisticsError, match="no room for more runs"):
-        statistics.add_run(id="x", note="y" * (1 << 18))
+        statistics.add_run(id="x", note="y" * (METADATA_ROOM + 64))
     assert not Statistics.open(tmp_path / "s.safetensors").metadata.get("runs")
 
 
