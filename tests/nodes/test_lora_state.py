@@ -227,6 +227,10 @@ def test_merges_are_refused_by_name(plain, demo_model, checkpoints):
 
 def test_saving_says_that_the_loras_are_missing(plain, weights, caplog):
     strong = with_file(plain, lora_of(("lora",), weights), 1.0)
+    comfy.model_management.load_models_gpu([strong])
+    comfy.model_management.unload_all_models()
+    comfy.model_management.load_models_gpu([plain], force_patch_weights=True)
+    assert "SVDQuant Bake LoRA" not in caplog.text
     comfy.model_management.load_models_gpu([strong], force_patch_weights=True)
     assert "SVDQuant Bake LoRA" in caplog.text
 

@@ -256,11 +256,12 @@ def test_a_plain_lora_leaves_the_weight_itself_alone(packed):
     assert loras.rows is None and loras.cols is None and loras.shift is None
 
 
+@pytest.mark.parametrize("own", [0.0, 1.5, -1.0])
 @pytest.mark.parametrize("offset", [None, (0, 32, 64), (1, 96, 96)])
-def test_a_term_may_take_the_weight_itself_away(packed, offset):
+def test_a_term_may_take_the_weight_itself_away_or_have_more_of_it(packed, offset, own):
     wanted = dense(packed).clone()
-    (wanted if offset is None else wanted.narrow(*offset)).zero_()
-    found = weight_of(packed).loras([Term(None, "own", ("own",), [], 0.0, 0.0, offset, None)])
+    (wanted if offset is None else wanted.narrow(*offset)).mul_(own)
+    found = weight_of(packed).loras([Term(None, "own", ("own",), [], 0.0, own, offset, None)])
     assert torch.equal(found.dense_weight(dense(packed)), wanted)
 
 
