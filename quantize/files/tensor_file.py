@@ -92,6 +92,8 @@ class TensorFile(Collection[str]):
             raise TensorFileError(f"{self.path}: there is no such file") from error
         except OSError as error:
             raise TensorFileError(f"{self.path}: cannot be opened ({error.strerror})") from error
+        if not _is_text(str(self.path)):
+            raise TensorFileError(f"{self.path}: its name is no text in UTF-8, which safetensors asks for: rename it")
         try:
             with safe_open(self.path, framework="pt", device="cpu") as file:
                 # sorted: the library hands them out in another order in every process, and what is kept is written
@@ -227,6 +229,14 @@ def size_on_disk(path: str | Path) -> int:
     """Bytes of a model in a file or a folder of files."""
     path = Path(path)
     return sum(file.stat().st_size for file in (folder_files(path) if path.is_dir() else [path]))
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes of a file name that Python keeps as lone surrogates
+        return False
+    return True
 
 
 def _info(shape: list[int], dtype: str) -> TensorInfo:

@@ -114,14 +114,15 @@ def test_an_error_is_one_line_whatever_a_tensor_is_called(tmp_path, capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names there are text")
-def test_a_file_whose_name_is_no_text_is_read_and_shown(quantized, tmp_path):
+def test_a_file_whose_name_is_no_text_is_refused_in_one_line(quantized, tmp_path):
     name = os.fsdecode(b"\xff.safetensors")
     try:
         shutil.copy(quantized, tmp_path / name)
     except OSError:
         pytest.skip("this file system has no such names")
     done = run("inspect", tmp_path / name)
-    assert done.returncode == 0 and done.stdout.startswith("\\udcff.safetensors: flux"), done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "\\udcff.safetensors: its name is no text in UTF-8" in done.stderr
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(quantized, tmp_path):
