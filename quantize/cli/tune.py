@@ -8,6 +8,7 @@ import torch
 
 from ...kernels import COMPUTES
 from ...kernels.formats import DEFAULT, MODULATION
+from ..files.lifecycle import write_whole
 from ..files.open import open_checkpoint
 from ..recipe import WITH_BRANCH
 from . import show
@@ -65,7 +66,7 @@ def _tune(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     shapes = [tune.LayerShape(*key, count=count) for key, count in layers.items()]
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        found, path = tune.tune(shapes, device, arguments.compute, None if arguments.json else show)
+        found, path = tune.tune(shapes, device, write_whole, arguments.compute, None if arguments.json else show)
     except RuntimeError as error:  # out of memory is one
         raise ValueError(f"nothing was tuned: {error}") from error
     return report(found, str(path))

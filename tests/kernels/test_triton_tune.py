@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_the_fastest_stays_and_later_processes_launch_with_it(interpreter):
     assert best.settings["BN"] == 64 and best.seconds < best.shipped_seconds == 128
     assert said[-1][0] == said[-1][1] == sum(len(tiles.choices(each.kernel)) for each in found)
     assert tiles.settings("gemm_w4", interpreter, 20)["BN"] == 128, "not before it is written"
-    path = save(found, interpreter)
+    path = save(found, interpreter, Path.write_bytes)
     assert list(json.loads(path.read_text())) == [tiles.machine(interpreter)]
     assert [entry.name for entry in path.parent.iterdir()] == [path.name], "no temporary file is left"
     assert tiles.settings("gemm_w4", interpreter, 20) == best.settings
@@ -103,10 +104,9 @@ def test_nothing_is_found_where_the_shipped_settings_fail(device):
 
 
 def test_a_second_run_keeps_what_the_first_found_of_other_kernels(interpreter):
-    save(search([job_of("int4", "w4a8", interpreter)], smallest("gemm_w4", interpreter, "BN")), interpreter)
-    path = save(
-        search([job_of("int4", "w4a8-jit", interpreter)], smallest("expand_weight", interpreter, "BN")), interpreter
-    )
+    for compute, kernel in (("w4a8", "gemm_w4"), ("w4a8-jit", "expand_weight")):
+        found = search([job_of("int4", compute, interpreter)], smallest(kernel, interpreter, "BN"))
+        path = save(found, interpreter, Path.write_bytes)
     tables = json.loads(path.read_text())[tiles.machine(interpreter)]
     assert {kernel: [each["BN"] for each in found] for kernel, found in tables.items()} == {
         "gemm_w4": [64],
@@ -116,7 +116,7 @@ def test_a_second_run_keeps_what_the_first_found_of_other_kernels(interpreter):
 
 def test_the_whole_of_it_from_shapes_to_a_file_and_a_report(interpreter):
     shapes = [LayerShape("awq_w4a16", 128, 256, 0, 2)]
-    found, path = tune.tune(shapes, interpreter, seconds=smallest("gemv_w4a16", interpreter, "BN"))
+    found, path = tune.tune(shapes, interpreter, Path.write_bytes, seconds=smallest("gemv_w4a16", interpreter, "BN"))
     data, text = report(found, str(path))
     assert data["entries"][0]["settings"]["BN"] == 16 and data["entries"][0]["seconds"] == 2 * 16, "twice: count"
     assert "gemv_w4a16" in text and " 0.50 of the layers' time" in text and text.endswith(f"written to {path}")
@@ -143,15 +143,16 @@ def test_a_file_that_is_not_usable_is_told_once_and_ignored(fault, device, caplo
         for _ in range(2):
             assert tiles.settings("expand_weight", device, 96) == tiles.as_shipped("expand_weight", 0)
     assert len(caplog.records) == 1 and "quantize tune" in caplog.text
-    tuned.write(here, {"expand_weight": [ENTRY]})  # and it is replaced by the next run
+    tuned.path().write_bytes(tuned.with_tables(here, {"expand_weight": [ENTRY]}))  # and it is replaced by the next run
     tiles.tuned_here.cache_clear()
     assert tiles.settings("expand_weight", device, 96)["BN"] == 8
 
 
 def test_the_file_of_another_machine_changes_nothing(device):
-    tuned.write("another GPU, triton 1.0", {"expand_weight": [ENTRY]})
+    tuned.path().parent.mkdir()
+    tuned.path().write_bytes(tuned.with_tables("another GPU, triton 1.0", {"expand_weight": [ENTRY]}))
     assert tiles.settings("expand_weight", device, 96) == tiles.as_shipped("expand_weight", 0)
-    tuned.write(tiles.machine(device), {})
+    tuned.path().write_bytes(tuned.with_tables(tiles.machine(device), {}))
     assert len(tuned.read()) == 2, "what is known of other machines stays"
 
 

@@ -29,6 +29,7 @@ REPEATS = 15
 BETTER = 0.98  # of the shipped settings' time; less of a gain may be noise
 
 Say = Callable[[int, int, str], None]  # done, of how many, what
+Write = Callable[[Path, bytes], object]
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,14 @@ def _seconds(jobs: list[Job], chosen: Mapping[Place, Settings], time: Callable[[
 def tune(
     shapes: Iterable[LayerShape],
     device: torch.device,
+    write: Write,
     compute: str = "auto",
     say: Say | None = None,
     seconds: Callable[[Callable[[], Any]], float] | None = None,
 ) -> tuple[list[Found], Path]:
     """(what `search` finds for these layers on this GPU, the file it was written to)
 
+    write    puts bytes into a file, all of them or none
     seconds  of a call; by default the median of some runs on the GPU
     """
     turing = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
@@ -179,10 +182,10 @@ def tune(
             for rows in (ROWS if FORMATS[shape.format].low_rank else FEW_ROWS)
         ]
         found = search(jobs, seconds, say)
-    return found, save(found, device)
+    return found, save(found, device, write)
 
 
-def save(found: Iterable[Found], device: torch.device) -> Path:
+def save(found: Iterable[Found], device: torch.device, write: Write) -> Path:
     """Write what is not as shipped, beside what earlier runs found of other entries; new processes launch with it."""
     here = machine(device)
     best = tuned_here(here) | {(each.kernel, each.index): dict(each.settings) for each in found}
@@ -191,6 +194,8 @@ def save(found: Iterable[Found], device: torch.device) -> Path:
         if settings != as_shipped(kernel, index):
             where = {key: table()[kernel][index][key] for key in WHERE}
             tables.setdefault(kernel, []).append(where | settings)
-    path = tuned.write(here, tables)
+    path = tuned.path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, tuned.with_tables(here, tables))
     tuned_here.cache_clear()
     return path

@@ -7,7 +7,6 @@ What is in it counts only as far as tiles.py knows it.
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ def path() -> Path:
 def read() -> dict[str, Tables]:
     """The whole file, {} if there is none.
 
-    raises  OSError if it cannot be read, ValueError if it is not what `write` writes
+    raises  OSError if it cannot be read, ValueError if it is not what tuning writes
     """
     try:
         text = path().read_bytes()
@@ -46,15 +45,10 @@ def _is_file(found: Any) -> bool:
     return all(isinstance(entries, list) and all(isinstance(each, dict) for each in entries) for entries in lists)
 
 
-def write(machine: str, tables: Tables) -> Path:
-    """Replace what the file says of this machine. Readers see the old file or the new one, never a part."""
+def with_tables(machine: str, tables: Tables) -> bytes:
+    """The file as it is to be, with `tables` as what it says of this machine."""
     try:
         found = read()
     except ValueError:  # damaged: nothing in it is used
         found = {}
-    target = path()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, suffix=".tmp", delete=False) as file:
-        json.dump(found | {machine: tables}, file, indent=1)
-    Path(file.name).replace(target)
-    return target
+    return json.dumps(found | {machine: tables}, indent=1).encode()
