@@ -76,7 +76,7 @@ class SVDQuantDownloadModel:
 
         with WRITTEN.writing(write_folder() / wanted.name):
             found = download(wanted, write_folder(), overwrite, progress)
-        text = f"{wanted.name}: {found.path.stat().st_size:,} bytes in models/{FOLDER}"
+        text = f"{wanted.name}: {found.nbytes:,} bytes in models/{FOLDER}"
         if not found.checked:
             text += "; the hub states no sha256, so only its size was compared"
         return {"ui": {"text": [text]}, "result": (wanted.name,)}

@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urljoin, urlsplit
@@ -67,11 +67,13 @@ class Downloaded:
 
     fetched  False where it was there before
     checked  whether its sha256 is the one that the hub states; False where the hub states none
+    nbytes   its size
     """
 
     path: Path
     fetched: bool
     checked: bool
+    nbytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,9 @@ def download(
     folder = Path(folder)
     target = inside(folder, wanted.name)
     if target.exists():
-        if target.is_file() and remote.is_content_of(target):
-            return Downloaded(target, False, remote.sha256 is not None)
-        if target.is_dir() or not overwrite:
+        if remote.is_content_of(target):
+            return Downloaded(target, False, remote.sha256 is not None, remote.size)
+        if target.is_dir() or (target.exists() and not overwrite):
             raise DownloadError(
                 f"{wanted.title}: another {wanted.name} is in {folder.name} already. Turn overwrite on to replace it, "
                 "or rename it"
@@ -167,7 +169,7 @@ def download(
             f"{wanted.title}: what arrived does not have the size and sha256 the hub states. Run it again."
         )
     partial.replace(target)
-    return Downloaded(target, True, remote.sha256 is not None)
+    return Downloaded(target, True, remote.sha256 is not None, remote.size)
 
 
 class _Stopped(Exception):
@@ -209,13 +211,16 @@ class _Remote:
         return hashlib.sha256(self.etag.encode()).hexdigest()[:12]
 
     def is_content_of(self, path: Path) -> bool:
-        """Whether a file has the size that the hub states, and the sha256 if it states one."""
-        if path.stat().st_size != self.size:
+        """Whether a file is there, of the size that the hub states and the sha256 if it states one."""
+        try:
+            if not path.is_file() or path.stat().st_size != self.size:
+                return False
+            if self.sha256 is None:
+                return True
+            with path.open("rb") as stream:
+                return _sha256(stream) == self.sha256
+        except FileNotFoundError:
             return False
-        if self.sha256 is None:
-            return True
-        with path.open("rb") as stream:
-            return _sha256(stream) == self.sha256
 
     def fetch_into(self, partial: Path, progress: Progress) -> None:
         """Append to a partial file what it lacks. Raises DownloadError, or what `progress` raises."""

@@ -58,6 +58,21 @@ def test_another_file_of_that_name_is_replaced_only_on_request(tmp_path, endpoin
     assert fetch(tmp_path, endpoint, overwrite=True).fetched and (tmp_path / NAME).read_bytes() == CONTENT
 
 
+def test_a_file_that_goes_while_it_is_looked_at_is_fetched(tmp_path, endpoint, monkeypatch):
+    """Another client of the same server may remove it at any moment."""
+    (tmp_path / NAME).write_bytes(b"gone in a moment")
+    looked = hub._Remote.is_content_of
+
+    def gone(remote, path):
+        if path.name == NAME:
+            path.unlink()
+        return looked(remote, path)
+
+    monkeypatch.setattr(hub._Remote, "is_content_of", gone)
+    found = fetch(tmp_path, endpoint)
+    assert found.fetched and found.nbytes == len(CONTENT) and found.path.read_bytes() == CONTENT
+
+
 def test_the_older_file_stays_until_the_new_one_is_whole(tmp_path, endpoint):
     (tmp_path / NAME).write_bytes(b"my own model")
 
