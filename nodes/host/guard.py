@@ -61,7 +61,7 @@ class Guard:
             return result
         call = model_call(kept, rest)
         named = [*zip(ARGUMENTS, kept, strict=False), *((n, v) for n, v in rest.items() if n != "transformer_options")]
-        bad = [name for name, value in named if not all(map(is_finite, _tensors(value)))]
+        bad = [name for name, value in named if not _is_finite(value)]
         if bad:
             self._warn(
                 "input",
@@ -115,10 +115,10 @@ class _Watched:
 
     def _look(self, name: str) -> Callable[..., torch.Tensor | None]:
         def hook(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> torch.Tensor | None:
-            if all(map(is_finite, _tensors(output))):
+            if _is_finite(output):
                 self._last = f"layer {name!r}"
                 return None
-            if not all(map(is_finite, _tensors(inputs))):
+            if not _is_finite(inputs):
                 return None
             if isinstance(module, SVDQuantLinear) and module.packed is not None:
                 return self._mended_output(name, module, inputs[0])
@@ -206,8 +206,9 @@ def _where(call: ModelCall) -> str:
     return f"step {call.step + 1} of {call.steps}"
 
 
-def _is_finite(result: Any) -> bool:
-    return all(map(is_finite, _tensors(result)))
+def _is_finite(value: Any) -> bool:
+    """Whether every tensor of floats inside is."""
+    return all(map(is_finite, _tensors(value)))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -38,8 +38,8 @@ def checksum(data: Any, about: str) -> str:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, in its order"""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    """The bytes of a tensor on any device, in its order; of one on the CPU without a copy"""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def of_tensor(name: str, dtype: str, shape: Sequence[int], data: Any) -> str:

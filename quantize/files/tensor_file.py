@@ -299,7 +299,7 @@ class TensorWriter:
         planned, found = self._plan.get(name), TensorInfo.of(tensor)
         if planned != found or name in self._offsets:
             raise TensorFileError(f"{self.path.name}: {name} is {found}, planned was {planned} once")
-        data = integrity.bytes_of(tensor.cpu())
+        data = integrity.bytes_of(tensor)
         self._stream.write(data)
         checksum = integrity.of_tensor(name, DTYPE_NAMES[found.dtype], found.shape, data)
         self._manifest.tensors[name] = checksum

@@ -17,6 +17,7 @@ from ..calibration.tokens import InputStatistics
 from ..files.checkpoint import Provenance, new_checkpoint
 from ..files.dialects import native
 from ..files.header import metadata_of
+from ..files.integrity import bytes_of
 from ..files.lifecycle import naming_a_full_disk
 from ..files.source import Source
 from ..maths.layer import Dense, Making
@@ -140,9 +141,8 @@ class SourceReader:
 
     def read(self, key: str) -> torch.Tensor:
         tensor = self.source.tensor(key)
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         self._digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        self._digest.update(raw.numpy().data)
+        self._digest.update(bytes_of(tensor))
         if tensor.is_floating_point() and not is_finite(tensor):
             raise QuantizeError(f"{self.source.name}: {key} holds NaN or Inf; repair or replace the source model")
         return tensor

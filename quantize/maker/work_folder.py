@@ -15,6 +15,7 @@ from typing import IO, Any
 import torch
 
 from ..files.bounded_json import JsonError, read_object
+from ..files.integrity import bytes_of
 from ..files.lifecycle import Owner, users, work_for
 from ..files.tensor_file import TensorFile, TensorFileError, TensorInfo, TensorWriter
 
@@ -27,7 +28,7 @@ def digest(parts: Iterable[str | torch.Tensor]) -> str:
             made.update(f"{len(part)}:{part}".encode())
         else:
             made.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            made.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            made.update(bytes_of(part))
     return made.hexdigest()
 
 

@@ -379,31 +379,9 @@ def test_damaged_statistics_are_what_they_hold_or_an_error(tmp_path, record_prop
         ("verify", target),
         ("merge", out, target),
         ("merge", out, path, target),
-        (
-            "quantize",
-            tmp_path / "m.safetensors",
-            out,
-            "--json",
-            "--rank",
-            16,
-            "--statistics",
-            target,
-            "--recipe",
-            "svdquant",
-        ),
-        (
-            "quantize",
-            tmp_path / "m.safetensors",
-            out,
-            "--json",
-            "--rank",
-            16,
-            "--statistics",
-            target,
-            "--recipe",
-            "svdquant+gptq",
-        ),
     ]
+    quantize = ("quantize", tmp_path / "m.safetensors", out, "--json", "--rank", 16, "--statistics", target)
+    commands += [(*quantize, "--recipe", recipe) for recipe in ("svdquant", "svdquant+gptq")]
 
     def check(rng: Random) -> tuple[str, list[str]]:
         file = File(path)
