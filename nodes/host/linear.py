@@ -86,8 +86,9 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
             self, dtype=torch.uint8, device=x.device, bias_dtype=x.dtype, offloadable=True
         )
         try:
-            # hosts stream offloaded weights through one buffer: its next bytes are another layer's
-            own = blob.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
+            # hosts stream weights of another device through one buffer: its next bytes are another layer's. Devices are
+            # compared, not storages, as torch.compile cannot trace those
+            own = blob.device == self.weight.device
             packed, loaded = self.packed if own else self.packed.passing(), self._loras_on(x)
             if loaded is None:
                 return packed.forward(x, blob, bias, None)
