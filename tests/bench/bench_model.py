@@ -39,6 +39,7 @@ def blocks() -> tuple[torch.nn.Module, dict[torch.dtype, torch.nn.Module]]:
     """(4-bit block, dense blocks of the same weights by dtype)."""
     import comfy.ops
     from comfy.ldm.flux.layers import SingleStreamBlock
+
     from svdquant_pack.nodes.host.linear import SVDQuantLinear
     from svdquant_pack.quantize.linear import PackedLinear
 
