@@ -27,7 +27,6 @@ import torch
 
 from .formats import FORMATS, GELU_SHIFT, STOCK_RULE, Format
 
-RANK_TILE = 16  # columns of a low-rank branch that one tensor-core instruction multiplies; ranks are multiples of it
 MEANS = ("act_mean", "out_mean")
 RANK_TILE = 16  # columns of the low-rank branch that one tensor-core instruction multiplies; ranks are multiples of it
 BLOB_ALIGNMENT = 256  # bytes; every view is aligned for any dtype and for vector loads
