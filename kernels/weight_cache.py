@@ -5,17 +5,20 @@ storage they lie in and dies with it, and it is used only while the version coun
 it was made from.
 """
 
+import os
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
 
 SAMPLES = 256  # bytes compared before an entry is used, evenly spread
 IDLE_SECONDS = 60.0  # an entry unused for so long makes room for others
+BUDGET = 0.25  # of the machine's memory, for the weights that are kept on a CPU for all models together
 
 
 Value = TypeVar("Value")
@@ -108,3 +111,23 @@ def _sample(tensor: torch.Tensor) -> bytes:
         return b""
     flat = tensor.reshape(-1).view(torch.uint8)
     return flat[:: max(1, flat.numel() // SAMPLES)].numpy().tobytes()
+
+
+@cache
+def cpu_budget() -> int:
+    """Bytes that may be kept on a CPU; none where the machine does not say how much memory it has."""
+    try:
+        return int(BUDGET * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):  # Windows
+        return _budget_from_psutil()
+
+
+def _budget_from_psutil() -> int:
+    try:
+        import psutil  # ComfyUI brings it
+    except ImportError:
+        return 0
+    return int(BUDGET * psutil.virtual_memory().total)
+
+
+ON_CPU: WeightCache[Any] = WeightCache(cpu_budget)

@@ -12,38 +12,13 @@ On a CPU the decoded weights are kept, as far as a quarter of the memory allows,
 16-bit model costs. The numbers are the same with and without.
 """
 
-import os
-from functools import cache
-
 import torch
 
 from .. import eight_bit, stages
 from ..layer import Layer, Lora
 from ..roundtrip import rounded
-from ..weight_cache import WeightCache
+from ..weight_cache import ON_CPU
 from . import Backend, KernelCall
-
-BUDGET = 0.25  # of the machine's memory, for decoded weights of all models together
-
-
-@cache
-def budget() -> int:
-    """Bytes of decoded weights that may be kept; none where the machine does not say how much memory it has."""
-    try:
-        return int(BUDGET * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, OSError, ValueError):  # Windows
-        return _budget_from_psutil()
-
-
-def _budget_from_psutil() -> int:
-    try:
-        import psutil  # ComfyUI brings it
-    except ImportError:
-        return 0
-    return int(BUDGET * psutil.virtual_memory().total)
-
-
-WEIGHTS: WeightCache[torch.Tensor] = WeightCache(budget)
 
 
 def claims(call: KernelCall) -> int | str:
@@ -52,6 +27,8 @@ def claims(call: KernelCall) -> int | str:
         return f"{call.format} has {', '.join(call.fmt.computes)}, not {call.compute}"
     if not call.asked and call.arch != "cpu" and call.compute not in ("w16", "w4a16"):
         return f"emulates {call.compute} in plain torch, which is for a CPU"
+    if not call.asked and call.compute == "w8a8":
+        return "expands the weight anew for each call of w8a8"
     return 0
 
 
@@ -61,7 +38,7 @@ def decoded_weight(layer: Layer) -> torch.Tensor:
     if qweight.device.type != "cpu" or qweight.numel() == 0:
         return layer.decode_weight()
     spec = layer.spec
-    return WEIGHTS.get(qweight, (spec.format,), layer.decode_weight, 4 * spec.n * spec.k)
+    return ON_CPU.get(qweight, (spec.format,), layer.decode_weight, 4 * spec.n * spec.k)
 
 
 def smooth_activation(x: torch.Tensor, layer: Layer, act_mean: torch.Tensor | None = None) -> torch.Tensor:

@@ -37,6 +37,7 @@ Tensors = Mapping[str, torch.Tensor]
 SIXTEEN_BIT = (torch.bfloat16, torch.float16, torch.float32)  # fp32 is legal wherever a 16-bit float is expected
 GELU_SHIFT = 0.171875  # 11/64: just above -min(GELU) = 0.1700, so that shifted activations fit unsigned codes
 GROUP_SIZE = 64  # input channels that share a scale in int4, in awq_w4a16, and in 8-bit codes of activations
+EXPANDED_ROWS = 128  # of a weight that are expanded at a time on a CPU: what is in between stays in its cache
 DEFAULT, MODULATION = "int4", "awq_w4a16"  # of layers with 4-bit activations, and of those with 16-bit ones
 # what the four bits of a code mean to a kernel
 TWOS_COMPLEMENT, E2M1_CODE, OFFSET_8 = "two's complement", "e2m1", "offset 8"
@@ -221,16 +222,21 @@ class Format:
         """
         if dtype not in self.units:
             raise ValueError(f"a {self.name} weight cannot be expanded to one scale per row in {dtype}")
-        values, scales = self.code_values(unpack(tensors["qweight"])), tensors["wscales"].float().T
+        qweight, scales = tensors["qweight"], tensors["wscales"].float().T
         largest = scales.abs().amax(-1, keepdim=True)
         unit = torch.full_like(largest, float(self.units[dtype]))
-        factor = torch.where(largest == 0, 0.0, unit / largest)
-        weight = (values.unflatten(-1, (scales.shape[1], -1)) * (scales * factor)[..., None]).flatten(-2)
+        steps = (scales * torch.where(largest == 0, 0.0, unit / largest))[..., None]  # (N, K/group, 1)
+        weight = torch.empty(scales.shape[0], 2 * qweight.shape[1], dtype=dtype, device=qweight.device)
+        rows = EXPANDED_ROWS if qweight.device.type == "cpu" else max(1, len(weight))
+        for first in range(0, len(weight), rows):
+            part = slice(first, first + rows)
+            values = self.code_values(unpack(qweight[part])).unflatten(-1, (scales.shape[1], -1)) * steps[part]
+            weight[part] = (values.round_() if dtype == torch.int8 else values).flatten(-2)
         row_scales = (largest / unit)[:, 0]
         for name in ("wtscale", "wcscales"):
             if name in tensors:
                 row_scales = row_scales * tensors[name].float()
-        return (weight.round() if dtype == torch.int8 else weight).to(dtype), row_scales
+        return weight, row_scales
 
 
 def by_group(x: torch.Tensor, group_size: int) -> torch.Tensor:

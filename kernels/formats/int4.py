@@ -43,6 +43,7 @@ class Int4(Format):
     units = {torch.int8: 15, torch.float8_e4m3fn: 32}  # noqa: RUF012 (typed in the base class)
     computes = ("w4a4", "w4a8", "w8a8", "w4a8-jit", "fp8", "w16")
     modes = (
+        Mode("cpu", "w8a8"),
         Mode("cpu", "w4a4"),
         Mode("cpu", "w4a8"),
         Mode("sm_75", "w4a4"),

@@ -55,6 +55,7 @@ class Nvfp4(Format):
     units = {torch.int8: 20, torch.float8_e4m3fn: 64}  # noqa: RUF012 (typed in the base class)
     computes = ("w4a4", "w8a8", "w4a8-jit", "fp8", "w16")
     modes = (
+        Mode("cpu", "w8a8"),
         Mode("cpu", "w4a4"),
         Mode("cpu", "w4a8-jit"),
         Mode("sm_10", "w4a4"),

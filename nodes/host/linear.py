@@ -103,7 +103,7 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
         )
         try:
             # hosts stream offloaded weights through one buffer: its next bytes are another layer's
-            own = blob.untyped_storage().data_ptr() == self.blob.untyped_storage().data_ptr()
+            own = _same_memory(blob, self.blob)
             packed, loaded = self.packed if own else self.packed.passing(), self._loras_on(x)
             if not own and torch.is_grad_enabled():  # a backward pass reads them again
                 blob, bias = blob.clone(), None if bias is None else bias.clone()
@@ -165,6 +165,13 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
             if f".{name}" in saved:
                 return saved[f".{name}"]
         return super().__getattr__(name)
+
+
+def _same_memory(blob: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether a layer's bytes are its own. torch.compile traces no addresses, and what hosts stream changes device."""
+    if torch.compiler.is_compiling():
+        return blob.device == own.device
+    return blob.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
 
 
 def operations(checkpoint: Checkpoint, compute: str) -> type:

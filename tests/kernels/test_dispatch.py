@@ -16,7 +16,7 @@ from svdquant_pack.kernels import (
     self_test,
     svdquant_linear,
 )
-from svdquant_pack.kernels.backends import Backend, KernelCall, discover, reference
+from svdquant_pack.kernels.backends import Backend, KernelCall, cpu, discover, reference
 from svdquant_pack.kernels.dispatch import candidates, faster_format
 from svdquant_pack.tests.kernels.layers import random_layer
 
@@ -146,16 +146,18 @@ def test_rows_are_rounded_to_the_limits_of_the_table():
 
 @pytest.mark.parametrize("format", ["int4", "nvfp4"])
 @pytest.mark.parametrize("compute", COMPUTES)
-def test_a_cpu_runs_the_reference_and_says_why(format, compute):
+def test_a_cpu_runs_int8_or_the_reference_and_says_why(format, compute):
     if (format, compute) == ("nvfp4", "w4a8"):
         with pytest.raises(ValueError, match="not w4a8"):
             choose(LayerSpec(format, 64, 64), CPU, BF16, compute)
         return
-    choice = choose(LayerSpec(format, 64, 64), CPU, BF16, compute)
-    assert choice.backend.name == "reference" and choice.compute == ("w4a4" if compute == "auto" else compute)
+    choice, int8 = choose(LayerSpec(format, 64, 64), CPU, BF16, compute), cpu.exact() is None
+    wanted = compute if compute != "auto" else "w8a8" if int8 else "w4a4"
+    assert choice.compute == wanted
+    assert choice.backend.name == ("cpu" if int8 and wanted == "w8a8" else "reference")
     if compute in ("auto", "w4a4"):
         assert "GPU" in choice.passed_over["triton"]
-    assert "reference" not in choice.passed_over
+    assert choice.backend.name not in choice.passed_over
 
 
 def backend_of(name: str, linear, claim: int = 99) -> Backend:

@@ -89,15 +89,15 @@ def test_the_reference_gives_the_same_numbers_with_and_without(format, monkeypat
     kept, empty = cache_of(1 << 30), cache_of(0)
     results = []
     for cache in (empty, kept, kept):
-        monkeypatch.setattr(reference, "WEIGHTS", cache)
-        results.append(svdquant_linear(x, layer))
+        monkeypatch.setattr(reference, "ON_CPU", cache)
+        results.append(svdquant_linear(x, layer, compute="auto" if format == "awq_w4a16" else "w4a4"))
     assert kept.nbytes == 4 * 96 * 256 and empty.nbytes == 0
     assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
 
 
 def test_a_packed_layer_is_decoded_once(monkeypatch):
     cache = cache_of(1 << 30)
-    monkeypatch.setattr(reference, "WEIGHTS", cache)
+    monkeypatch.setattr(reference, "ON_CPU", cache)
     layer = random_layer("int4")
     blob, views = to_blob(layer.tensors)
     calls = []
@@ -105,7 +105,7 @@ def test_a_packed_layer_is_decoded_once(monkeypatch):
         Layer, "decode_weight", lambda self: calls.append(1) or layer.spec.fmt.decode_weight(self.tensors)
     )
     for _ in range(3):
-        svdquant_linear(torch.randn(2, 256), Layer(layer.spec, from_blob(blob, views)))
+        svdquant_linear(torch.randn(2, 256), Layer(layer.spec, from_blob(blob, views)), compute="w4a4")
     assert len(calls) == 1
     del blob
     gc.collect()
