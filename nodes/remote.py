@@ -108,32 +108,37 @@ def calibrate(
     progress: Callable[[int, int, str], None] | None = None,
     poll: float = 0.5,
 ) -> int:
-    """Run the workflow for every prompt, one after another; returns how many.
+    """Run the workflow for every prompt, one after another; returns how many the server ran.
+
+    A server answers from its memory what it ran last: such a prompt is in the statistics already and not counted.
 
     raises  CalibrateError if the server refuses a run, a run fails, or the server is started again meanwhile and has
             forgotten it; ConnectionError if it cannot be reached or answers with something else
     """
     if not any(node.get("class_type") == "SVDQuantCalibrate" for node in workflow.values()):
         raise CalibrateError("the workflow holds no SVDQuant Calibrate node: put it between the model and the sampler")
+    ran = 0
     for index, prompt in enumerate(prompts):
         if progress is not None:
             progress(index, len(prompts), prompt)
         answer = _request(f"{server}/prompt", {"prompt": with_prompt(workflow, prompt, index)})
         if "prompt_id" not in answer:
             raise CalibrateError(f"{server} answers without a prompt_id; is it a ComfyUI?")
-        _wait(server, str(answer["prompt_id"]), poll)
+        ran += bool(workflow.keys() - _wait(server, str(answer["prompt_id"]), poll))
     if progress is not None:
         progress(len(prompts), len(prompts), "")
-    return len(prompts)
+    return ran
 
 
-def _wait(server: str, prompt_id: str, poll: float) -> None:
+def _wait(server: str, prompt_id: str, poll: float) -> set[str]:
+    """The nodes whose outputs the server still had, when the run is finished."""
     lost = 0
     while True:
         entry = _request(f"{server}/history/{prompt_id}").get(prompt_id)
         status = {} if entry is None else entry.get("status", {})
         if status.get("completed"):
-            return
+            kept = [what.get("nodes", []) for kind, what in status.get("messages", []) if kind == "execution_cached"]
+            return {node for nodes in kept for node in nodes}
         if status.get("status_str") == "error":
             said = [what.get("exception_message", "") for kind, what in status["messages"] if kind == "execution_error"]
             raise CalibrateError(f"the run failed: {'; '.join(said).strip() or 'the server gave no reason'}")
@@ -182,4 +187,9 @@ def _calibrate(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     workflow = read_workflow(arguments.workflow)
     prompts = read_prompts(arguments.prompts)[: arguments.count]
     runs = calibrate(arguments.server.rstrip("/"), workflow, prompts, None if arguments.json else show)
-    return {"runs": runs}, f"{runs} runs; the statistics are in the server's output/svdquant folder"
+    known = len(prompts) - runs
+    counted = f"; {known} not repeated, the server had just run them" if known else ""
+    return (
+        {"runs": runs, "known": known},
+        f"{runs} runs{counted}; the statistics are in the server's output/svdquant folder",
+    )

@@ -15,11 +15,11 @@ LAYERS = ("kernels", "quantize", "nodes")
 ENTRY_POINT = ROOT / "quantize" / "__main__.py"  # above all layers: it puts the commands of all of them together
 FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 ALLOWED = {
-    "kernels": {"torch"},
+    "kernels": {"torch", "psutil"},
     "quantize": {"torch", "safetensors", "einops", "huggingface_hub", "matplotlib", "numpy", "torchmetrics"},
     "nodes": {"torch", "comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server"},
 }
-BACKENDS = {"triton", "comfy_kitchen", "psutil"}  # only inside kernels/backends
+BACKENDS = {"triton", "comfy_kitchen"}  # only inside kernels/backends
 BANNED_CALLS = {"print", "eval", "exec", "basicConfig", "__import__"}
 
 

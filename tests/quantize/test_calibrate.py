@@ -43,7 +43,9 @@ def server():
             if place == "queue":
                 self.answer(200, {"queue_running": [], "queue_pending": []})
                 return
-            status = {"completed": True, "status_str": "success", "messages": []}
+            kept = [*WORKFLOW] if queued[int(place)] in queued[: int(place)] else ["4"]
+            messages = [["execution_start", {}], ["execution_cached", {"nodes": kept}]]
+            status = {"completed": True, "status_str": "success", "messages": messages}
             if queued[int(place)]["3"]["inputs"]["text"] == "forget":  # as after a restart
                 self.answer(200, {})
                 return
@@ -63,6 +65,12 @@ def test_every_prompt_is_run_once_with_its_own_seed(server):
     assert calibrate(url, WORKFLOW, ["a cat", "a dog"], poll=0) == 2
     assert [graph["3"]["inputs"]["text"] for graph in queued] == ["a cat", "a dog"]
     assert [graph["8"]["inputs"]["seed"] for graph in queued] == [0, 1]
+
+
+def test_what_the_server_had_in_memory_is_no_run(server):
+    """`calibrate` said that it ran what the server answered without running it."""
+    assert calibrate(server[0], WORKFLOW, ["a cat"], poll=0) == 1
+    assert calibrate(server[0], WORKFLOW, ["a cat", "a dog"], poll=0) == 1
 
 
 @pytest.mark.parametrize(
