@@ -92,7 +92,7 @@ def spoil_at(kernel, patcher, steps) -> object:
 
 
 def test_a_kernel_that_gives_nan_is_named_once_and_the_picture_is_right(checkpoints, kernel, caplog):
-    patcher = load_model(str(checkpoints["int4"]))
+    patcher = load_model(str(checkpoints["int4"]), "w4a4")
     right = sample(patcher)
     calls = kernel.calls
     on_step = spoil_at(kernel, patcher, range(BAD_STEP, STEPS))
@@ -111,7 +111,7 @@ def test_a_kernel_that_gives_nan_is_named_once_and_the_picture_is_right(checkpoi
 
 
 def test_stop_ends_the_run_and_names_the_layer(checkpoints, kernel):
-    patcher = load_model(str(checkpoints["int4"]), if_not_finite="stop").clone()
+    patcher = load_model(str(checkpoints["int4"]), "w4a4", if_not_finite="stop").clone()
     on_step = spoil_at(kernel, patcher, {BAD_STEP})
     with pytest.raises(NumbersError, match=rf"layer '{LAYER}' .* at step {BAD_STEP + 1} of {STEPS} .* faulty w4a4;"):
         sample(patcher, on_step=on_step)
@@ -120,7 +120,7 @@ def test_stop_ends_the_run_and_names_the_layer(checkpoints, kernel):
 
 @pytest.mark.parametrize("then", CHOICES)
 def test_what_is_gone_when_the_call_is_repeated_is_said(checkpoints, kernel, caplog, then):
-    patcher = load_model(str(checkpoints["int4"]), if_not_finite=then)
+    patcher = load_model(str(checkpoints["int4"]), "w4a4", if_not_finite=then)
     right, hits = sample(patcher), iter([True])
     kernel.spoil = lambda layer: next(hits, False)
     if then == "stop":
@@ -199,7 +199,7 @@ def test_numbers_that_were_bad_before_the_model_are_said_to_be_so(checkpoints, c
 
 
 def test_a_compiled_model_is_watched_too(checkpoints, kernel, caplog):
-    patcher = load_model(str(checkpoints["int4"]))
+    patcher = load_model(str(checkpoints["int4"]), "w4a4")
     compiled = patcher.clone()
     set_torch_compile_wrapper(compiled, backend="eager", keys=[f"diffusion_model.{LAYER}"])
     right = sample(compiled)
