@@ -83,11 +83,10 @@ def quantize(
         for act, down in zip(acts, downs, strict=True):
             torch.mm(wide, down, out=act[rows])
         y = stages.smoothed(wide, layer["smooth_factor"], layer.spec.act_unsigned)
-        extreme = y.abs().amax(-1, keepdim=True)
-        extreme = torch.where(extreme.isfinite(), extreme, torch.nan).div_(TOPS[torch.int8])
-        scales[rows] = extreme
+        extreme = torch.amax(y.abs(), -1, keepdim=True).nan_to_num_(torch.nan, torch.nan)
+        torch.div(extreme, TOPS[torch.int8], out=scales[rows])
         # where the scale is 0 or NaN the codes are any: what they are multiplied by is the same scale
-        codes[rows] = y.mul_(extreme.reciprocal_()).round_()
+        codes[rows] = y.mul_(scales[rows].reciprocal()).round_()
     return codes, scales, acts
 
 
