@@ -241,6 +241,9 @@ def test_a_layer_that_is_not_four_bit_is_an_ordinary_linear(bias):
     saved, kept = layer.state_dict(), layer.state_dict(keep_vars=True)
     assert saved.keys() == kept.keys() == stored.keys()
     assert all(torch.equal(saved[name], held[name]) and kept[name] is getattr(layer, name) for name in stored)
+    given = {name: tensor.clone() for name, tensor in held.items()}
+    layer.load_state_dict(given)
+    assert not any(getattr(layer, name).data_ptr() == tensor.data_ptr() for name, tensor in given.items())
     assert layer.load_state_dict({}, strict=False).missing_keys == list(stored)
     with pytest.raises(RuntimeError, match=r"weight has shape \(4, 9\), this model needs \(4, 8\)"):
         layer.load_state_dict(stored | {"weight": torch.zeros(4, 9)})

@@ -295,3 +295,15 @@ def test_a_function_that_mixes_columns_a_little_is_not_taken_for_one_on_rows(pai
     for patcher in patched:
         patcher.add_patches({(key, None, lambda delta: delta + 0.02 * delta.roll(1, 1)): adapter}, 0.9)
     assert layer_errors(*patched)[key] < FITTED
+
+
+def test_another_model_as_a_lora_is_its_difference_from_the_models_own_weight(pair):
+    """W' = W + strength * (other - W), whatever other patches there are."""
+    key, weight = next(iter(dense_weights(*pair).items()))
+    lora = lora_of(("lora",), {key: weight}, 9)
+    first = with_file(pair[0], lora, 0.7)
+    delta = first.layer_loras()[key].dense_weight(weight) - weight
+    patched = first.clone()
+    patched.add_patches({key: ("model_as_lora", (weight + 2 * delta,))}, 0.4)
+    found = patched.layer_loras()[key].dense_weight(weight) - weight
+    assert ((found - 1.8 * delta).norm() / delta.norm()).item() < FITTED

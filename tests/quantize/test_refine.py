@@ -269,6 +269,13 @@ def test_the_expected_noise_is_that_of_rounding_both_factors(layer, gptq):
     assert 0.4 < (found.total - found.activation).item() / (of_weight * (0.5 if gptq else 1)) < 2.5
 
 
+def test_gptq_halves_what_is_expected_of_the_weight(layer):
+    spec, tokens = spec_of(layer, "int4", rank=0), layer.calibration[:48]
+    nearest, gptq = (smooth.ExpectedNoise.of(layer.weight, tokens, spec, gptq) for gptq in (False, True))
+    assert torch.equal(gptq.activation, nearest.activation)
+    torch.testing.assert_close(gptq.total - gptq.activation, 0.5 * (nearest.total - nearest.activation))
+
+
 def test_the_search_starts_from_the_best_of_its_rules(layer):
     spec = spec_of(layer, "int4", rank=0)
     inputs = smooth.Inputs.of(LayerInput.plain(layer.calibration, spec, torch.device("cpu")).whole())
