@@ -332,6 +332,21 @@ def test_strengths_that_a_node_leaves_out_are_the_hosts(plain, demo_model):
     assert entries[0] == entries[2] and entries[1] == entries[3]
 
 
+def test_patchers_of_all_models_are_of_one_class(plain, checkpoints):
+    assert type(load_model(str(checkpoints["int4"]))) is type(plain) is type(plain.clone())
+
+
+def test_a_hooks_keys_that_belong_nowhere_are_named(plain, caplog):
+    import comfy.hooks
+
+    patched = plain.clone()
+    with caplog.at_level(logging.WARNING, logger="svdquant"):
+        patched.add_hook_patches(
+            comfy.hooks.WeightHook(), {"diffusion_model.nothing.weight": ("diff", (torch.ones(1),))}
+        )
+    assert "nothing.weight" in caplog.text and not patched.svdquant_groups
+
+
 def test_limits_of_what_is_approximated_are_those_that_were_set(plain, weights):
     from svdquant_pack.quantize.lora.fit import LoraLimits
 

@@ -157,7 +157,7 @@ def test_factors_that_do_not_fit_are_refused(name):
     up, words = BAD_FACTORS[name]
     with pytest.raises(LoraError, match=words):
         columns_of([(up, torch.ones(4, K), None)], (N, K))
-    for down in (torch.ones(4, K - 1), torch.ones(4)):
+    for down in (torch.ones(4, K - 1), torch.ones(4, K + 1), torch.ones(4), torch.ones(())):
         with pytest.raises(LoraError, match="trained for another model"):
             columns_of([(torch.ones(N, 4), down, None)], (N, K))
 
