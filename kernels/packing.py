@@ -15,7 +15,7 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     """
     if codes.shape[-1] % 2:
         raise ValueError(f"cannot pack {codes.shape[-1]} codes two to a byte: the last dimension must be even")
-    nibbles = codes.to(torch.uint8) & 15 if codes.dtype == torch.uint8 else (codes & 15).to(torch.uint8)
+    nibbles = (codes & 15).to(torch.uint8)
     return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).view(torch.int8)
 
 

@@ -81,8 +81,6 @@ class ReadEntries(Mapping[str, InputStatistics]):
         self._layers = dict.fromkeys(name.rpartition(".")[0] for name in file)
 
     def __getitem__(self, layer: str) -> InputStatistics:
-        if layer not in self._layers:
-            raise KeyError(layer)
         return InputStatistics(**{part: self.part(layer, part) for part in PARTS})
 
     def part(self, layer: str, part: str) -> torch.Tensor:
@@ -151,7 +149,7 @@ class Statistics:
         path = Path(path)
         infos = {name: info for layer, k in widths.items() for name, info in _infos(layer, k, room).items()}
         # widest numbers first: then each tensor is aligned for its own, without gaps, which safetensors forbids
-        infos = dict(sorted(infos.items(), key=lambda item: -item[1].dtype.itemsize))
+        infos = dict(sorted(infos.items(), key=lambda item: item[1].dtype.itemsize, reverse=True))
         header, offset = {}, 0
         for name, info in infos.items():
             header[name] = {
@@ -228,7 +226,7 @@ class Statistics:
         """Write metadata and checksums; the tensors are in the file already."""
         assert self._mapped is not None
         with ThreadPoolExecutor() as pool:  # of gigabytes, after every run
-            checksums = dict(zip(self._mapped, pool.map(_checksum, self._mapped.items()), strict=True))
+            checksums = dict(pool.map(_checksum, self._mapped.items()))
         self._rewrite_header({"finished": True}, integrity.Manifest(checksums))
 
     def _rewrite_header(self, changes: Mapping[str, Any], manifest: integrity.Manifest | None) -> None:
@@ -246,9 +244,9 @@ class Statistics:
         self.save()
 
 
-def _checksum(item: tuple[str, torch.Tensor]) -> str:
+def _checksum(item: tuple[str, torch.Tensor]) -> tuple[str, str]:
     name, part = item
-    return integrity.of_tensor(name, DTYPE_NAMES[part.dtype], part.shape, integrity.bytes_of(part))
+    return name, integrity.of_tensor(name, DTYPE_NAMES[part.dtype], part.shape, integrity.bytes_of(part))
 
 
 def _is_being_filled(path: Path) -> bool:
@@ -272,9 +270,9 @@ def _check_entries(path: Path, file: TensorFile) -> None:
                 raise StatisticsError(
                     f"{path.name}: layer {layer!r}: {name.rpartition('.')[2]} is {infos.get(name)}, needed {needed}"
                 )
-    known = {f"{layer}.{part}" for layer in names for part in PARTS}
-    if infos.keys() - known:
-        raise StatisticsError(f"{path.name}: {min(infos.keys() - known)} is no part of statistics")
+    for name in infos:
+        if name.rpartition(".")[2] not in PARTS:
+            raise StatisticsError(f"{path.name}: {name} is no part of statistics")
 
 
 def _check_values(path: Path, layer: str, entry: InputStatistics) -> None:
@@ -283,12 +281,12 @@ def _check_values(path: Path, layer: str, entry: InputStatistics) -> None:
     for part in ("tokens", "key", "absmax", "square", "sensitivity"):
         if not is_finite(getattr(entry, part)):
             raise StatisticsError(f"{place}: {part} holds NaN or Inf: the file is damaged, calibrate again")
-    ranges = {"key": (0, 1), "hold": (0, 1), "stratum": (0, STRATA - 1), "count": (0, 1 << 62)}
+    ranges = {"key": (0, 1), "hold": (0, 1), "stratum": (0, STRATA - 1)}
     for part, (least, most) in ranges.items():
         low, high = (edge.item() for edge in getattr(entry, part).aminmax())
         if low < least or high > most:
             raise StatisticsError(f"{place}: {part} holds {low} to {high}, needed {least} to {most}: calibrate again")
-    for part in ("absmax", "square"):
+    for part in ("absmax", "square", "count"):
         if getattr(entry, part).amin() < 0:
             raise StatisticsError(f"{place}: {part} holds a negative number: the file is damaged, calibrate again")
     largest = entry.tokens.abs().amax().item()
@@ -307,8 +305,6 @@ def _check_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
 
 def _taken(path: Path) -> int:
     """Bytes that a file takes on disk; all of them where the system does not know of sparse files."""
-    if not path.exists():
-        return 0
     stat = path.stat()
     return stat.st_blocks * 512 if hasattr(stat, "st_blocks") else stat.st_size
 

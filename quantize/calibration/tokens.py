@@ -62,7 +62,7 @@ def survivors(keys: torch.Tensor, strata: torch.Tensor, room: int) -> torch.Tens
     first = sizes.cumsum(0) - sizes
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(keys)) - first[strata[order]]
-    score = rank.double() + (1 - keys.double())  # keys lie in (0, 1]
+    score = rank.double() - keys.double()  # keys lie in (0, 1]
     return score.argsort(stable=True)[:room]
 
 
@@ -102,14 +102,12 @@ class InputStatistics:
     def _admit(self, keys: torch.Tensor, strata: torch.Tensor, hold: torch.Tensor, rows: torch.Tensor) -> None:
         """Let new tokens compete for the slots; only the rows that win are copied, each into the slot of a loser."""
         used = self.key > 0
-        room, old = len(self.key), used.nonzero()[:, 0]
-        stay = survivors(torch.cat([self.key[old], keys]), torch.cat([self.stratum[old].long(), strata]), room)
-        won = stay[stay >= len(old)] - len(old)
-        if not len(won):
-            return
+        room, old = len(self.key), self.kept
+        stay = survivors(torch.cat([self.key[used], keys]), torch.cat([self.stratum[used].long(), strata]), room)
+        won = stay[stay >= old] - old
         free = ~used
-        free[old] = ~torch.isin(torch.arange(len(old)), stay)
-        slots = free.nonzero()[:, 0][: len(won)]
+        free[used] = ~torch.isin(torch.arange(old), stay)
+        slots = free.nonzero().flatten()[: len(won)]
         self.tokens[slots] = rows[won.to(rows.device)].to("cpu", self.tokens.dtype)
         self.key[slots], self.hold[slots] = keys[won], hold[won]
         self.stratum[slots] = strata[won].to(torch.int16)
@@ -120,12 +118,12 @@ class InputStatistics:
         self.square += other.square
         self.count += other.count
         self.sensitivity += other.sensitivity
-        there = (other.key > 0).nonzero()[:, 0]
+        there = other.key > 0
         self._admit(other.key[there], other.stratum[there].long(), other.hold[there], other.tokens[there])
 
     def part(self, hold: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens (M, K), step bucket (M,)) of the hold-out part, or of the part to fit to."""
-        chosen = ((self.key > 0) & (self.hold == int(hold))).nonzero()[:, 0]
+        chosen = (self.key > 0) & (self.hold == int(hold))
         return self.tokens[chosen], bucket_of(self.stratum[chosen].long())
 
     def channel_absmax(self) -> torch.Tensor:

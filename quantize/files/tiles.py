@@ -58,7 +58,7 @@ def _words(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _pair(dtype: torch.dtype) -> torch.dtype:
     """An integer as large as two elements."""
-    return {1: torch.int16, 2: torch.int32, 4: torch.int64}[dtype.itemsize]
+    return {2: torch.int32, 4: torch.int64}[dtype.itemsize]
 
 
 def unpack_qweight(packed: torch.Tensor) -> torch.Tensor:

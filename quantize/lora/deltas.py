@@ -197,10 +197,7 @@ def columns_of(factors: Sequence[tuple[torch.Tensor, torch.Tensor, Offset | None
     width += -width % RANK_TILE
     dtypes = {tensor.dtype for up, down, *_ in checked for tensor in (up, down)}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    alone = len(checked) == 1 and width == checked[0][0].shape[1]
-    whole = alone and (checked[0][0].shape[0], checked[0][1].shape[1]) == tuple(shape)
-    make = torch.empty if whole else torch.zeros
-    block = Columns(make(shape[1], width, dtype=dtype), make(shape[0], width, dtype=dtype))
+    block = Columns(torch.zeros(shape[1], width, dtype=dtype), torch.zeros(shape[0], width, dtype=dtype))
     first = 0
     for up, down, row, col in checked:
         last = first + up.shape[1]

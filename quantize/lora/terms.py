@@ -146,11 +146,12 @@ def check_numbers(term: Term) -> None:
 
 def factored(group: Sequence[Term], shape: tuple[int, int], limits: LoraLimits) -> tuple[Delta, float]:
     """(delta of terms that share a block, without alpha; share of its energy that is kept) on an (N, K) weight"""
-    form, offset = group[0].form, group[0].offset
+    first, *_ = group
+    form = first.form
     if isinstance(form, LohaFactors):
-        return hadamard(form.first, form.second, offset, shape, limits)
+        return hadamard(form.first, form.second, first.offset, shape, limits)
     if isinstance(form, LokrFactors):
-        return kronecker(*form.matrices(), offset, shape), 1.0
+        return kronecker(*form.matrices(), first.offset, shape), 1.0
     forms = [(term.form, term.offset) for term in group]
     return columns_of([(*f.matrices(shape), o) for f, o in forms if isinstance(f, LoraFactors)], shape), 1.0
 

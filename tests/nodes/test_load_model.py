@@ -234,6 +234,7 @@ def test_every_node_explains_itself(name):
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_that_is_not_four_bit_is_an_ordinary_linear(bias):
     layer, stored = SVDQuantLinear(8, 4, bias, dtype=torch.bfloat16), {"weight": torch.randn(4, 8)}
+    assert not layer.loras_stay and not any(part.requires_grad for part in layer.parameters())
     stored |= {"bias": torch.randn(4)} if bias else {}
     assert not layer.load_state_dict(stored).missing_keys
     held, x = {name: tensor.bfloat16() for name, tensor in stored.items()}, torch.randn(3, 8)
@@ -241,6 +242,10 @@ def test_a_layer_that_is_not_four_bit_is_an_ordinary_linear(bias):
     saved, kept = layer.state_dict(), layer.state_dict(keep_vars=True)
     assert saved.keys() == kept.keys() == stored.keys()
     assert all(torch.equal(saved[name], held[name]) and kept[name] is getattr(layer, name) for name in stored)
+    given = {name: tensor.clone() for name, tensor in held.items()}
+    layer.load_state_dict(given)
+    assert not any(part.requires_grad for part in layer.parameters())
+    assert not any(getattr(layer, name).data_ptr() == tensor.data_ptr() for name, tensor in given.items())
     assert layer.load_state_dict({}, strict=False).missing_keys == list(stored)
     with pytest.raises(RuntimeError, match=r"weight has shape \(4, 9\), this model needs \(4, 8\)"):
         layer.load_state_dict(stored | {"weight": torch.zeros(4, 9)})

@@ -295,3 +295,48 @@ def test_a_function_that_mixes_columns_a_little_is_not_taken_for_one_on_rows(pai
     for patcher in patched:
         patcher.add_patches({(key, None, lambda delta: delta + 0.02 * delta.roll(1, 1)): adapter}, 0.9)
     assert layer_errors(*patched)[key] < FITTED
+
+
+def test_another_model_as_a_lora_is_its_difference_from_the_models_own_weight(pair):
+    """W' = W + strength * (other - W), whatever other patches there are."""
+    key, weight = next(iter(dense_weights(*pair).items()))
+    lora = lora_of(("lora",), {key: weight}, 9)
+    first = with_file(pair[0], lora, 0.7)
+    delta = first.layer_loras()[key].dense_weight(weight) - weight
+    patched = first.clone()
+    patched.add_patches({key: ("model_as_lora", (weight + 2 * delta,))}, 0.4)
+    found = patched.layer_loras()[key].dense_weight(weight) - weight
+    assert ((found - 1.8 * delta).norm() / delta.norm()).item() < FITTED
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_a_function_that_is_no_multiple_of_its_argument_is_made_at_its_strength(pair, kind):
+    from comfy.lora import load_lora
+
+    key, weight = next(iter(dense_weights(*pair).items()))
+    made = {f"{key.removesuffix('.weight')}.{name}": tensor for name, tensor in tensors_of(kind, weight, 12).items()}
+    (adapter,) = load_lora(made, {key.removesuffix(".weight"): key}).values()
+    patched = [patcher.clone() for patcher in pair]
+    for patcher in patched:
+        patcher.add_patches({(key, None, lambda delta: (50 * delta).tanh() / 50): adapter}, 0.4)
+    patched[0].set_lora_limits(LoraLimits(max_rank=256, max_lost=1e-6))
+    assert layer_errors(*patched)[key] < FITTED
+    assert layer_errors(pair[0], patched[1])[key] > 0.01
+
+
+def test_patches_are_told_apart_by_their_tensors_and_not_by_what_those_hold():
+    from comfy.weight_adapter import LoRAAdapter
+
+    from svdquant_pack.nodes.host.patch import Patch
+
+    one, other = torch.ones(2, 2), torch.ones(2, 2)
+    for wrap in (
+        lambda tensor: ("diff", (tensor,)),
+        lambda tensor: (tensor,),
+        lambda tensor: LoRAAdapter(set(), (tensor, one, 0.5, None, None, None)),
+    ):
+        patches = [
+            Patch(strength, wrap(tensor), 1.0, None, None) for strength, tensor in ((1, one), (2, one), (1, other))
+        ]
+        assert patches[0].identity() == patches[1].identity() != patches[2].identity()
+        assert patches[2].tensors()[0] is other

@@ -99,10 +99,9 @@ def test_memory_is_in_the_size_that_the_host_makes_room_for(plain, weights):
     assert strong.model_size() == plain.model_size() + 4 * numbers  # float32 on a CPU
     assert strong.clone().model_size() == strong.model_size()
     assert with_file(strong, lora_of(("lora",), weights, 1), 1.0).model_size() > strong.model_size()
-    forward(strong)
-    assert strong.loaded_size() == strong.model_size()
-    forward(plain)
-    assert plain.loaded_size() == plain.model_size()
+    for patcher in (strong, plain, strong, plain):  # loaded, and swapped in place from then on
+        forward(patcher)
+        assert patcher.loaded_size() == patcher.model_size()
 
 
 def test_half_loaded_is_the_same_model_with_every_kind(plain, weights, caplog):
@@ -286,6 +285,9 @@ def test_a_layers_loras_leave_the_device_with_it_unless_the_host_streams(plain, 
     assert (module._loaded is not None) == streamed
     module.weight = home
     module.leave_device()
+    module._loaded = module.loras.on(torch.device("meta"), torch.float32)
+    strong.partially_unload(strong.offload_device, 0)
+    assert (module._loaded is not None) == streamed, "when the host takes weights off the device"
     assert torch.equal(forward(strong), output)
     forward(plain)
     assert not module.loras_stay and module._loaded is None
@@ -316,6 +318,33 @@ def test_parts_of_a_four_bit_layer_are_not_patched(plain, weights):
         plain.clone().add_patches({(key, (0, 0, 4)): [torch.ones(2, 2)]})
     with pytest.raises(LoraError, match="none of the keys in this LoRA belongs to this model"):
         plain.clone().add_patches({})
+
+
+def test_strengths_that_a_node_leaves_out_are_the_hosts(plain, demo_model):
+    import comfy.hooks
+
+    patches, hook = {"diffusion_model.img_in.bias": ("diff", (torch.ones(128),))}, comfy.hooks.WeightHook()
+    entries = []
+    for patcher in (plain.clone(), demo_model.clone()):
+        patcher.add_patches(patches)
+        patcher.add_hook_patches(hook, patches)
+        entries += [patcher.patches, patcher.hook_patches[hook.hook_ref]]
+    assert entries[0] == entries[2] and entries[1] == entries[3]
+
+
+def test_patchers_of_all_models_are_of_one_class(plain, checkpoints):
+    assert type(load_model(str(checkpoints["int4"]))) is type(plain) is type(plain.clone())
+
+
+def test_a_hooks_keys_that_belong_nowhere_are_named(plain, caplog):
+    import comfy.hooks
+
+    patched = plain.clone()
+    with caplog.at_level(logging.WARNING, logger="svdquant"):
+        patched.add_hook_patches(
+            comfy.hooks.WeightHook(), {"diffusion_model.nothing.weight": ("diff", (torch.ones(1),))}
+        )
+    assert "nothing.weight" in caplog.text and not patched.svdquant_groups
 
 
 def test_limits_of_what_is_approximated_are_those_that_were_set(plain, weights):

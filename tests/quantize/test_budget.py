@@ -78,3 +78,5 @@ def test_tails_are_the_singular_values_that_are_left():
     for rank, tail in zip(RANKS, found, strict=True):
         assert tail == pytest.approx((values[rank:].sum() / values.sum()).item(), rel=0.06)  # two power steps
     assert tails(torch.zeros(64, 64), RANKS, 0)[0] <= 1
+    few = tails(weight, (1, 60), 0)  # as many values as the largest of them needs
+    assert few[1] == pytest.approx((values[60:].sum() / values.sum()).item(), rel=0.06)

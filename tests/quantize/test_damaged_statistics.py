@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,8 @@ def test_a_part_of_another_form_is_refused_on_opening(damaged, part, edit):
 @pytest.mark.parametrize(
     ("part", "value"),
     [(part, bad) for part in ("tokens", "key", "absmax", "square", "sensitivity") for bad in BAD]
-    + [("tokens", 3e38), ("key", 1.5), ("stratum", 64), ("stratum", -1), ("hold", 7), ("count", -1), ("absmax", -1)],
+    + [("tokens", 3e38), ("tokens", -3e38), ("key", 1.5), ("key", -0.5), ("stratum", 64), ("stratum", -1)]
+    + [("hold", 2), ("hold", 7), ("count", -1), ("absmax", -1), ("square", -1)],
 )
 def test_numbers_that_no_run_has_written_are_refused_when_used(damaged, part, value):
     statistics = Statistics.open(damaged(part, first(value)))
@@ -68,8 +70,27 @@ def test_numbers_that_no_run_has_written_are_refused_when_used(damaged, part, va
         statistics.of_group(["a"])
 
 
+@pytest.mark.parametrize("shape", [(16,), (1, 16, 64), (0, 64), (16, 0)])
+def test_tokens_are_rows_of_channels(damaged, shape):
+    path = damaged("tokens", lambda t: torch.zeros(shape, dtype=t.dtype))
+    with pytest.raises(StatisticsError, match=rf"tokens is of shape {re.escape(str(shape))}, needed \(tokens, ch"):
+        Statistics.open(path)
+
+
 def test_what_a_run_has_written_is_used(damaged):
     assert Statistics.open(damaged("tokens", lambda t: t)).entry("a").kept == 16
+
+
+def test_an_entry_is_looked_at_once(damaged, monkeypatch):
+    """Its numbers are read anew each time that it is asked for; whether they make sense is known by then."""
+    from svdquant_pack.quantize.calibration import file
+
+    seen, check = [], file._check_values
+    monkeypatch.setattr(file, "_check_values", lambda *args: (seen.append(args[1]), check(*args)))
+    path = damaged("tokens", lambda t: t)
+    statistics = Statistics.open(path)
+    assert statistics.entry("a") is not statistics.entry("a") and seen == ["a"]
+    assert Statistics.open(path, writable=True).entry("a").kept == 16 and seen == ["a"], "a run has written it"
 
 
 @pytest.mark.parametrize("bad", [*BAD, -1e9])
@@ -184,6 +205,8 @@ def test_a_file_cut_short_after_opening_is_an_error_and_no_signal(tmp_path):
 HEADERS = {
     "no object": ("[1]", "statistics in the header"),
     "no JSON": ("{", "statistics in the header"),
+    "no version": ('{"family": "flux"}', "statistics of version None, this pack reads 1"),
+    "a version that never was": ('{"version": 0, "family": "flux"}', "statistics of version 0, this pack reads 1"),
     "another version": ('{"version": 2, "family": "flux"}', "statistics of version 2, this pack reads 1"),
     "shared with a number": (
         '{"version": 1, "family": "flux", "shared": {"b": "a", "c": 3}}',

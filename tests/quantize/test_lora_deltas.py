@@ -157,7 +157,7 @@ def test_factors_that_do_not_fit_are_refused(name):
     up, words = BAD_FACTORS[name]
     with pytest.raises(LoraError, match=words):
         columns_of([(up, torch.ones(4, K), None)], (N, K))
-    for down in (torch.ones(4, K - 1), torch.ones(4)):
+    for down in (torch.ones(4, K - 1), torch.ones(4, K + 1), torch.ones(4), torch.ones(())):
         with pytest.raises(LoraError, match="trained for another model"):
             columns_of([(torch.ones(N, 4), down, None)], (N, K))
 
@@ -233,3 +233,23 @@ def test_no_number_of_a_block_is_left_as_memory_had_it(rank, offset, monkeypatch
     part = wanted if offset is None else wanted.narrow(*offset)
     part.copy_(noise(n, rank) @ noise(rank, k))
     assert close(delta.dense(N, K), wanted)
+
+
+@pytest.mark.parametrize("number", [1e6, -1e6])
+def test_numbers_whose_products_would_overflow_are_refused(number):
+    up, down = noise(N, 4), noise(4, K)
+    for factor in (up, down):
+        factor[2, 3] = number
+        assert columns_of([(up, down, None)], (N, K)).up.abs().amax() <= 1e6
+        factor[2, 3] = 1.01 * number
+        with pytest.raises(LoraError, match=r"the LoRA holds 1\.01e\+06, at most 1e\+06 is used"):
+            columns_of([(up, down, None)], (N, K))
+        factor[2, 3] = 0
+
+
+@pytest.mark.parametrize("kind", [Columns, Kron])
+def test_deltas_are_told_apart_as_objects_and_stay_as_they_are(kind):
+    one, other = (kind(**dict.fromkeys(kind.__dataclass_fields__, torch.ones(2))) for _ in range(2))
+    assert one != other and len({one, other}) == 2
+    with pytest.raises(AttributeError):
+        setattr(one, next(iter(kind.__dataclass_fields__)), None)

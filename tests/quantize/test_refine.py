@@ -269,6 +269,13 @@ def test_the_expected_noise_is_that_of_rounding_both_factors(layer, gptq):
     assert 0.4 < (found.total - found.activation).item() / (of_weight * (0.5 if gptq else 1)) < 2.5
 
 
+def test_gptq_halves_what_is_expected_of_the_weight(layer):
+    spec, tokens = spec_of(layer, "int4", rank=0), layer.calibration[:48]
+    nearest, gptq = (smooth.ExpectedNoise.of(layer.weight, tokens, spec, gptq) for gptq in (False, True))
+    assert torch.equal(gptq.activation, nearest.activation)
+    torch.testing.assert_close(gptq.total - gptq.activation, 0.5 * (nearest.total - nearest.activation))
+
+
 def test_the_search_starts_from_the_best_of_its_rules(layer):
     spec = spec_of(layer, "int4", rank=0)
     inputs = smooth.Inputs.of(LayerInput.plain(layer.calibration, spec, torch.device("cpu")).whole())
@@ -279,3 +286,40 @@ def test_the_search_starts_from_the_best_of_its_rules(layer):
     ]
     found = smooth.search([layer.weight], inputs, spec, 0, 0)
     assert model.cost(found.log(), inputs, layer.weight) <= min(costs) * 1.00001 < max(costs)
+
+
+def test_spans_give_the_rule_and_one_where_a_channel_is_dead():
+    act, weight = torch.tensor([4.0, 0.25, 0.0, 1.0, 9.0]), torch.tensor([0.25, 4.0, 1.0, 0.0, 16.0])
+    assert smooth.from_spans(act, weight, 0.5, 0.5).tolist() == [4.0, 0.25, 1.0, 1.0, 0.75]
+    assert smooth.from_spans(act, weight, 0.5, 0.0).tolist() == [2.0, 0.5, 1.0, 1.0, 3.0]
+
+
+def test_rules_share_the_range_out_or_leave_the_weight_alone():
+    rules = smooth.EXPONENTS
+    assert len(set(rules)) == len(rules) == 11 and all(0 <= a < 1 and b in (0, 1 - a) for a, b in rules)
+
+
+def test_small_numbers_are_fitted_like_large_ones():
+    """Nothing but zero counts as nothing."""
+    made = make("adaln", N, N, tokens=256, seed=7, test=1)
+    spec = spec_of(made, "int4")
+    found, small = (
+        smooth.search([made.weight * unit], smooth.Inputs.of(made.calibration * unit), spec, 0, 10)
+        for unit in (1.0, 1e-4)
+    )
+    torch.testing.assert_close(small, found, rtol=0.02, atol=0)
+    expected = [
+        smooth.ExpectedNoise.of(made.weight * unit, made.calibration * unit, spec, False) for unit in (1.0, 1e-4)
+    ]
+    torch.testing.assert_close(expected[1].total, expected[0].total, rtol=1e-3, atol=0)
+    nothing = smooth.search([torch.zeros(N, N)], smooth.Inputs.of(torch.zeros(9, N)), spec, 0, 4)
+    assert nothing.isfinite().all()
+
+
+def test_what_the_search_knows_stays_as_it_is(layer):
+    spec = spec_of(layer, "int4", rank=0)
+    noise = smooth.ExpectedNoise.of(layer.weight, layer.calibration[:48], spec, True)
+    model, inputs = smooth.NoiseModel.of(spec, torch.device("cpu"), True), smooth.Inputs.of(layer.calibration)
+    for one, name in ((noise, "total"), (model, "steps"), (inputs, "rows")):
+        with pytest.raises(AttributeError):
+            setattr(one, name, None)

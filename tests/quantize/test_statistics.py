@@ -1,11 +1,14 @@
 """Statistics: streamed equals dense, every stratum is present, runs add up, files merge."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from svdquant_pack.quantize.calibration.file import METADATA_ROOM, Statistics, StatisticsError
 from svdquant_pack.quantize.calibration.several import describe, merge, tokens_for
 from svdquant_pack.quantize.calibration.tokens import BUCKETS, ModelCall, bucket_of, survivors
+from svdquant_pack.quantize.files.tensor_file import TensorFile
 
 K = 32
 
@@ -62,6 +65,39 @@ def test_a_rare_stratum_is_kept_whole():
     assert keys[stay[strata[stay] == 0]].min() == largest
 
 
+def test_where_there_is_room_for_all_they_stay_in_order():
+    assert survivors(torch.tensor([0.2, 0.9, 0.5]), torch.tensor([3, 0, 0]), 3).tolist() == [0, 1, 2]
+    assert survivors(torch.tensor([0.2, 0.9, 0.5]), torch.tensor([3, 0, 0]), 2).tolist() == [1, 0]
+
+
+def test_the_file_is_laid_out_as_documented(tmp_path, monkeypatch):
+    """Also where the system cannot take the disk beforehand."""
+    from svdquant_pack.quantize.calibration import file
+
+    monkeypatch.setattr(file, "reserve", lambda stream, size: None)
+    path = new(tmp_path / "s.safetensors", 16, ("a",)).path
+    found = {name: (info.shape, info.dtype) for name, info in TensorFile(path).infos.items()}
+    assert found == {
+        "a.tokens": ((16, K), torch.bfloat16),
+        "a.key": ((16,), torch.float32),
+        "a.stratum": ((16,), torch.int16),
+        "a.hold": ((16,), torch.uint8),
+        "a.absmax": ((BUCKETS, K), torch.float32),
+        "a.square": ((BUCKETS, K), torch.float32),
+        "a.count": ((BUCKETS,), torch.int64),
+        "a.sensitivity": ((2,), torch.float32),
+    }
+    room = int.from_bytes(path.read_bytes()[:8], "little")
+    assert 1 << 18 < room < 1 << 19, "for the records of some thousand runs"
+    empty = Statistics.open(Statistics.create(tmp_path / "e.safetensors", {}, 16, {"family": "flux"}).path)
+    assert empty.room == 0 and not empty.entries
+
+
+def test_a_call_of_the_model_stays_what_it_was():
+    with pytest.raises(AttributeError):
+        ModelCall(0, 4).step = 1
+
+
 def test_sampling_is_uniform_within_a_stratum():
     hits = torch.zeros(40)
     for seed in range(400):
@@ -74,10 +110,11 @@ def test_two_files_merge_into_what_one_longer_run_gives(tmp_path):
     one, two, both = (new(tmp_path / f"{name}.safetensors", 128, ("a",)) for name in "123")
     for statistics, seeds in ((one, (0,)), (two, (5,)), (both, (0, 5))):
         for seed in seeds:
+            statistics.entries["a"].sensitivity += torch.tensor([2.0 + seed, 1.0])
             feed(statistics, seed)
     merged = merge([one.path, two.path], tmp_path / "m.safetensors").entries["a"]
     single = both.entries["a"]
-    for part in ("absmax", "count"):
+    for part in ("absmax", "count", "sensitivity"):
         assert torch.equal(getattr(merged, part), getattr(single, part))
     torch.testing.assert_close(merged.square, single.square)
     assert torch.equal(merged.key.sort().values, single.key.sort().values)
@@ -186,6 +223,41 @@ def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkey
         new(tmp_path / "n.safetensors")
     assert sorted(tmp_path.iterdir()) == [path]
     Statistics.open(path, writable=True)  # its bytes are on the disk already
+
+
+def test_a_sparse_file_needs_the_disk_that_it_does_not_take_yet(tmp_path, monkeypatch):
+    import shutil
+
+    path = new(tmp_path / "s.safetensors", room=4096).path
+    whole, size = path.read_bytes(), path.stat().st_size
+    with path.open("wb") as file:  # as a copy that leaves zeros out
+        file.write(whole.rstrip(b"\0"))
+        file.truncate(size)
+    more = size - path.stat().st_blocks * 512
+    if more <= 0:
+        pytest.skip("this file system keeps zeros")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(size, size - more + 1, more - 1))
+    assert Statistics.open(path).widths == {"a": K, "b": K}
+    with pytest.raises(StatisticsError, match=f"may grow by {more:,} bytes and {more - 1:,} are free"):
+        Statistics.open(path, writable=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(size, size - more, more))
+    Statistics.open(path, writable=True)
+
+
+def test_what_stopped_the_making_of_a_file_is_what_is_said(tmp_path, monkeypatch):
+    """Also where the temporary file is gone by then, or never was."""
+    from svdquant_pack.quantize.calibration import file as module
+
+    def full(stream, size):
+        if gone:
+            Path(stream.name).unlink()
+        raise OSError("no space")
+
+    monkeypatch.setattr(module, "reserve", full)
+    for gone in (False, True):  # noqa: B007
+        with pytest.raises(OSError, match="no space"):
+            new(tmp_path / "s.safetensors")
+        assert not list(tmp_path.iterdir())
 
 
 def test_no_more_runs_than_the_header_has_room_for(tmp_path):

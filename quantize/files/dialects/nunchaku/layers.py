@@ -327,7 +327,7 @@ def write_bias(bias: torch.Tensor, spec: LayerSpec, dtype: torch.dtype, chunks: 
 def _pad(tensor: torch.Tensor, *shape: int, fill: int = 0) -> torch.Tensor:
     if tuple(tensor.shape) == shape:
         return tensor.contiguous()
-    padded = torch.full(shape, fill, dtype=torch.float32 if tensor.itemsize == 1 else tensor.dtype).to(tensor.dtype)
+    padded = torch.full(shape, fill, dtype=tensor.dtype)
     padded[tuple(slice(size) for size in tensor.shape)] = tensor
     return padded
 
