@@ -22,6 +22,7 @@ The bias is not among them: a host wants to see it as an ordinary parameter.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from operator import is_
 from typing import Any, NamedTuple, Protocol, overload
 
@@ -151,7 +152,7 @@ class Made(NamedTuple):
     """What Layer.once keeps: a value, and the tensors it was made from as they were then."""
 
     sources: Sequence[torch.Tensor]
-    versions: list[int]
+    versions: list[tuple[int, int]]
     value: Any
 
 
@@ -217,7 +218,7 @@ class Layer:
         >>> layer.once("sum", [source], source.sum)
         tensor(4.)
         """
-        versions = [0 if source.is_inference() else source._version for source in sources]
+        versions = [(source.data_ptr(), version_of(source)) for source in sources]
         made = self._made.get(name)
         if made is not None and made.versions == versions and all(map(is_, made.sources, sources)):
             return made.value
@@ -271,6 +272,11 @@ class Layer:
         return shift if bias is None else bias.float() + shift
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """How often it was written to, as far as torch counts: not for tensors that were made in inference mode"""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def shifted_bias_term(weight: torch.Tensor, smooth_factor: torch.Tensor, act_unsigned: tuple[int, int]) -> torch.Tensor:
     """GELU_SHIFT * sum_k weight[n, k] / smooth_factor[k] over the unsigned channels, (N,) float32
 
@@ -312,6 +318,10 @@ class BlobView:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @cached_property
+    def stride(self) -> tuple[int, ...]:
+        return tuple(prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
+
 
 def to_blob(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[BlobView, ...]]:
     """blob[view.offset : view.offset + view.nbytes] = the bytes of each tensor; offsets are multiples of 256
@@ -345,9 +355,11 @@ def from_blob(blob: torch.Tensor, views: tuple[BlobView, ...]) -> dict[str, torc
         >>> from_blob(blob, views)["wscales"]
         tensor([1., 1.])
     """
-    typed = {dtype: blob.view(dtype) for dtype in {view.dtype for view in views}}
-    found = {}
+    base, typed, found = blob.storage_offset(), {}, {}
     for view in views:
-        size = view.dtype.itemsize
-        found[view.name] = typed[view.dtype].narrow(0, view.offset // size, view.nbytes // size).view(view.shape)
+        dtype = view.dtype
+        if dtype not in typed:
+            typed[dtype] = blob.view(dtype)
+        # one step where slice and view are three
+        found[view.name] = typed[dtype].as_strided(view.shape, view.stride, (base + view.offset) // dtype.itemsize)
     return found

@@ -56,11 +56,11 @@ class Prepared:
             x.dtype,
             x.get_device(),
             shape[-1:],
-            layer["qweight"].get_device(),
+            layer.tensors["qweight"].get_device(),
             (m - 1).bit_length(),  # settings of kernels change at powers of two, and the choice of a mode at SOME
             m > SOME,
-            _kind(bias),
-            lora and (*_kind(lora.down), *_kind(lora.up), *_kind(lora.strength)),
+            None if bias is None else _kind(bias),
+            None if lora is None else (_kind(lora[0]), _kind(lora[1]), None if lora[2] is None else _kind(lora[2])),
         )
         turned_off, run = self._plans.get(key, NEVER)
         if run is None or turned_off != dispatch.turned_off():
@@ -82,5 +82,5 @@ class Prepared:
 NEVER = (-1, None)
 
 
-def _kind(tensor: torch.Tensor | None) -> tuple[Any, ...]:
-    return () if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())
+def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.is_contiguous(), tensor.get_device()

@@ -31,9 +31,12 @@ class PackedLinear:
     views: tuple[BlobView, ...]
     compute: str = "auto"
     _prepared: Prepared = field(init=False, repr=False, compare=False)
+    _passing: "PackedLinear | None" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_prepared", Prepared(self.compute))
+        passing = replace(self, compute="w4a8-jit") if self.compute == "w8a8" else None  # bit-identical, kernels/modes
+        object.__setattr__(self, "_passing", passing)
 
     @classmethod
     def pack(cls, layer: Layer, compute: str = "auto") -> tuple[torch.Tensor, "PackedLinear"]:
@@ -53,7 +56,7 @@ class PackedLinear:
 
     def passing(self) -> "PackedLinear":
         """The same layer for bytes that lie where they do for one call alone: nothing made from them may be kept."""
-        return replace(self, compute="w4a8-jit") if self.compute == "w8a8" else self  # bit-identical, see kernels/modes
+        return self._passing or self
 
     def choice(self, device: torch.device, dtype: torch.dtype, rows: int = USUAL_ROWS) -> Choice:
         """Which backend runs this layer there, and why the others do not."""

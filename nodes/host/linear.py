@@ -34,7 +34,7 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
     loras: LayerLoras | None = None
     loras_stay = False
     _loaded: LoadedLoras | None = None
-    _own: tuple[tuple[int, int], Layer] | None = None
+    _own: tuple[int, Layer] | None = None
 
     def __init__(
         self,
@@ -133,11 +133,11 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
         return bias is None or (bias.dtype == x.dtype and bias.device == device)
 
     def _own_layer(self) -> Layer:
-        """The layer in its own bytes, taken apart once while they lie where they do and nobody writes to them."""
+        """The layer in its own bytes, taken apart once for as long as they lie there."""
         blob, own = self.blob, self._own
-        state = blob.data_ptr(), 0 if blob.is_inference() else blob._version
-        if own is None or own[0] != state:
-            own = self.__dict__["_own"] = state, self.four_bit.layer(blob)
+        address = blob.data_ptr()
+        if own is None or own[0] != address:
+            own = self.__dict__["_own"] = address, self.four_bit.layer(blob)
         return own[1]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:

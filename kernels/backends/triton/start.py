@@ -8,7 +8,7 @@ that differs from an earlier one in none of these takes the variant that Triton 
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton.runtime import driver
@@ -16,7 +16,16 @@ from triton.runtime.jit import JITFunction
 
 ALIGNMENT = 16  # bytes; of more Triton knows nothing
 TWO_GB = 1 << 31  # on AMD a variant may count on a tensor that ends before
-_variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+class Variant(NamedTuple):
+    """A compiled kernel, and the compile-time arguments that stand behind the others."""
+
+    compiled: Any
+    constants: tuple[Any, ...]
+
+
+_variants: dict[tuple[Any, ...], Variant] = {}
 
 
 class Launch:
@@ -28,7 +37,7 @@ class Launch:
     def __init__(self, kernel: Any, flags: Mapping[str, Any]) -> None:
         self._kernel, self._flags = kernel, flags
         self._compiled = isinstance(kernel, JITFunction)  # else the interpreter's
-        self._own: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+        self._own: dict[tuple[Any, ...], Variant] = {}
 
     def __call__(
         self,
@@ -62,11 +71,18 @@ class Launch:
                 compiled = self._kernel[grid](*descriptors, *tensors, *numbers, **self._flags)
                 if compiled is not None:  # None: a hook of Triton's took the launch
                     names = self._kernel.arg_names[behind + len(numbers) :]
-                    self._own[place] = _variants[key] = compiled, tuple(self._flags[name] for name in names)
+                    variant = Variant(compiled, tuple(self._flags[name] for name in names))
+                    self._own[place] = _variants[key] = variant
                 return
             self._own[place] = variant
         compiled, constants = variant
-        compiled[grid](*descriptors, *addresses, *numbers, *constants)
+        compiled[grid](
+            *descriptors,
+            *addresses,
+            *numbers,
+            *constants,
+            stream=driver.active.get_current_stream(device),
+        )
 
 
 def _unusual(tensors: Sequence[torch.Tensor], addresses: Sequence[int]) -> tuple[bool, ...]:
