@@ -13,11 +13,11 @@ The only library below this line is torch; a backend may bring its own.
 
 import torch
 
-from . import check, ops
 from .dispatch import Choice, choose, computes_of
 from .formats import FORMATS
 from .layer import Layer, LayerError, LayerSpec, Lora
 from .modes import COMPUTES
+from .prepared import Prepared, checked_linear
 
 __all__ = [
     "COMPUTES",
@@ -27,6 +27,7 @@ __all__ = [
     "LayerError",
     "LayerSpec",
     "Lora",
+    "Prepared",
     "choose",
     "computes_of",
     "svdquant_linear",
@@ -60,13 +61,4 @@ def svdquant_linear(
         >>> svdquant_linear(x, layer, bias=torch.full((64,), 0.5), compute="w4a4")[0, :4]
         tensor([-13.5000, -11.5000,  -9.5000,  -7.5000])
     """
-    spec = layer.spec
-    check.activation_input(x, layer)
-    check.vector("bias", bias, spec.n, x)
-    check.one_of("compute", compute, COMPUTES)
-    check.one_of("activation", activation, check.ACTIVATIONS)
-    if lora is not None:
-        lora = Lora(*lora)
-        check.lora(lora, spec.n, spec.k, x)
-    y = ops.linear(x.reshape(-1, spec.k), layer, bias, lora, compute, activation)
-    return y.view(*x.shape[:-1], spec.n)
+    return checked_linear(x, layer, bias, None if lora is None else Lora(*lora), compute, activation)

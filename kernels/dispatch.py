@@ -1,7 +1,7 @@
 """Which backend runs a call in which mode, and why the others do not."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .backends import Backend, KernelCall, discover
+from .backends import Backend, KernelCall, Run, discover
 from .formats import FORMATS, format_named
 from .layer import Layer, LayerSpec, Lora
 from .modes import COMPUTES, FEW, SOME
@@ -21,6 +21,7 @@ log = logging.getLogger("svdquant")
 USUAL_ROWS = 4096  # a 1024 x 1024 image of a transformer
 _tested: dict[tuple[str, KernelCall], str | None] = {}
 _chosen: dict[tuple[Any, ...], "Choice"] = {}
+_turned_off = 0  # how often: a choice from before is none any more
 _by_reference: ContextVar[bool] = ContextVar("svdquant_by_reference", default=False)
 
 
@@ -46,7 +47,7 @@ def arch_of(device: torch.device) -> tuple[str, tuple[int, int] | None]:
 
 def bucket(rows: int) -> int:
     """Rows rounded up to 128, 768 or the rest: the choice is made once for each, whatever the resolution"""
-    return next((limit for limit in (FEW, SOME) if rows <= limit), USUAL_ROWS)
+    return FEW if rows <= FEW else SOME if rows <= SOME else USUAL_ROWS
 
 
 def candidates(format: str, arch: str, compute: str, rows: int, act_bits: int = 4) -> tuple[str, ...]:
@@ -86,10 +87,11 @@ def choose(
         >>> choice.passed_over["gluon"]
         'computes w4a4 and w4a8-jit, not w16'
     """
-    key = spec.format, spec.partly_unsigned, spec.act_bits, device, dtype, compute, bucket(rows)
-    if key not in _chosen:
-        _chosen[key] = _choose(spec, device, dtype, compute, bucket(rows))
-    return _chosen[key]
+    key = spec.kind, device, dtype, compute, bucket(rows)
+    choice = _chosen.get(key)
+    if choice is None:
+        choice = _chosen[key] = _choose(spec, device, dtype, compute, bucket(rows))
+    return choice
 
 
 def _choose(spec: LayerSpec, device: torch.device, dtype: torch.dtype, compute: str, rows: int) -> Choice:
@@ -137,6 +139,8 @@ def fault_of(backend: Backend, call: KernelCall) -> str | None:
 
 def turn_off(backend: Backend, call: KernelCall, reason: str) -> None:
     """Never choose this backend for such calls again in this process; says so once, in the log."""
+    global _turned_off
+    _turned_off += 1
     key = backend.name, _without_rows(call)
     if _tested.get(key) is None:
         _tested[key] = f"{call.compute} is off: {reason}"
@@ -179,14 +183,49 @@ def run(
         choice = choose(spec, x.device, x.dtype, compute, x.shape[0])
         backend = discover()[0]["reference"] if _by_reference.get() else choice.backend
         try:
-            if backend.epilogue:
-                return backend.linear(x, layer, bias, lora, choice.compute, activation)
-            # strength goes onto the factor, the activation function behind the layer
-            plain = None if lora is None else Lora(weighted(lora.down, lora.strength), lora.up)
-            return activate(backend.linear(x, layer, bias, plain, choice.compute), activation)
+            return _linear(backend)(x, layer, bias, lora, choice.compute, activation)
         except torch.cuda.OutOfMemoryError:
             raise  # the host makes room and tries again
         except Exception as error:
             if backend.name == "reference":
                 raise
             turn_off(backend, call_of(spec, x, choice.compute), f"{type(error).__name__}: {error}")
+
+
+def _linear(backend: Backend) -> Callable[..., torch.Tensor]:
+    """backend.linear with the epilogue that it has, or gets here"""
+    if backend.epilogue:
+        return backend.linear
+
+    def linear(
+        x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, compute: str, activation: str
+    ) -> torch.Tensor:
+        # strength goes onto the factor, the activation function behind the layer
+        plain = None if lora is None else Lora(weighted(lora.down, lora.strength), lora.up)
+        return activate(backend.linear(x, layer, bias, plain, compute), activation)
+
+    return linear
+
+
+def prepare(
+    x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, compute: str, activation: str = ""
+) -> Run:
+    """What runs this call and all like it, by the backend chosen for it. It is of use until `turned_off` is another."""
+    choice = choose(layer.spec, x.device, x.dtype, compute, x.shape[0])
+    if choice.backend.prepare is not None:
+        return choice.backend.prepare(x, layer, bias, lora, choice.compute, activation)
+    linear, mode = _linear(choice.backend), choice.compute
+
+    def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
+        return linear(x, layer, bias, lora, mode, activation)
+
+    return run
+
+
+def turned_off() -> int:
+    """How often a backend was turned off: what was prepared before may be the work of that one"""
+    return _turned_off
+
+
+def is_by_reference() -> bool:
+    return _by_reference.get()

@@ -19,9 +19,12 @@ A mode that rounds to more than 4 bit ignores both: without them the layer is ri
 The bias is not among them: a host wants to see it as an ordinary parameter.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, overload
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from operator import is_
+from typing import Any, NamedTuple, Protocol, overload
 
 import torch
 
@@ -95,6 +98,11 @@ class LayerSpec:
     def fmt(self) -> Format:
         return FORMATS[self.format]
 
+    @cached_property
+    def kind(self) -> tuple[str, bool, int]:
+        """(format, partly_unsigned, act_bits): what a choice of kernels depends on"""
+        return self.format, self.partly_unsigned, self.act_bits
+
     @property
     def partly_unsigned(self) -> bool:
         """Whether some, but not all, input channels have unsigned codes."""
@@ -140,6 +148,14 @@ class ShapeAndDtype(Protocol):
     def dtype(self) -> torch.dtype: ...
 
 
+class Made(NamedTuple):
+    """What Layer.once keeps: a value, and the tensors it was made from as they were then."""
+
+    sources: Sequence[torch.Tensor]
+    versions: list[tuple[int, int]]
+    value: Any
+
+
 class Lora(NamedTuple):
     """The user's LoRA, more columns beside the low-rank branch: (x @ down * strength) @ up.T
 
@@ -169,6 +185,7 @@ class Layer:
 
     spec: LayerSpec
     tensors: Mapping[str, torch.Tensor]
+    _made: dict[str, "Made"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.spec.check(self.tensors)
@@ -181,7 +198,7 @@ class Layer:
     def known(cls, spec: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> "Layer":
         """The same without looking: for tensors that a checked layer was taken apart into, once per forward call."""
         layer = object.__new__(cls)
-        layer.__dict__.update(spec=spec, tensors=tensors)
+        layer.__dict__.update(spec=spec, tensors=tensors, _made={})
         return layer
 
     def to(self, device: torch.device | str) -> "Layer":
@@ -191,10 +208,38 @@ class Layer:
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
+    def once(self, name: str, sources: Sequence[torch.Tensor], make: Callable[[], Any]) -> Any:
+        """make(), or what it gave for the same sources, as long as this object lives: for small tensors made from them
+
+        >>> layer = Layer.known(LayerSpec("int4", n=64, k=64), {})
+        >>> source = torch.ones(2)
+        >>> [layer.once("sum", [source], source.sum).item() for _ in "12"], source.add_(1).dim()
+        ([2.0, 2.0], 1)
+        >>> layer.once("sum", [source], source.sum)
+        tensor(4.)
+        """
+        versions = [(source.data_ptr(), version_of(source)) for source in sources]
+        made = self._made.get(name)
+        if made is not None and made.versions == versions and all(map(is_, made.sources, sources)):
+            return made.value
+        value = make()
+        # what is made while a graph is captured holds no numbers before the graph runs
+        if not (sources[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._made[name] = Made(sources, versions, value)
+        return value
+
+    def contiguous(self) -> "Layer":
+        """The same with every tensor contiguous, as kernels need them"""
+        if all(tensor.is_contiguous() for tensor in self.tensors.values()):
+            return self
+        return Layer.known(self.spec, {name: tensor.contiguous() for name, tensor in self.tensors.items()})
+
     def centred_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
         """b + out_mean, what 4-bit activations have to be completed with; b itself where nothing is taken off"""
         out_mean = self.tensors.get("out_mean")
-        return bias if out_mean is None else out_mean if bias is None else bias + out_mean
+        if out_mean is None or bias is None:
+            return bias if out_mean is None else out_mean
+        return self.once("centred_bias", (bias, out_mean), lambda: bias + out_mean)
 
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -225,6 +270,11 @@ class Layer:
             return bias
         shift = shifted_bias_term(self.decode_weight(), self["smooth_factor"], self.spec.act_unsigned)
         return shift if bias is None else bias.float() + shift
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often it was written to, as far as torch counts: not for tensors that were made in inference mode"""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def shifted_bias_term(weight: torch.Tensor, smooth_factor: torch.Tensor, act_unsigned: tuple[int, int]) -> torch.Tensor:
@@ -268,6 +318,10 @@ class BlobView:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @cached_property
+    def stride(self) -> tuple[int, ...]:
+        return tuple(prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
+
 
 def to_blob(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[BlobView, ...]]:
     """blob[view.offset : view.offset + view.nbytes] = the bytes of each tensor; offsets are multiples of 256
@@ -301,6 +355,11 @@ def from_blob(blob: torch.Tensor, views: tuple[BlobView, ...]) -> dict[str, torc
         >>> from_blob(blob, views)["wscales"]
         tensor([1., 1.])
     """
-    return {
-        view.name: blob[view.offset : view.offset + view.nbytes].view(view.dtype).view(view.shape) for view in views
-    }
+    base, typed, found = blob.storage_offset(), {}, {}
+    for view in views:
+        dtype = view.dtype
+        if dtype not in typed:
+            typed[dtype] = blob.view(dtype)
+        # one step where slice and view are three
+        found[view.name] = typed[dtype].as_strided(view.shape, view.stride, (base + view.offset) // dtype.itemsize)
+    return found

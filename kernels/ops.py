@@ -55,7 +55,9 @@ def register(name: str, schema: str, implementation: Callable[..., Any], fake: C
 def linear(
     x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, compute: str, activation: str
 ) -> torch.Tensor:
-    """The operator on a layer and x (M, K); arguments are right already."""
+    """The operator on a layer and x (M, K); arguments are right already. What it would do, where nobody looks on."""
+    if not torch.is_grad_enabled() and not watched(x):
+        return dispatch.run(x, layer.contiguous(), _contiguous(bias), _contiguous_lora(lora), compute, activation)
     spec, tensors = layer.spec, layer.tensors
     parts = [tensors.get(name) for name in spec.fmt.part_names]
     run = operator if torch.is_grad_enabled() and _wants_gradient(x, layer, bias, lora) else plain_operator
@@ -71,6 +73,33 @@ def linear(
         compute,
         activation,
     )
+
+
+def _questions() -> tuple[Callable[[], Any], ...]:
+    """Whether there is a mode, a transform, a tracer, a profiler: of torch, which has no public names for them"""
+    torch_c = torch._C
+    names = ("_len_torch_dispatch_stack", "_is_torch_function_mode_enabled", "_get_tracing_state")
+    try:
+        inside = torch_c._functorch.peek_interpreter_stack, torch_c._autograd._profiler_enabled
+        return *(getattr(torch_c, name) for name in names), *inside
+    except AttributeError:
+        return (lambda: True,)  # a torch that cannot be asked
+
+
+QUESTIONS = _questions()
+
+
+def watched(x: torch.Tensor) -> bool:
+    """Whether someone would miss the operator: a compiler, one of QUESTIONS, or a tensor of another kind
+
+    An operator of twelve arguments that is written in Python takes longer to reach than torch takes for a layer.
+    """
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.is_meta:
+        return True
+    for ask in QUESTIONS:  # noqa: SIM110 (any() takes three times as long)
+        if ask():
+            return True
+    return False
 
 
 def _wants_gradient(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> bool:
@@ -100,13 +129,16 @@ def _run(
     activation: str,
 ) -> torch.Tensor:
     layer = _layer(tensors, format, tuple(act_unsigned), act_rule, act_bits)
-    if bias is not None:
-        bias = bias.contiguous()
-    lora = None
-    if lora_down is not None and lora_up is not None:
-        strength = None if lora_strength is None else lora_strength.contiguous()
-        lora = Lora(lora_down.contiguous(), lora_up.contiguous(), strength)
-    return dispatch.run(x, layer, bias, lora, compute, activation)
+    lora = None if lora_down is None or lora_up is None else Lora(lora_down, lora_up, lora_strength)
+    return dispatch.run(x, layer, _contiguous(bias), _contiguous_lora(lora), compute, activation)
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _contiguous_lora(lora: Lora | None) -> Lora | None:
+    return None if lora is None else Lora(lora.down.contiguous(), lora.up.contiguous(), _contiguous(lora.strength))
 
 
 def _layer(tensors: Parts, format: str, *settings: Any) -> Layer:

@@ -16,6 +16,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from .layer import version_of
+
 SAMPLES = 256  # bytes compared before an entry is used, evenly spread
 IDLE_SECONDS = 60.0  # an entry unused for so long makes room for others
 BUDGET = 0.25  # of the machine's memory, for the weights that are kept on a CPU for all models together
@@ -58,7 +60,7 @@ class WeightCache(Generic[Value]):
         """
         storage = source.untyped_storage()
         key = (storage.data_ptr(), source.storage_offset(), tuple(source.shape), *variant)
-        version, sample = _version(source), _sample(source)
+        version, sample = version_of(source), _sample(source)
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None:
@@ -99,10 +101,6 @@ class WeightCache(Generic[Value]):
     def _remove(self, key: tuple[Any, ...], entry: CachedWeight[Value]) -> None:
         if self._entries.pop(key, None) is entry:
             self.nbytes -= entry.nbytes
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _sample(tensor: torch.Tensor) -> bytes:

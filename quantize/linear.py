@@ -1,10 +1,10 @@
 """A 4-bit layer as one vector of bytes: what a host stores, moves and hands back for the forward pass."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..kernels import Choice, Lora, choose, svdquant_linear
+from ..kernels import Choice, Lora, Prepared, choose
 from ..kernels.dispatch import USUAL_ROWS
 from ..kernels.layer import BlobView, Layer, LayerSpec, from_blob, to_blob
 
@@ -30,6 +30,13 @@ class PackedLinear:
     spec: LayerSpec
     views: tuple[BlobView, ...]
     compute: str = "auto"
+    _prepared: Prepared = field(init=False, repr=False, compare=False)
+    _passing: "PackedLinear | None" = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_prepared", Prepared(self.compute))
+        passing = replace(self, compute="w4a8-jit") if self.compute == "w8a8" else None  # bit-identical, kernels/modes
+        object.__setattr__(self, "_passing", passing)
 
     @classmethod
     def pack(cls, layer: Layer, compute: str = "auto") -> tuple[torch.Tensor, "PackedLinear"]:
@@ -42,14 +49,14 @@ class PackedLinear:
         return Layer.known(self.spec, from_blob(blob, self.views))
 
     def forward(
-        self, x: torch.Tensor, blob: torch.Tensor, bias: torch.Tensor | None, lora: Lora | None
+        self, x: torch.Tensor, blob: torch.Tensor | Layer, bias: torch.Tensor | None, lora: Lora | None
     ) -> torch.Tensor:
-        """svdquant_linear of the layer in `blob`, which lies on the device of x."""
-        return svdquant_linear(x, self.layer(blob), bias, lora, self.compute)
+        """svdquant_linear of the layer in `blob`, which lies on the device of x, or of `self.layer(blob)`."""
+        return self._prepared(x, blob if isinstance(blob, Layer) else self.layer(blob), bias, lora)
 
     def passing(self) -> "PackedLinear":
         """The same layer for bytes that lie where they do for one call alone: nothing made from them may be kept."""
-        return replace(self, compute="w4a8-jit") if self.compute == "w8a8" else self  # bit-identical, see kernels/modes
+        return self._passing or self
 
     def choice(self, device: torch.device, dtype: torch.dtype, rows: int = USUAL_ROWS) -> Choice:
         """Which backend runs this layer there, and why the others do not."""

@@ -12,6 +12,10 @@ from functools import cache
 import torch
 
 from ..formats import FORMATS, Format
+from ..layer import Layer, Lora
+
+Run = Callable[[torch.Tensor, Layer, torch.Tensor | None, Lora | None], torch.Tensor]
+"""(x, layer, bias, lora) -> y, the rest of a call is known already"""
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,15 @@ class Backend:
     claims    KernelCall -> how much it wants the call, the highest claim runs it; or a sentence: why it cannot
     linear    (x, layer, bias, lora, compute) -> y: the whole layer, x (M, K), `lora` a Lora or None, `compute` resolved
     epilogue  whether `linear` takes strengths inside `lora`, and as sixth argument the `activation` of svdquant_linear
+    prepare   the arguments of `linear` -> Run for all calls like this one: as many rows, up to a power of two, and
+              tensors of the same shapes, types and device. It may keep none of them
     """
 
     name: str
     claims: Callable[[KernelCall], int | str]
     linear: Callable[..., torch.Tensor]
     epilogue: bool = False
+    prepare: Callable[..., Run] | None = None
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any
 import comfy.ops
 import torch
 
+from ...kernels.layer import Layer
 from ...quantize.files.checkpoint import Checkpoint, CheckpointError
 from ...quantize.files.dialects.native import encode_layer
 from ...quantize.files.spelling import MARKER, SUFFIXES, own_names
@@ -16,6 +17,8 @@ from ...quantize.linear import PackedLinear
 from ...quantize.lora.loras import LayerLoras, LoadedLoras
 from . import training
 
+# None where another pack has put its own in its place
+HOSTS_CAST = comfy.ops.cast_bias_weight if comfy.ops.cast_bias_weight.__module__ == "comfy.ops" else None
 SAVED = {MARKER, *SUFFIXES.values(), *own_names()} - {"weight"}  # state_dict names that are no attributes
 
 
@@ -31,6 +34,7 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
     loras: LayerLoras | None = None
     loras_stay = False
     _loaded: LoadedLoras | None = None
+    _own: tuple[int, Layer] | None = None
 
     def __init__(
         self,
@@ -71,7 +75,7 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
 
     def take(self, packed: PackedLinear, blob: torch.Tensor) -> None:
         """Become the 4-bit layer in `blob`."""
-        self.packed = packed
+        self.packed, self._own = packed, None
         self.weight = torch.nn.Parameter(blob, requires_grad=False)
         self.weight_comfy_model_dtype = torch.uint8  # else newer hosts stage the bytes as if they were floats
 
@@ -89,7 +93,8 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
             self._loaded = None
 
     def leave_device(self) -> None:
-        """Drop the LoRAs' copy on a device that the weight has left."""
+        """Drop what is kept for a device that the weight has left: the layer, and the LoRAs' copy."""
+        self._own = None
         if not self.loras_stay and self._loaded is not None and self._loaded.device != self.blob.device:
             self._loaded = None
 
@@ -98,20 +103,49 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
             return super().forward_comfy_cast_weights(x, *args, **kwargs)
         if self.weight_function:
             return training.forward(self, x)
+        if self._would_stay(x):
+            return self._run(self.packed, x, self._own_layer(), self._parameters.get("bias"))
         blob, bias, stream = comfy.ops.cast_bias_weight(
             self, dtype=torch.uint8, device=x.device, bias_dtype=x.dtype, offloadable=True
         )
         try:
             # hosts stream offloaded weights through one buffer: its next bytes are another layer's
             own = _same_memory(blob, self.blob)
-            packed, loaded = self.packed if own else self.packed.passing(), self._loras_on(x)
             if not own and torch.is_grad_enabled():  # a backward pass reads them again
                 blob, bias = blob.clone(), None if bias is None else bias.clone()
-            if loaded is None:
-                return packed.forward(x, blob, bias, None)
-            return loaded.forward(packed, x, blob, bias)
+            return self._run(self.packed if own else self.packed.passing(), x, blob, bias)
         finally:
             comfy.ops.uncast_bias_weight(self, blob, bias, stream)
+
+    def _run(
+        self, packed: PackedLinear, x: torch.Tensor, blob: torch.Tensor | Layer, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        loaded = self._loras_on(x)
+        return packed.forward(x, blob, bias, None) if loaded is None else loaded.forward(packed, x, blob, bias)
+
+    def _would_stay(self, x: torch.Tensor) -> bool:
+        """Whether the host's cast would hand out weight and bias as they are, so that it need not be asked."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or comfy.ops.cast_bias_weight is not HOSTS_CAST:
+            return False
+        device, bias = x.device, self._parameters.get("bias")
+        if self.blob.device != device or "_v" in self.__dict__ or self.bias_function:  # _v: dynamic VRAM
+            return False
+        return bias is None or (bias.dtype == x.dtype and bias.device == device)
+
+    def _own_layer(self) -> Layer:
+        """The layer in its own bytes, taken apart once for as long as they lie there."""
+        blob, own = self.blob, self._own
+        address = blob.data_ptr()
+        if own is None or own[0] != address:
+            own = self.__dict__["_own"] = address, self.four_bit.layer(blob)
+        return own[1]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._own = None  # the bytes move: what is kept of them would hold the old ones
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_own": None}
 
     def _loras_on(self, x: torch.Tensor) -> LoadedLoras | None:
         loras, loaded = self.loras, self._loaded

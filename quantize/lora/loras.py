@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...kernels.layer import RANK_TILE, LayerSpec, Lora
+from ...kernels.layer import RANK_TILE, Layer, LayerSpec, Lora
 from ...kernels.stages import low_rank
 from ..linear import LowRank, PackedLinear
 from .deltas import Columns, Delta, Kron, placed, scaled
@@ -127,7 +127,7 @@ class LoadedLoras:
         return mine is other or (len(mine) == len(other) and all(a is b for a, b in zip(mine, other, strict=True)))
 
     def forward(
-        self, packed: PackedLinear, x: torch.Tensor, blob: torch.Tensor, bias: torch.Tensor | None
+        self, packed: PackedLinear, x: torch.Tensor, blob: torch.Tensor | Layer, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """x @ W'.T + bias; the columns run inside the 4-bit kernel, everything else beside it."""
         vectors = self._vectors

@@ -10,7 +10,7 @@ from svdquant_pack.kernels import FORMATS, Layer, LayerSpec
 from svdquant_pack.kernels.backends import Backend, KernelCall, discover, kitchen
 from svdquant_pack.kernels.backends.reference import linear as reference
 from svdquant_pack.kernels.dispatch import arch_of, fault_of
-from svdquant_pack.kernels.stages import CodedActivation, Coding
+from svdquant_pack.kernels.stages import Coding
 from svdquant_pack.quantize.cli.tune import MODULATION_SHAPES, SHAPES
 
 ROWS = (1, 16, 64, 256, 1024, 4608, 9216)
@@ -157,7 +157,7 @@ def _vendor_ways(data: Data) -> Iterator[Way]:
     for name, codes, dtype in (("_int_mm", "int8_row", torch.int8), ("_scaled_mm", "fp8_row", torch.float8_e4m3fn)):
         if dtype != torch.int8 and (x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) < (8, 9)):
             continue
-        weight, scales = layers.expanded(layer, dtype)
+        weight, scales = layers.expander(layer, dtype)(layer)
         act, act_scales, _ = launch.quantize(x, None, None, Coding(codes))
         # of the codes: rounding an activation that is not smoothed is no fault of the product
         exact = (checked_rows(act).float() * checked_rows(act_scales)[:, None]) @ (weight.float() * scales[:, None]).T
@@ -183,16 +183,16 @@ def _steps(data: Data) -> Iterator[Way]:
     for codes in ("int8_row", "int8_group"):
 
         def quantize(codes=codes) -> torch.Tensor:
-            return layers.quantized(x, layer, codes)[2]
+            return layers.quantizer(x, layer, codes)(x, layer)[1]
 
         yield Way("triton", codes, quantize, lambda: data.checked.float() @ down.float(), "quantize+down")
-    weight, scales = layers.expanded(layer, torch.int8)
-    act, act_scales, branch_act = layers.quantized(x, layer, "int8_row")
-    coded = CodedActivation(act, act_scales)
+    weight, scales = layers.expander(layer, torch.int8)(layer)
+    coded, branch_act = layers.quantizer(x, layer, "int8_row")(x, layer)
+    act, act_scales = coded
     epilogue = launch.Epilogue(branch_act, up, bias=data.bias)
 
     def expand() -> torch.Tensor:
-        return layers.expanded(layer, torch.int8)[0]
+        return layers.expander(layer, torch.int8)(layer)[0]
 
     def product() -> torch.Tensor:
         return launch.multiply_w8(coded, weight, scales, epilogue, x.dtype)

@@ -1,5 +1,8 @@
 """Random 4-bit layers for tests."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from svdquant_pack.kernels import FORMATS, Layer, LayerSpec, stages
@@ -46,11 +49,16 @@ class RowSteps:
     """The steps before a product of int8 rows, by their definition."""
 
     @staticmethod
-    def quantized(x: torch.Tensor, layer: Layer, codes: str) -> tuple[torch.Tensor, ...]:
-        tensors = layer.tensors
+    def quantizer(x: torch.Tensor, layer: Layer, codes: str) -> Callable[..., Any]:
         coding = stages.Coding(codes, layer.spec.act_unsigned)
-        return stages.quantize_activation(x, tensors["smooth_factor"], tensors.get("proj_down"), coding)
+
+        def quantize(x: torch.Tensor, layer: Layer) -> tuple[stages.CodedActivation, torch.Tensor]:
+            tensors = layer.tensors
+            *act, branch_act = stages.quantize_activation(x, tensors["smooth_factor"], tensors.get("proj_down"), coding)
+            return stages.CodedActivation(*act), branch_act
+
+        return quantize
 
     @staticmethod
-    def expanded(layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        return layer.spec.fmt.expand_rows(layer.tensors, dtype)
+    def expander(layer: Layer, dtype: torch.dtype) -> Callable[[Layer], Any]:
+        return lambda layer: layer.spec.fmt.expand_rows(layer.tensors, dtype)

@@ -20,7 +20,9 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def moved(epilogue: Epilogue, device: torch.device) -> Epilogue:
-    parts = {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in vars(epilogue).items()}
+    parts = {
+        name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in epilogue._asdict().items()
+    }
     return Epilogue(**parts)
 
 

@@ -15,7 +15,7 @@ import comfy.utils
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from svdquant_pack.kernels import COMPUTES
+from svdquant_pack.kernels import COMPUTES, Prepared
 from svdquant_pack.kernels.backends import cpu
 from svdquant_pack.nodes.host import describe, files
 from svdquant_pack.nodes.host.describe import describe_model
@@ -24,7 +24,6 @@ from svdquant_pack.nodes.host.model import load_model
 from svdquant_pack.nodes.host.source import ModelSource
 from svdquant_pack.nodes.model_info import SVDQuantModelInfo
 from svdquant_pack.nodes.registry import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-from svdquant_pack.quantize import linear
 from svdquant_pack.quantize.files.checkpoint import CheckpointError
 from svdquant_pack.quantize.files.convert import convert_file
 from svdquant_pack.quantize.files.open import open_checkpoint
@@ -135,8 +134,8 @@ def test_nothing_made_from_a_streamed_weight_is_kept(checkpoints, monkeypatch):
     """A host that offloads hands every layer's bytes over in the same buffer."""
     import comfy.ops
 
-    asked, run, cast = [], linear.svdquant_linear, comfy.ops.cast_bias_weight
-    monkeypatch.setattr(linear, "svdquant_linear", lambda *a, **k: (asked.append(a[4]), run(*a, **k))[1])
+    asked, run, cast = [], Prepared.__call__, comfy.ops.cast_bias_weight
+    monkeypatch.setattr(Prepared, "__call__", lambda self, *a: (asked.append(self.compute), run(self, *a))[1])
     patcher = load_model(str(checkpoints["int4"]), "w8a8")
     resident = forward(patcher)
     assert set(asked) == {"w8a8"}

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from svdquant_pack.kernels import Prepared
 from svdquant_pack.kernels.layer import Layer, LayerSpec
-from svdquant_pack.quantize import linear
 from svdquant_pack.quantize.calibration.file import Statistics
 from svdquant_pack.quantize.calibration.tokens import ModelCall
 from svdquant_pack.quantize.linear import PackedLinear
@@ -65,13 +65,13 @@ def test_loaded_loras_are_the_dense_layer(layer, bent):
 
 def test_a_strength_is_a_vector_beside_factors_that_stay_where_they_are(layer, monkeypatch):
     seen = []
-    original = linear.svdquant_linear
+    original = Prepared.__call__
 
-    def record(*args):
-        seen.append(args[3])
-        return original(*args)
+    def record(self, x, layer, bias, lora):
+        seen.append(lora)
+        return original(self, x, layer, bias, lora)
 
-    monkeypatch.setattr(linear, "svdquant_linear", record)
+    monkeypatch.setattr(Prepared, "__call__", record)
     layer, bias = layer
     blob, packed = PackedLinear.pack(layer, "w16")
     deltas = tuple(columns_of([(0.05 * noise(N, r, seed=r), noise(r, K), None)], (N, K)) for r in (4, 20))

@@ -13,7 +13,8 @@ import torch
 
 from ...formats import GROUP_SIZE, TWOS_COMPLEMENT
 from ...layer import Layer, Lora
-from .. import Backend, KernelCall, triton
+from ...stages import activate, weighted
+from .. import Backend, KernelCall, Run, triton
 from ..triton import versions
 
 CLAIM = 30  # above Triton's own kernels, which do the same work with more instructions
@@ -72,16 +73,33 @@ def _number(call: KernelCall) -> str:
     return ".".join(map(str, call.capability or ()))
 
 
-def linear(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, compute: str) -> torch.Tensor:
-    """The whole layer on x (M, K), the formula of the reference backend. Returns (M, N) in the dtype of x."""
+def prepare(
+    x: torch.Tensor,
+    layer: Layer,
+    bias: torch.Tensor | None,
+    lora: Lora | None,
+    compute: str,
+    activation: str = "",
+) -> Run:
+    """What runs such calls, see Backend."""
     if compute == "w4a8-jit":
         from ..triton import layers
-        from .int8_linear import int8_linear
+        from . import int8_linear
 
-        return int8_linear(x, layer, bias, lora, layers)
+        return int8_linear.prepare(x, layer, bias, lora, activation, layers)
     from .int4_linear import int4_linear
 
-    return int4_linear(x, layer, bias, lora)
+    def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
+        plain = None if lora is None else Lora(weighted(lora.down, lora.strength), lora.up)
+        return activate(int4_linear(x, layer, bias, plain), activation)
+
+    return run
 
 
-BACKEND = Backend("gluon", claims, linear)
+def linear(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, *how: str) -> torch.Tensor:
+    """The whole layer on x (M, K), the formula of the reference backend; `how` is compute and maybe activation."""
+    lora = None if lora is None else Lora(*lora)
+    return prepare(x, layer, bias, lora, *how)(x, layer, bias, lora)
+
+
+BACKEND = Backend("gluon", claims, linear, epilogue=True, prepare=prepare)

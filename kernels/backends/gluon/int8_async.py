@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...stages import CodedActivation
+from ..triton.start import Launch
 from .low_rank import LowRank
 from .tile_order import tile_position
 
@@ -207,6 +208,46 @@ def blocks(tiling: RingTiling, dtype: torch.dtype) -> dict[str, tuple[list[int],
     }
 
 
+class Int8Gemm:
+    """out = (qact @ weight.T) * ascales[:, None] * row_scales + low_rank.act @ low_rank.up.T + bias, for N = n
+
+    Layouts, tiling and the number of programs are found once; no tensor is kept.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, n: int, low_rank: bool, bias: bool) -> None:
+        self.n, self.tiling = n, tiling_of(n)
+        self.columns = -(-n // self.tiling.columns)
+        each = 1 if self.tiling is WIDE else 2
+        self.programs = each * torch.cuda.get_device_properties(device).multi_processor_count
+        self.blocks = list(blocks(self.tiling, dtype).values())
+        flags = {**compile_time(self.tiling, low_rank, bias), "num_warps": self.tiling.warps}
+        self.launch = Launch(int8_async_kernel, flags)
+
+    def __call__(
+        self,
+        act: CodedActivation,
+        rows: tuple[torch.Tensor, torch.Tensor],
+        low_rank: LowRank | None,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """Returns out, see int8_gemm; rows are weight and row_scales"""
+        (qact, ascales), (weight, row_scales) = act, rows
+        m, k = qact.shape
+        if m == 0:
+            return out
+        sides = (qact, weight, None, None) if low_rank is None else (qact, weight, *low_rank)
+        descriptors = [
+            None if side is None else TensorDescriptor.from_tensor(side, block, layout)
+            for side, (block, layout) in zip(sides, self.blocks, strict=True)
+        ]
+        tiles = -(-m // self.tiling.rows) * self.columns
+        rank = 0 if low_rank is None else low_rank.up.shape[1]
+        tensors = (ascales, row_scales, ascales if bias is None else bias, out)
+        self.launch((min(tiles, self.programs), 1, 1), tensors, (m, self.n, k, rank), descriptors)
+        return out
+
+
 def int8_gemm(
     act: CodedActivation,
     weight: torch.Tensor,
@@ -215,7 +256,7 @@ def int8_gemm(
     bias: torch.Tensor | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """out = (qact @ weight.T) * ascales[:, None] * row_scales + low_rank.act @ low_rank.up.T + bias
+    """Int8Gemm, for one call
 
     act         qact (M, K) int8, K a multiple of 16: rows of a copy start at 16 bytes; ascales (M,) float32
     weight      (N, K) int8, row_scales (N,) float32
@@ -223,32 +264,5 @@ def int8_gemm(
     bias        (N,) any float dtype, or None
     out         (M, N) bfloat16 or float16; every tensor contiguous. Returns out
     """
-    qact, ascales = act
-    (m, k), n = qact.shape, weight.shape[0]
-    if m == 0:
-        return out
-    tiling = tiling_of(n)
-    tensors = {"a_desc": qact, "w_desc": weight}
-    if low_rank is not None:
-        tensors |= {"act_desc": low_rank.act, "up_desc": low_rank.up}
-    descriptors = {
-        name: TensorDescriptor.from_tensor(tensors[name], block, layout) if name in tensors else None
-        for name, (block, layout) in blocks(tiling, out.dtype).items()
-    }
-    tiles = -(-m // tiling.rows) * -(-n // tiling.columns)
-    programs = torch.cuda.get_device_properties(qact.device).multi_processor_count * (1 if tiling is WIDE else 2)
-    with torch.cuda.device_of(qact):  # a kernel is launched on the current device, whatever its tensors are on
-        int8_async_kernel[(min(tiles, programs),)](
-            **descriptors,
-            a_scale=ascales,
-            w_scale=row_scales,
-            bias=ascales if bias is None else bias,
-            out=out,
-            M=m,
-            N=n,
-            K=k,
-            R=0 if low_rank is None else low_rank.up.shape[1],
-            **compile_time(tiling, low_rank is not None, bias is not None),
-            num_warps=tiling.warps,
-        )
-    return out
+    gemm = Int8Gemm(act.qact.device, out.dtype, weight.shape[0], low_rank is not None, bias is not None)
+    return gemm(act, (weight, row_scales), low_rank, bias, out)

@@ -22,7 +22,10 @@ def side_by_side(pairs: list[LowRank], dtype: torch.dtype) -> LowRank | None:
     pairs = [pair for pair in pairs if pair.up.shape[1]]
     if not pairs:
         return None
-    act, up = (torch.cat([pair[side].to(dtype) for pair in pairs], dim=1) for side in (0, 1))
+    if len(pairs) == 1:
+        act, up = pairs[0].act.to(dtype), pairs[0].up.to(dtype)
+    else:
+        act, up = (torch.cat([pair[side].to(dtype) for pair in pairs], dim=1) for side in (0, 1))
     if missing := -up.shape[1] % RANK_TILE:
         act, up = (torch.nn.functional.pad(factor, (0, missing)) for factor in (act, up))
     return LowRank(act.contiguous(), up.contiguous())

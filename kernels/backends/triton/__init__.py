@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...formats import E2M1_CODE, GROUP_SIZE, OFFSET_8, TWOS_COMPLEMENT, Format
-from .. import Backend, KernelCall
+from .. import Backend, KernelCall, Run
 from . import versions
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -74,11 +74,18 @@ def _gpu_lacks(call: KernelCall) -> str | None:
     return None
 
 
-def linear(*args: Any) -> torch.Tensor:
-    """One layer; see layers.linear, which imports Triton."""
+def prepare(*call: Any) -> Run:
+    """What runs such calls; see layers.prepare, which imports Triton."""
     from . import layers
 
-    return layers.linear(*args)
+    return layers.prepare(*call)
 
 
-BACKEND = Backend("triton", claims, linear, epilogue=True)
+def linear(*call: Any) -> torch.Tensor:
+    """One layer; see layers.linear."""
+    from . import layers
+
+    return layers.linear(*call)
+
+
+BACKEND = Backend("triton", claims, linear, epilogue=True, prepare=prepare)

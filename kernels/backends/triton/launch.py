@@ -1,11 +1,13 @@
-"""Host side of the kernels: outputs, tile sizes, one launch. Tensors are right already; nothing is checked here."""
+"""Host side of the kernels: outputs, tile sizes, one launch. Tensors are right already; nothing is checked here.
 
-import contextlib
-from dataclasses import dataclass
-from typing import Any
+Every kernel has a class. Making an object of it looks up what does not change between calls; calling the object does
+the rest. Objects keep no tensor: those of the layer come with each call, as they may lie elsewhere the next time.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from ...formats import E2M1_CODE, FORMATS, GROUP_SIZE, OFFSET_8, Format, Tensors
 from ...layer import RANK_TILE, shifted_bias_term
@@ -19,6 +21,7 @@ from .gemv_w4a16 import gemv_w4a16
 from .quantize_groups import quantize_groups
 from .quantize_nvfp4 import quantize_nvfp4
 from .quantize_rows import quantize_rows
+from .start import Launch
 from .tiles import arch_of, has_asm, settings
 
 ACTIVATIONS = {"": 0, "gelu": 1, "silu": 2}
@@ -26,8 +29,7 @@ FUSED_RANK = 128  # wider branches go through torch.mm: their sums would not sta
 STEP = 64  # input channels that a program of a quantizing kernel reads at a time
 
 
-@dataclass(frozen=True)
-class Epilogue:
+class Epilogue(NamedTuple):
     """act(product + branch_act @ proj_up.T + (lora_act * strength of RANK_TILE columns) @ lora_up.T + bias)
 
     branch_act, lora_act  (M, R) and (M, R') contiguous, or None
@@ -43,19 +45,9 @@ class Epilogue:
     bias: torch.Tensor | None = None
     activation: str = ""
 
-    def pointers(self, unused: torch.Tensor) -> list[torch.Tensor]:
-        """The kernel's six pointers; `unused` where there is nothing to read."""
-        parts = (self.branch_act, self.proj_up, self.lora_act, self.lora_up, self.lora_strength, self.bias)
-        return [unused if part is None else part for part in parts]
-
     def weighted_lora(self) -> torch.Tensor | None:
         """lora_act * strength of RANK_TILE columns, for products that have no place for the strength"""
         return None if self.lora_act is None else weighted(self.lora_act, self.lora_strength)
-
-    def widths(self) -> tuple[int, int]:
-        """(R, R')"""
-        branch, lora = self.branch_act, self.lora_act
-        return 0 if branch is None else branch.shape[1], 0 if lora is None else lora.shape[1]
 
     def flags(self) -> dict[str, Any]:
         return {
@@ -65,24 +57,78 @@ class Epilogue:
         }
 
 
-def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def times(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """x @ factor in the dtype of x"""
+    return x @ (factor if factor.dtype == x.dtype else factor.to(x.dtype))
 
 
-def split_branch(
-    x: torch.Tensor, proj_down: torch.Tensor | None, fuse: bool
-) -> tuple[torch.Tensor, int, torch.Tensor | None]:
-    """(proj_down, its padded rank, empty branch_act) where the quantizing kernel is to make branch_act = x @ proj_down
+class Quantizer:
+    """(qact, ascales, branch_act) of activations like x (M, K), see stages.quantize_activation
 
-    else (x, 0, branch_act): x stands in for a pointer that is not read, branch_act is finished, or None without branch
+    rank   of the layer's branch, 0 for none: then branch_act is None
+    means  whether calls come with an act_mean. It and the rule of `coding` count for 4-bit codes alone
     """
-    if proj_down is None or not proj_down.shape[1]:
-        return x, 0, None
-    rank = proj_down.shape[1]
-    if not fuse or rank > FUSED_RANK:
-        return x, 0, x @ proj_down.to(x.dtype)
-    return proj_down, max(RANK_TILE, triton.next_power_of_2(rank)), x.new_empty(x.shape[0], rank)
+
+    def __init__(self, x: torch.Tensor, rank: int, coding: Coding, smooth: bool = True, means: bool = False) -> None:
+        (m, self.k), (codes, unsigned, rule) = x.shape, coding
+        fmt, by_rows = FORMATS.get(codes), codes.endswith("_row")
+        nvfp4 = fmt is not None and fmt.code == E2M1_CODE
+        kernel = quantize_rows if by_rows else quantize_nvfp4 if nvfp4 else quantize_groups
+        name = "quantize_rows" if by_rows else "quantize_nvfp4" if nvfp4 else "quantize_groups"
+        options = settings(name, x.device, m)
+        chunks = 0 if by_rows else options.pop("CHUNKS")
+        fuse = options.pop("FUSE") if by_rows else not chunks
+        self.rank, self.fused = rank, bool(rank) and fuse and rank <= FUSED_RANK
+        padded = max(RANK_TILE, 1 << (rank - 1).bit_length()) if self.fused else 0
+        flags = {"RANK": padded, "SMOOTH": smooth, "ASM": has_asm(arch_of(x.device)), **options}
+        self.block, self.programs = options["BM"], 1
+        if by_rows:
+            flags |= {"FP8": codes == "fp8_row", "UNSIGNED": unsigned[0] != unsigned[1]}
+            self.behind: tuple[int, ...] = unsigned
+            self.width = self.k
+            self.scales: tuple[int, ...] = ()
+            self.kinds = torch.float8_e4m3fn if codes == "fp8_row" else torch.int8, torch.float32
+        else:
+            steps = -(-self.k // STEP)
+            self.programs = -(-steps // (chunks or steps)) if steps else 1
+            eight = fmt is None
+            flags["MEAN"] = means and not eight
+            self.behind = (chunks or steps,) if nvfp4 else (*unsigned, chunks or steps)
+            if nvfp4:
+                flags["FOUR_SIX"] = rule == "four_six"
+            else:
+                flags |= {"EIGHT": eight, "UNSIGNED": unsigned[0] != unsigned[1]}
+                flags["SIGNED_EXTREME"] = rule == "signed_extreme" and not eight
+            self.width = self.k if eight else self.k // 2
+            self.scales = (self.k // (GROUP_SIZE if fmt is None else fmt.group_size),)
+            self.kinds = torch.int8, torch.float8_e4m3fn if nvfp4 else torch.float32 if eight else x.dtype
+        self.by_rows, self.launch = by_rows, Launch(kernel, flags)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        smooth_factor: torch.Tensor | None,
+        proj_down: torch.Tensor | None,
+        act_mean: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        m, stride = x.shape[0], x.stride()
+        if stride[1] != 1:
+            x = x.contiguous()
+            stride = x.stride()
+        codes, scales = self.kinds
+        qact, ascales = x.new_empty(m, self.width, dtype=codes), x.new_empty(*self.scales, m, dtype=scales)
+        branch_act, down, smooth = None, x, x if smooth_factor is None else smooth_factor
+        if proj_down is not None and self.fused:
+            branch_act, down = x.new_empty(m, self.rank), proj_down
+        elif proj_down is not None and self.rank:
+            branch_act = times(x, proj_down)
+        if m:
+            into = branch_act if self.fused and branch_act is not None else x
+            middle = (down,) if self.by_rows else (x if act_mean is None else act_mean, down)
+            numbers = (m, self.k, self.rank if self.fused else 0, stride[0], *self.behind)
+            grid = (-(-m // self.block), self.programs, 1)
+            self.launch(grid, (x, smooth, *middle, qact, ascales, into), numbers)
+        return qact, ascales, branch_act
 
 
 def quantize(
@@ -92,93 +138,76 @@ def quantize(
     coding: Coding,
     act_mean: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(qact, ascales, branch_act) of x (M, K), see stages.quantize_activation; branch_act is None without proj_down
+    """Quantizer, for one call"""
+    rank = 0 if proj_down is None else proj_down.shape[1]
+    quantizer = Quantizer(x, rank, coding, smooth_factor is not None, act_mean is not None)
+    return quantizer(x, smooth_factor, proj_down, act_mean)
 
-    act_mean and the rule of `coding` count for 4-bit codes alone
+
+class Product:
+    """y = epilogue(codes of x @ weight.T), a matrix kernel for activations like x and epilogues like the one given
+
+    numbers  N, K
     """
-    codes, unsigned, rule = coding
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    if codes in ("int8_row", "fp8_row"):
-        return _quantize_rows(x, smooth_factor, proj_down, codes == "fp8_row", unsigned)
-    m, k = x.shape
-    fmt = FORMATS.get(codes)
-    nvfp4, eight = fmt is not None and fmt.code == E2M1_CODE, fmt is None
-    name = "quantize_nvfp4" if nvfp4 else "quantize_groups"
-    options = settings(name, x.device, m)
-    chunks = options.pop("CHUNKS")
-    down, rank, branch_act = split_branch(x, proj_down, not chunks)
-    qact = x.new_empty(m, k if eight else k // 2, dtype=torch.int8)
-    kind = torch.float8_e4m3fn if nvfp4 else torch.float32 if eight else x.dtype
-    ascales = x.new_empty(k // (GROUP_SIZE if fmt is None else fmt.group_size), m, dtype=kind)
-    if not m:
-        return qact, ascales, branch_act
-    steps = triton.cdiv(k, STEP)
-    each = chunks or steps
-    grid = (triton.cdiv(m, options["BM"]), triton.cdiv(steps, each))
-    tensors = (
-        x,
-        x if smooth_factor is None else smooth_factor,
-        x if act_mean is None else act_mean,
-        down,
-        qact,
-        ascales,
-        branch_act if rank else x,
-    )
-    sizes = (m, k, down.shape[1] if rank else 0, x.stride(0))
-    flags = {"RANK": rank, "SMOOTH": smooth_factor is not None, "ASM": has_asm(arch_of(x.device)), **options}
-    flags["MEAN"] = act_mean is not None and not eight
-    with on_device_of(x):
-        if nvfp4:
-            quantize_nvfp4[grid](*tensors, *sizes, each, FOUR_SIX=rule == "four_six", **flags)
-        else:
-            quantize_groups[grid](
-                *tensors,
-                *sizes,
-                *unsigned,
-                each,
-                EIGHT=eight,
-                UNSIGNED=unsigned[0] != unsigned[1],
-                SIGNED_EXTREME=rule == "signed_extreme" and not eight,
-                **flags,
+
+    def __init__(
+        self, name: str, x: torch.Tensor, numbers: tuple[int, int], epilogue: Epilogue, flags: dict[str, Any]
+    ) -> None:
+        options = settings(name, x.device, x.shape[0])
+        self.n, self.k = numbers
+        self.block, self.columns = options["BM"], -(-self.n // options["BN"])
+        if "BK" in options:
+            flags = {"EVEN": self.k % options["BK"] == 0, **flags}
+        self.dtype, self.launch = x.dtype, Launch(GEMMS[name], {**flags, **epilogue.flags(), **options})
+
+    def __call__(
+        self,
+        act: CodedActivation,
+        weight: tuple[torch.Tensor, ...],
+        epilogue: Epilogue,
+        unsigned: tuple[int, ...] = (),
+        requantized: tuple[torch.Tensor, ...] | None = (),
+    ) -> torch.Tensor:
+        """weight       codes and scales, as the kernel names them
+        requantized  what it writes beside y; None for a kernel that could, and does not
+        """
+        qact, ascales = act
+        branch_act, proj_up, lora_act, lora_up, strength, bias, _ = epilogue
+        m = qact.shape[0]
+        y = qact.new_empty(m, self.n, dtype=self.dtype)
+        if m:
+            tensors = (
+                qact,
+                weight[0],
+                ascales,
+                *weight[1:],
+                y if branch_act is None else branch_act,  # y stands where there is nothing to read
+                y if proj_up is None else proj_up,
+                y if lora_act is None else lora_act,
+                y if lora_up is None else lora_up,
+                y if strength is None else strength,
+                y if bias is None else bias,
+                y,
+                *((y, y, y) if requantized is None else requantized),
             )
-    return qact, ascales, branch_act
+            widths = (0 if branch_act is None else branch_act.shape[1], 0 if lora_act is None else lora_act.shape[1])
+            grid = (-(-m // self.block) * self.columns, 1, 1)
+            self.launch(grid, tensors, (m, self.n, self.k, *widths, *unsigned))
+        return y
 
 
-def _quantize_rows(
-    x: torch.Tensor, smooth_factor: torch.Tensor | None, proj_down: torch.Tensor | None, fp8: bool, unsigned: Range
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    m, k = x.shape
-    options = settings("quantize_rows", x.device, m)
-    down, rank, branch_act = split_branch(x, proj_down, options.pop("FUSE"))
-    qact = x.new_empty(m, k, dtype=torch.float8_e4m3fn if fp8 else torch.int8)
-    ascales = x.new_empty(m, dtype=torch.float32)
-    if m:
-        tensors = (
-            x,
-            x if smooth_factor is None else smooth_factor,
-            down,
-            qact,
-            ascales,
-            branch_act if rank else x,
-        )
-        sizes = (m, k, down.shape[1] if rank else 0, x.stride(0), *unsigned)
-        with on_device_of(x):
-            quantize_rows[(triton.cdiv(m, options["BM"]),)](
-                *tensors,
-                *sizes,
-                RANK=rank,
-                SMOOTH=smooth_factor is not None,
-                FP8=fp8,
-                UNSIGNED=unsigned[0] != unsigned[1],
-                ASM=has_asm(arch_of(x.device)),
-                **options,
-            )
-    return qact, ascales, branch_act
+GEMMS = {"gemm_w4": gemm_w4, "gemm_w8": gemm_w8, "gemm_nvfp4": gemm_nvfp4}
 
 
-def _grid(m: int, n: int, options: dict[str, Any]) -> tuple[int]:
-    return (triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"]),)
+def product_w4(
+    x: torch.Tensor, numbers: tuple[int, int], eight: bool, epilogue: Epilogue, requantize: bool = False
+) -> Product:
+    """For a weight in 4 bit and codes of x in 4 bit, or in `eight`"""
+    # MAGIC * scale is exact up to 22 significant bits: scales of int8 codes have 12 (round_up_12_bits),
+    # fp16 has 11 and bf16 8; those of fp32 activations have 24 and take the longer way
+    fold = eight or x.element_size() == 2
+    flags = {"EIGHT": eight, "FOLD": fold, "REQUANTIZE": requantize, "ASM": has_asm(arch_of(x.device))}
+    return Product("gemm_w4", x, numbers, epilogue, flags)
 
 
 def multiply_w4(
@@ -189,88 +218,126 @@ def multiply_w4(
     dtype: torch.dtype,
     next_smooth: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """(y,) = epilogue(decode(act) @ decode(weight).T), weight in 4 bit, act in 4 or 8
+    """(y,) = epilogue(decode(act) @ decode(weight).T), weight in 4 bit, act in 4 or 8; for one call
 
     weight       qweight and wscales of a layer
     unsigned     channels whose 4-bit codes are 0..15
     next_smooth  (N,) smooth_factor of a next layer: then (y, qact, ascales), its unsigned codes of y + GELU_SHIFT
     """
-    (qact, ascales), qweight = act, weight["qweight"]
+    qact, qweight = act.qact, weight["qweight"]
     (m, width), (n, half) = qact.shape, qweight.shape
-    eight = width == 2 * half
-    out = qact.new_empty(m, n, dtype=dtype)
-    requantized: tuple[torch.Tensor, ...] = ()
+    like, requantized = qact.new_empty(m, 0, dtype=dtype), None
     if next_smooth is not None:
         requantized = qact.new_empty(m, n // 2), qact.new_empty(n // GROUP_SIZE, m, dtype=dtype)
-    if m:
-        options = settings("gemm_w4", qact.device, m)
-        with on_device_of(qact):
-            gemm_w4[_grid(m, n, options)](
-                qact,
-                qweight,
-                ascales,
-                weight["wscales"],
-                *epilogue.pointers(out),
-                out,
-                *((next_smooth, *requantized) if requantized else (out, out, out)),
-                m,
-                n,
-                2 * half,
-                *epilogue.widths(),
-                *unsigned,
-                EIGHT=eight,
-                # MAGIC * scale is exact up to 22 significant bits: scales of int8 codes have 12 (round_up_12_bits),
-                # fp16 has 11 and bf16 8; those of fp32 activations have 24 and take the longer way
-                FOLD=eight or ascales.element_size() == 2,
-                REQUANTIZE=bool(requantized),
-                ASM=has_asm(arch_of(qact.device)),
-                **epilogue.flags(),
-                **options,
-            )
-    return out, *requantized
+    product = product_w4(like, (n, 2 * half), width == 2 * half, epilogue, next_smooth is not None)
+    beside = None if next_smooth is None or requantized is None else (next_smooth, *requantized)
+    y = product(act, (qweight, weight["wscales"]), epilogue, unsigned, beside)
+    return y, *(requantized or ())
 
 
 def multiply_w8(
-    act: CodedActivation,
-    weight: torch.Tensor,
-    row_scales: torch.Tensor,
-    epilogue: Epilogue,
-    dtype: torch.dtype,
+    act: CodedActivation, weight: torch.Tensor, row_scales: torch.Tensor, epilogue: Epilogue, dtype: torch.dtype
 ) -> torch.Tensor:
     """y = epilogue((qact @ weight.T) * ascales[:, None] * row_scales), int8 rows (N, K) with scales (N,) float32"""
-    qact, ascales = act
-    (m, k), n = qact.shape, weight.shape[0]
-    out = qact.new_empty(m, n, dtype=dtype)
-    if m:
-        options = settings("gemm_w8", qact.device, m)
-        tensors = (qact, weight, ascales, row_scales, *epilogue.pointers(out), out)
-        with on_device_of(qact):
-            gemm_w8[_grid(m, n, options)](
-                *tensors, m, n, k, *epilogue.widths(), EVEN=k % options["BK"] == 0, **epilogue.flags(), **options
-            )
-    return out
+    like = act.qact.new_empty(act.qact.shape[0], 0, dtype=dtype)
+    product = Product("gemm_w8", like, (weight.shape[0], weight.shape[1]), epilogue, {})
+    return product(act, (weight, row_scales), epilogue)
 
 
 def multiply_nvfp4(act: CodedActivation, weight: Tensors, epilogue: Epilogue, dtype: torch.dtype) -> torch.Tensor:
-    """y = epilogue(decode(act) @ decode(weight).T), NVFP4 codes on both sides
+    """y = epilogue(decode(act) @ decode(weight).T), NVFP4 codes on both sides; for one call
 
     weight  qweight and wscales of a layer, and wtscale and wcscales if it has them
     """
-    (qact, ascales), qweight = act, weight["qweight"]
-    m, n, k = qact.shape[0], qweight.shape[0], 2 * qweight.shape[1]
-    out = qact.new_empty(m, n, dtype=dtype)
-    if m:
-        options = settings("gemm_nvfp4", qact.device, m)
-        codes = (qact.view(torch.uint8), qweight.view(torch.uint8))
-        channel_scales = channel_scales_of(weight)
-        if channel_scales is None:
-            channel_scales = ascales.new_ones(n, dtype=torch.float32)
-        tensors = (*codes, ascales, weight["wscales"], channel_scales, *epilogue.pointers(out), out)
-        with on_device_of(qact):
-            gemm_nvfp4[_grid(m, n, options)](
-                *tensors, m, n, k, *epilogue.widths(), EVEN=k % options["BK"] == 0, **epilogue.flags(), **options
-            )
-    return out
+    n, half = weight["qweight"].shape
+    like = act.qact.new_empty(act.qact.shape[0], 0, dtype=dtype)
+    product = Product("gemm_nvfp4", like, (n, 2 * half), epilogue, {})
+    return product(nvfp4_codes(act), nvfp4_weight(weight, ones_or_channel_scales_of(weight)), epilogue)
+
+
+def nvfp4_codes(act: CodedActivation) -> CodedActivation:
+    """As gemm_nvfp4 reads them: pairs of codes are bytes without a sign"""
+    return CodedActivation(act.qact.view(torch.uint8), act.ascales)
+
+
+def nvfp4_weight(weight: Tensors, channel_scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return weight["qweight"].view(torch.uint8), weight["wscales"], channel_scales
+
+
+class Expander:
+    """W = weight * row_scales[:, None] for int8 and fp8; W / smooth_factor = weight for 16 bit
+
+    For layers with tensors like the ones given; smooth and channel say what calls come with.
+    """
+
+    def __init__(
+        self, fmt: Format, tensors: Tensors, dtype: torch.dtype, channel: bool, smooth: bool, unsigned: Range
+    ) -> None:
+        qweight = tensors["qweight"]
+        self.n, self.k = qweight.shape[0], 2 * qweight.shape[1]
+        self.unsigned, self.dtype, self.nvfp4 = unsigned, dtype, fmt.code == E2M1_CODE
+        unit = fmt.units.get(dtype, 0)
+        shifted = not unit and unsigned[0] != unsigned[1]
+        self.two = bool(unit or shifted)
+        options = settings("expand_weight", qweight.device, self.n)
+        options["GROUPS"] = options.pop("BYTES") // (8 if self.nvfp4 else 32)
+        flags = {
+            "NVFP4": self.nvfp4,
+            "AWQ": fmt.code == OFFSET_8,
+            "UNIT": unit,
+            "CHANNEL": channel,
+            "SMOOTH": smooth,
+            "SHIFT": shifted,
+            **options,
+        }
+        self.grid = -(-self.n // options["BN"]), 1, 1
+        self.launch = Launch(expand_weight, flags)
+
+    def __call__(
+        self, tensors: Tensors, channel_scales: torch.Tensor | None, smooth_factor: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(weight (N, K), row_scales (N,)), or (weight, shift (N,) or None): what the bias of a layer that does not
+        shift its activations is owed"""
+        qweight, wscales = tensors["qweight"], tensors["wscales"]
+        weight = qweight.new_empty(self.n, self.k, dtype=self.dtype)
+        beside = qweight.new_empty(self.n, dtype=torch.float32) if self.two else None
+        unused = weight if beside is None else beside
+        scales = wscales.view(torch.uint8) if self.nvfp4 else wscales
+        pointers = (
+            qweight,
+            scales,
+            tensors.get("wzeros", scales),
+            unused if channel_scales is None else channel_scales,
+            unused if smooth_factor is None else smooth_factor,
+            weight,
+            unused,
+            unused,
+        )
+        self.launch(self.grid, pointers, (self.n, self.k, *self.unsigned))
+        return weight, beside
+
+
+Expand = Callable[[Tensors, torch.Tensor | None, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
+"""(tensors, channel_scales, smooth_factor) -> (weight, what lies beside it), see Expander"""
+
+
+def expander(fmt: Format, tensors: Tensors, dtype: torch.dtype, channel: bool, smooth: bool, unsigned: Range) -> Expand:
+    """An Expander, or the format's own code where no kernel reads it: such a format still runs on expanded weights"""
+    if knows(fmt):
+        return Expander(fmt, tensors, dtype, channel, smooth, unsigned)
+
+    def elsewhere(
+        tensors: Tensors, channel_scales: torch.Tensor | None, smooth_factor: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if dtype in fmt.units:
+            return fmt.expand_rows(tensors, dtype)
+        weight = fmt.decode_weight(tensors)
+        if smooth_factor is None:
+            return weight.to(dtype), None
+        shift = shifted_bias_term(weight, smooth_factor, unsigned) if unsigned[0] != unsigned[1] else None
+        return (weight / smooth_factor.float()).to(dtype), shift
+
+    return elsewhere
 
 
 def expand(
@@ -281,91 +348,36 @@ def expand(
     smooth_factor: torch.Tensor | None = None,
     unsigned: Range = (0, 0),
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """W = weight * row_scales[:, None] for int8 and fp8; W / smooth_factor = weight for 16 bit
-
-    returns  (weight (N, K), row_scales (N,)), or (weight, shift (N,) or None): what a layer that does not shift its
-             activations owes its bias
-    """
-    qweight, wscales = tensors["qweight"], tensors["wscales"]
-    n, k = qweight.shape[0], 2 * qweight.shape[1]
-    fmt = FORMATS[format]
-    if not knows(fmt):
-        return _expand_elsewhere(fmt, tensors, dtype, smooth_factor, unsigned)
-    unit, nvfp4 = fmt.units.get(dtype, 0), fmt.code == E2M1_CODE
-    weight = qweight.new_empty(n, k, dtype=dtype)
-    shifted = not unit and unsigned[0] != unsigned[1]
-    beside = qweight.new_empty(n, dtype=torch.float32) if unit or shifted else None
-    options = settings("expand_weight", qweight.device, n)
-    options["GROUPS"] = options.pop("BYTES") // (8 if nvfp4 else 32)
-    unused = beside if beside is not None else weight
-    with on_device_of(qweight):
-        expand_weight[(triton.cdiv(n, options["BN"]),)](
-            qweight,
-            wscales.view(torch.uint8) if nvfp4 else wscales,
-            tensors.get("wzeros", wscales.view(torch.uint8) if nvfp4 else wscales),
-            unused if channel_scales is None else channel_scales,
-            unused if smooth_factor is None else smooth_factor,
-            weight,
-            unused,
-            unused,
-            n,
-            k,
-            *unsigned,
-            NVFP4=nvfp4,
-            AWQ=fmt.code == OFFSET_8,
-            UNIT=unit,
-            CHANNEL=channel_scales is not None,
-            SMOOTH=smooth_factor is not None,
-            SHIFT=shifted,
-            **options,
-        )
-    return weight, beside
+    """Expander, for one call"""
+    given = channel_scales is not None, smooth_factor is not None
+    return expander(FORMATS[format], tensors, dtype, *given, unsigned)(tensors, channel_scales, smooth_factor)
 
 
-def _expand_elsewhere(
-    fmt: Format,
-    tensors: Tensors,
-    dtype: torch.dtype,
-    smooth_factor: torch.Tensor | None,
-    unsigned: Range,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`expand` by the format's own code: a format that no kernel reads still runs on those for expanded weights"""
-    if dtype in fmt.units:
-        return fmt.expand_rows(tensors, dtype)
-    weight = fmt.decode_weight(tensors)
-    if smooth_factor is None:
-        return weight.to(dtype), None
-    shift = shifted_bias_term(weight, smooth_factor, unsigned) if unsigned[0] != unsigned[1] else None
-    return (weight / smooth_factor.float()).to(dtype), shift
+class Gemv:
+    """y = x @ decode(weight).T + bias for activations like x: 4-bit weights with zeros, 16-bit activations"""
+
+    def __init__(self, x: torch.Tensor, n: int, bias: bool) -> None:
+        options = settings("gemv_w4a16", x.device, x.shape[0])
+        self.n, self.rows, self.programs = n, options["BM"], -(-n // options["BN"])
+        self.launch = Launch(gemv_w4a16, {"BIAS": bias, **options})
+
+    def __call__(self, x: torch.Tensor, weight: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        m, k = x.shape
+        y = x.new_empty(m, self.n)
+        if m:
+            tensors = (x, weight["qweight"], weight["wscales"], weight["wzeros"], y if bias is None else bias, y)
+            self.launch((self.programs, -(-m // self.rows), 1), tensors, (m, self.n, k, x.stride(0)))
+        return y
 
 
 def multiply_gemv(
     x: torch.Tensor, qweight: torch.Tensor, wscales: torch.Tensor, wzeros: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """y = x @ decode(weight).T + bias, 4-bit weights with zeros, 16-bit activations"""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    m, n, k = x.shape[0], qweight.shape[0], 2 * qweight.shape[1]
-    out = x.new_empty(m, n)
-    if m:
-        options = settings("gemv_w4a16", x.device, m)
-        grid = (triton.cdiv(n, options["BN"]), triton.cdiv(m, options["BM"]))
-        with on_device_of(x):
-            gemv_w4a16[grid](
-                x,
-                qweight,
-                wscales,
-                wzeros,
-                out if bias is None else bias,
-                out,
-                m,
-                n,
-                k,
-                x.stride(0),
-                BIAS=bias is not None,
-                **options,
-            )
-    return out
+    """Gemv, for one call"""
+    weight = {"qweight": qweight, "wscales": wscales, "wzeros": wzeros}
+    return Gemv(x, qweight.shape[0], bias is not None)(x, weight, bias)
 
 
 def channel_scales_of(tensors: Tensors) -> torch.Tensor | None:
@@ -375,3 +387,9 @@ def channel_scales_of(tensors: Tensors) -> torch.Tensor | None:
         return None
     n = tensors["qweight"].shape[0]
     return (scales[0] * scales[1] if len(scales) == 2 else scales[0]).expand(n).contiguous()
+
+
+def ones_or_channel_scales_of(tensors: Tensors) -> torch.Tensor:
+    """The same for a kernel that always multiplies by them"""
+    scales, qweight = channel_scales_of(tensors), tensors["qweight"]
+    return qweight.new_ones(qweight.shape[0], dtype=torch.float32) if scales is None else scales

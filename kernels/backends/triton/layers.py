@@ -1,90 +1,167 @@
-"""A whole layer in each compute mode: the launches, in order."""
+"""A whole layer in each compute mode: the launches, in order.
 
-from dataclasses import dataclass, replace
+A mode is a function of a `Kind` of call. It looks up what all calls of that kind share, and returns what runs one.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 
-from ...formats import E2M1_CODE
+from ...formats import E2M1_CODE, Tensors
 from ...layer import Layer, Lora
 from ...stages import CodedActivation, Coding, activate
 from ...weight_cache import WeightCache
+from .. import Run
 from . import launch
-from .launch import Epilogue
+from .launch import Epilogue, times
 
+Scales = TypeVar("Scales", bound=torch.Tensor | None)
 KEPT = 0.5  # of a GPU's free memory, for weights that w8a8 keeps expanded
 
 
-@dataclass(frozen=True)
-class Work:
-    """One call: x (M, K), the layer, and the epilogue without branch_act, which comes out of the quantization."""
+class Kind(NamedTuple):
+    """One call, which stands for all with tensors of the same shapes and types; of x, with about as many rows."""
 
     x: torch.Tensor
     layer: Layer
-    epilogue: Epilogue
+    bias: torch.Tensor | None
+    lora: Lora | None
+    activation: str
 
     @property
-    def proj_down(self) -> torch.Tensor | None:
-        return self.layer["proj_down"] if self.layer.spec.rank else None
+    def shape(self) -> tuple[int, int]:
+        return self.layer.spec.n, self.layer.spec.k
 
-    def quantize(self, codes: str) -> tuple[CodedActivation, Epilogue]:
-        """(x in codes, epilogue with branch_act)"""
-        qact, ascales, branch_act = quantized(self.x, self.layer, codes)
-        return CodedActivation(qact, ascales), replace(self.epilogue, branch_act=branch_act)
+    @property
+    def end(self) -> Epilogue:
+        """An epilogue like those of such calls"""
+        strength = None if self.lora is None else self.lora.strength
+        return Epilogue(lora_strength=strength, bias=self.bias, activation=self.activation)
 
 
-def quantized(x: torch.Tensor, layer: Layer, codes: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(qact, ascales, x @ proj_down) of x (M, K); codes as in stages.quantize_activation"""
-    spec, tensors = layer.spec, layer.tensors
+Quantize = Callable[[torch.Tensor, Layer], tuple[CodedActivation, torch.Tensor | None]]
+Expand = Callable[[Layer], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def quantizer(x: torch.Tensor, layer: Layer, codes: str) -> Quantize:
+    """(x, layer) -> (x in codes, x @ proj_down), for calls like this one; codes as in stages.quantize_activation"""
+    spec, means = layer.spec, "act_mean" in layer.tensors
     coding = Coding(codes, spec.act_unsigned, spec.act_rule)
-    return launch.quantize(x, tensors["smooth_factor"], tensors.get("proj_down"), coding, tensors.get("act_mean"))
+    quantize = launch.Quantizer(x, spec.rank, coding, means=means)
+
+    def run(x: torch.Tensor, layer: Layer) -> tuple[CodedActivation, torch.Tensor | None]:
+        tensors = layer.tensors
+        proj_down, act_mean = tensors.get("proj_down"), tensors.get("act_mean")
+        qact, ascales, branch_act = quantize(x, tensors["smooth_factor"], proj_down, act_mean)
+        return CodedActivation(qact, ascales), branch_act
+
+    return run
 
 
-def w4a4(work: Work) -> torch.Tensor:
-    layer, x = work.layer, work.x
-    act, epilogue = work.quantize(layer.spec.format)
-    epilogue = replace(epilogue, bias=layer.centred_bias(epilogue.bias))
-    if layer.spec.fmt.code == E2M1_CODE:
-        return launch.multiply_nvfp4(act, layer.tensors, epilogue, x.dtype)
-    return launch.multiply_w4(act, layer.tensors, epilogue, layer.spec.act_unsigned, x.dtype)[0]
+def expander(layer: Layer, dtype: torch.dtype) -> Expand:
+    """layer -> (its weight, what lies beside it) for layers like this one, see launch.Expander
+
+    torch's allocator hands out the same scratch memory for each call.
+    """
+    spec, tensors = layer.spec, layer.tensors
+    smooth = dtype not in spec.fmt.units and "smooth_factor" in tensors
+    channel = "wtscale" in tensors or "wcscales" in tensors
+    unsigned = spec.act_unsigned if smooth else (0, 0)
+    expand = launch.expander(spec.fmt, tensors, dtype, channel, smooth, unsigned)
+
+    def run(layer: Layer) -> tuple[torch.Tensor, torch.Tensor | None]:
+        scales = _once(layer, launch.channel_scales_of) if channel else None
+        return expand(layer.tensors, scales, layer["smooth_factor"] if smooth else None)
+
+    return run
 
 
-def w4a8(work: Work) -> torch.Tensor:
-    act, epilogue = work.quantize("int8_group")
-    # 8-bit codes have a sign bit to spare: the shift is in them, unsigned codes are not needed
-    return launch.multiply_w4(act, work.layer.tensors, epilogue, (0, 0), work.x.dtype)[0]
+def _once(layer: Layer, compute: Callable[[Tensors], Scales]) -> Scales:
+    sources = [layer[name] for name in ("qweight", "wtscale", "wcscales") if name in layer.tensors]
+    return layer.once(compute.__name__, sources, lambda: compute(layer.tensors))
 
 
-def expanded(layer: Layer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """W = weight * row_scales[:, None]. torch's allocator hands out the same scratch memory for each call"""
-    scales = launch.channel_scales_of(layer.tensors)
-    weight, row_scales = launch.expand(layer.spec.format, layer.tensors, dtype, scales)
-    assert row_scales is not None  # every 8-bit dtype of a format has them
-    return weight, row_scales
+def end_of(
+    x: torch.Tensor,
+    layer: Layer,
+    branch_act: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    lora: Lora | None,
+    activation: str,
+) -> Epilogue:
+    """What follows the product of a call, with x @ lora_down, which is torch's product"""
+    proj_up = layer["proj_up"] if branch_act is not None else None
+    if lora is None:
+        return Epilogue(branch_act, proj_up, None, None, None, bias, activation)
+    down, up, strength = lora
+    strength = None if strength is None else strength.float()
+    return Epilogue(branch_act, proj_up, times(x, down), up, strength, bias, activation)
 
 
-def w4a8_jit(work: Work) -> torch.Tensor:
-    act, epilogue = work.quantize("int8_row")
-    return launch.multiply_w8(act, *expanded(work.layer, torch.int8), epilogue, work.x.dtype)
+def w4a4(kind: Kind) -> Run:
+    spec, nvfp4 = kind.layer.spec, kind.layer.spec.fmt.code == E2M1_CODE
+    quantize, activation = quantizer(kind.x, kind.layer, spec.format), kind.activation
+    end = kind.end._replace(bias=kind.layer.centred_bias(kind.bias))
+    if nvfp4:
+        product = launch.Product("gemm_nvfp4", kind.x, kind.shape, end, {})
+    else:
+        product = launch.product_w4(kind.x, kind.shape, False, end)
+
+    def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
+        act, branch_act = quantize(x, layer)
+        end = end_of(x, layer, branch_act, layer.centred_bias(bias), lora, activation)
+        if nvfp4:
+            scales = _once(layer, launch.ones_or_channel_scales_of)
+            return product(launch.nvfp4_codes(act), launch.nvfp4_weight(layer.tensors, scales), end)
+        return product(act, (layer["qweight"], layer["wscales"]), end, spec.act_unsigned, None)
+
+    return run
+
+
+def w4a8(kind: Kind) -> Run:
+    quantize, activation = quantizer(kind.x, kind.layer, "int8_group"), kind.activation
+    product = launch.product_w4(kind.x, kind.shape, True, kind.end)
+
+    def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
+        act, branch_act = quantize(x, layer)
+        end = end_of(x, layer, branch_act, bias, lora, activation)
+        # 8-bit codes have a sign bit to spare: the shift is in them, unsigned codes are not needed
+        return product(act, (layer["qweight"], layer["wscales"]), end, (0, 0), None)
+
+    return run
+
+
+def _by_rows(kind: Kind, weight_of: Callable[[Layer], tuple[torch.Tensor, torch.Tensor]]) -> Run:
+    quantize, activation = quantizer(kind.x, kind.layer, "int8_row"), kind.activation
+    product = launch.Product("gemm_w8", kind.x, kind.shape, kind.end, {})
+
+    def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
+        weight = weight_of(layer)
+        act, branch_act = quantize(x, layer)
+        return product(act, weight, end_of(x, layer, branch_act, bias, lora, activation))
+
+    return run
+
+
+def _rows(layer: Layer) -> Callable[[Layer], tuple[torch.Tensor, torch.Tensor]]:
+    """layer -> (weight (N, K) int8, row_scales (N,))"""
+    return cast(Callable[[Layer], tuple[torch.Tensor, torch.Tensor]], expander(layer, torch.int8))
+
+
+def w4a8_jit(kind: Kind) -> Run:
+    return _by_rows(kind, _rows(kind.layer))
 
 
 _kept: dict[torch.device, WeightCache[tuple[torch.Tensor, torch.Tensor]]] = {}
 
 
-def kept_weight(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
-    """`expanded`, kept while the layer's own bytes are where they are, as far as there is room"""
-    layer, x = work.layer, work.x
-    if x.device not in _kept:
-        _kept[x.device] = WeightCache(lambda: _may_keep(x.device))
-    size = layer.spec.n * layer.spec.k
-    variant = (layer.spec.format, "int8")
-    return _kept[x.device].get(layer["qweight"], variant, lambda: expanded(layer, torch.int8), size)
-
-
-def w8a8(work: Work) -> torch.Tensor:
-    """The same bytes as w4a8_jit, kept"""
-    weight = kept_weight(work)
-    act, epilogue = work.quantize("int8_row")
-    return launch.multiply_w8(act, *weight, epilogue, work.x.dtype)
+def w8a8(kind: Kind) -> Run:
+    """The same bytes as w4a8_jit, kept while the layer's own bytes are where they are, as far as there is room"""
+    spec, device, expand = kind.layer.spec, kind.x.device, _rows(kind.layer)
+    cache = _kept.setdefault(device, WeightCache(lambda: _may_keep(device)))
+    variant = (spec.format, "int8")
+    return _by_rows(kind, lambda layer: cache.get(layer["qweight"], variant, lambda: expand(layer), spec.n * spec.k))
 
 
 def _may_keep(device: torch.device) -> int:
@@ -95,35 +172,46 @@ def _may_keep(device: torch.device) -> int:
     return int(KEPT * (free + _kept[device].nbytes))
 
 
-def fp8(work: Work) -> torch.Tensor:
+def fp8(kind: Kind) -> Run:
     """The product by torch, which has its own row scales; the epilogue follows it"""
-    (qact, ascales), epilogue = work.quantize("fp8_row")
-    if not work.x.shape[0]:
-        return work.x.new_empty(0, work.layer.spec.n)
-    weight, row_scales = expanded(work.layer, torch.float8_e4m3fn)
-    y = torch._scaled_mm(qact, weight.t(), scale_a=ascales[:, None], scale_b=row_scales[None], out_dtype=torch.bfloat16)
-    return finished(y.to(work.x.dtype), epilogue)
+    quantize, expand = quantizer(kind.x, kind.layer, "fp8_row"), expander(kind.layer, torch.float8_e4m3fn)
+    activation = kind.activation
+
+    def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
+        (qact, ascales), branch_act = quantize(x, layer)
+        if not x.shape[0]:
+            return x.new_empty(0, layer.spec.n)
+        weight, row_scales = expand(layer)
+        assert row_scales is not None  # every 8-bit dtype of a format has them
+        y = torch._scaled_mm(
+            qact, weight.t(), scale_a=ascales[:, None], scale_b=row_scales[None], out_dtype=torch.bfloat16
+        )
+        return finished(y.to(x.dtype), end_of(x, layer, branch_act, bias, lora, activation))
+
+    return run
 
 
-def w16(work: Work) -> torch.Tensor:
+def w16(kind: Kind) -> Run:
     """x @ (decode(qweight) / smooth_factor).T: smoothing goes into the expanded weight, the shift into the bias"""
-    x, layer = work.x, work.layer
-    tensors, unsigned = layer.tensors, layer.spec.act_unsigned
-    weight, shift = launch.expand(
-        layer.spec.format, tensors, x.dtype, launch.channel_scales_of(tensors), tensors.get("smooth_factor"), unsigned
-    )
-    epilogue = work.epilogue
-    if shift is not None:
-        bias = shift if epilogue.bias is None else epilogue.bias.float() + shift
-        epilogue = replace(epilogue, bias=bias.to(x.dtype))
-    branch_act = None if work.proj_down is None else x @ work.proj_down.to(x.dtype)
-    return finished(x @ weight.t(), replace(epilogue, branch_act=branch_act))
+    expand, rank, activation = expander(kind.layer, kind.x.dtype), kind.layer.spec.rank, kind.activation
+
+    def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
+        weight, shift = expand(layer)
+        if shift is not None:
+            bias = (shift if bias is None else bias.float() + shift).to(x.dtype)
+        branch_act = times(x, layer["proj_down"]) if rank else None
+        return finished(x @ weight.t(), end_of(x, layer, branch_act, bias, lora, activation))
+
+    return run
 
 
-def w4a16(work: Work) -> torch.Tensor:
-    layer, epilogue = work.layer, work.epilogue
-    y = launch.multiply_gemv(work.x, layer["qweight"], layer["wscales"], layer["wzeros"], epilogue.bias)
-    return finished(y, replace(epilogue, bias=None))
+def w4a16(kind: Kind) -> Run:
+    gemv, activation = launch.Gemv(kind.x, kind.layer.spec.n, kind.bias is not None), kind.activation
+
+    def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
+        return finished(gemv(x, layer.tensors, bias), end_of(x, layer, None, None, lora, activation))
+
+    return run
 
 
 def finished(y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
@@ -149,33 +237,19 @@ MODES = {
 }
 
 
-def work(
-    x: torch.Tensor,
-    layer: Layer,
-    bias: torch.Tensor | None,
-    lora: Lora | None,
-    activation: str = "",
-) -> Work:
-    """A call, with the product of x and lora_down, which is torch's"""
-    down, up, strength = (None, None, None) if lora is None else Lora(*lora)
-    epilogue = Epilogue(
-        proj_up=layer["proj_up"] if layer.spec.rank else None,
-        lora_act=None if down is None else x @ down.to(x.dtype),
-        lora_up=up,
-        lora_strength=None if strength is None else strength.float(),
-        bias=bias,
-        activation=activation,
-    )
-    return Work(x, layer, epilogue)
-
-
-def linear(
+def prepare(
     x: torch.Tensor,
     layer: Layer,
     bias: torch.Tensor | None,
     lora: Lora | None,
     compute: str,
     activation: str = "",
-) -> torch.Tensor:
-    """One layer on x (M, K). Returns (M, N) in the dtype of x."""
-    return MODES[compute](work(x, layer, bias, lora, activation))
+) -> Run:
+    """What runs this call and all like it, see Backend. It keeps no tensor of the layer or the call."""
+    return MODES[compute](Kind(x, layer, bias, lora, activation))
+
+
+def linear(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, *how: str) -> torch.Tensor:
+    """One layer on x (M, K); `how` is compute and maybe activation. Returns (M, N) in the dtype of x."""
+    lora = None if lora is None else Lora(*lora)
+    return prepare(x, layer, bias, lora, *how)(x, layer, bias, lora)
