@@ -1,12 +1,15 @@
 """A 4-bit layer as one vector of bytes: what a host stores, moves and hands back for the forward pass."""
 
-from dataclasses import dataclass, field, replace
+import json
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 
 import torch
 
 from ..kernels import Choice, Lora, Prepared, choose
 from ..kernels.dispatch import USUAL_ROWS
 from ..kernels.layer import BlobView, Layer, LayerSpec, from_blob, to_blob
+from ..kernels.ops import register
 
 LowRank = tuple[torch.Tensor, torch.Tensor]
 """(lora_down (K, R), lora_up (N, R))"""
@@ -17,6 +20,7 @@ class PackedLinear:
     """The description of a blob: everything about a layer but its bytes.
 
     compute  one of kernels.COMPUTES
+    text     all of it as a string, see `read`
 
         >>> from svdquant_pack.kernels import FORMATS
         >>> tensors = FORMATS["int4"].encode_weight(torch.eye(64), torch.float32) | {"smooth_factor": torch.ones(64)}
@@ -30,12 +34,18 @@ class PackedLinear:
     spec: LayerSpec
     views: tuple[BlobView, ...]
     compute: str = "auto"
+    text: str = field(init=False, repr=False, compare=False)
     _prepared: Prepared = field(init=False, repr=False, compare=False)
     _passing: "PackedLinear | None" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        # here, and not when they are wanted: torch.compile reads what it finds
+        views = [asdict(view) | {"dtype": str(view.dtype).removeprefix("torch.")} for view in self.views]
+        text = json.dumps({"spec": asdict(self.spec), "views": views, "compute": self.compute})
+        object.__setattr__(self, "text", text)
         object.__setattr__(self, "_prepared", Prepared(self.compute))
-        passing = replace(self, compute="w4a8-jit") if self.compute == "w8a8" else None  # bit-identical, kernels/modes
+        # bit-identical, see kernels/modes
+        passing = replace(self, compute="w4a8-jit") if self.compute == "w8a8" else None
         object.__setattr__(self, "_passing", passing)
 
     @classmethod
@@ -52,7 +62,11 @@ class PackedLinear:
         self, x: torch.Tensor, blob: torch.Tensor | Layer, bias: torch.Tensor | None, lora: Lora | None
     ) -> torch.Tensor:
         """svdquant_linear of the layer in `blob`, which lies on the device of x, or of `self.layer(blob)`."""
-        return self._prepared(x, blob if isinstance(blob, Layer) else self.layer(blob), bias, lora)
+        if isinstance(blob, Layer):
+            return self._prepared(x, blob, bias, lora)
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return packed_linear(x, blob, bias, *(lora or (None, None, None)), self.text)
+        return self._prepared(x, self.layer(blob), bias, lora)
 
     def passing(self) -> "PackedLinear":
         """The same layer for bytes that lie where they do for one call alone: nothing made from them may be kept."""
@@ -61,3 +75,49 @@ class PackedLinear:
     def choice(self, device: torch.device, dtype: torch.dtype, rows: int = USUAL_ROWS) -> Choice:
         """Which backend runs this layer there, and why the others do not."""
         return choose(self.spec, device, dtype, self.compute, rows)
+
+
+@cache
+def read(text: str) -> PackedLinear:
+    """Inverse of PackedLinear.text
+
+    >>> from svdquant_pack.kernels import FORMATS
+    >>> weight = FORMATS["awq_w4a16"].encode_weight(torch.randn(64, 128), torch.bfloat16)
+    >>> _, packed = PackedLinear.pack(Layer(LayerSpec("awq_w4a16", 64, 128), weight))
+    >>> read(packed.text) == packed
+    True
+    """
+    found = json.loads(text)
+    spec = found["spec"] | {"act_unsigned": tuple(found["spec"]["act_unsigned"])}
+    views = [
+        BlobView(**view | {"dtype": getattr(torch, view["dtype"]), "shape": tuple(view["shape"])})
+        for view in found["views"]
+    ]
+    return PackedLinear(LayerSpec(**spec), tuple(views), found["compute"])
+
+
+def _run(
+    x: torch.Tensor,
+    blob: torch.Tensor,
+    bias: torch.Tensor | None,
+    down: torch.Tensor | None,
+    up: torch.Tensor | None,
+    strength: torch.Tensor | None,
+    text: str,
+) -> torch.Tensor:
+    lora = None if down is None or up is None else Lora(down, up, strength)
+    return read(text).forward(x, blob, bias, lora)
+
+
+def _fake(x: torch.Tensor, blob: torch.Tensor, *rest: torch.Tensor | str | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], read(rest[-1]).spec.n)
+
+
+# torch.compile sees a layer as this one node: what is in the bytes it would look up again for each guard of a graph
+packed_linear = register(
+    "packed_linear",
+    "(Tensor x, Tensor blob, Tensor? bias, Tensor? lora_down, Tensor? lora_up, Tensor? lora_strength, str text) "
+    "-> Tensor",
+    _run,
+    _fake,
+)

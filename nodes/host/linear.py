@@ -31,9 +31,9 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
     """
 
     packed: PackedLinear | None = None
-    loras: LayerLoras | None = None
+    loras: LayerLoras | None
     loras_stay = False
-    _loaded: LoadedLoras | None = None
+    _loaded: LoadedLoras | None
     _own: tuple[int, Layer] | None = None
 
     def __init__(
@@ -47,6 +47,7 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
         # not Linear's __init__: the dense weight of a layer that will be 4-bit is never allocated
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
+        self.loras = self._loaded = None  # the object's own from the start: torch.compile tells where it found them
         empty = torch.empty(0, in_features, device=device, dtype=dtype)
         self.weight = torch.nn.Parameter(empty, requires_grad=False)
         self.bias = None
@@ -92,6 +93,15 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
         else:
             self._loaded = None
 
+    def place_loras(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Put the LoRAs where calls look for them, before the first: one that is compiled keeps nothing by itself.
+
+        device, dtype  of the activation; LoRAs whose weight is elsewhere wait beside it
+        """
+        place = device if self.loras_stay else self.blob.device
+        if self.loras is not None and (self._loaded is None or self._loaded.device != place):
+            self._loaded = self.loras.on(place, dtype)
+
     def leave_device(self) -> None:
         """Drop what is kept for a device that the weight has left: the layer, and the LoRAs' copy."""
         self._own = None
@@ -109,8 +119,9 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
             self, dtype=torch.uint8, device=x.device, bias_dtype=x.dtype, offloadable=True
         )
         try:
-            # hosts stream offloaded weights through one buffer: its next bytes are another layer's
-            own = _same_memory(blob, self.blob)
+            # hosts stream offloaded weights through one buffer: its next bytes are another layer's. The parameter
+            # itself, not its address: torch.compile traces none
+            own = blob is self.blob
             if not own and torch.is_grad_enabled():  # a backward pass reads them again
                 blob, bias = blob.clone(), None if bias is None else bias.clone()
             return self._run(self.packed if own else self.packed.passing(), x, blob, bias)
@@ -151,10 +162,13 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
         loras, loaded = self.loras, self._loaded
         if loras is None:
             return None
-        if loaded is None or loaded.device != x.device or loaded.dtype != x.dtype:
-            loaded = loras.on(x.device, x.dtype)
-            if self.loras_stay or self.blob.device == x.device:
-                self._loaded = loaded
+        if loaded is not None and loaded.device == x.device and loaded.dtype == x.dtype:
+            return loaded
+        if loaded is not None and torch.compiler.is_compiling():
+            return loaded.beside(x)
+        loaded = loras.on(x.device, x.dtype)
+        if not torch.compiler.is_compiling() and (self.loras_stay or self.blob.device == x.device):
+            self._loaded = loaded
         return loaded
 
     def _load_from_state_dict(
@@ -191,21 +205,21 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
-    def __getattr__(self, name: str) -> Any:
-        # hosts look every state_dict key up as an attribute
-        packed = self.__dict__.get("packed")
-        if packed is not None and name in SAVED:
-            saved = encode_layer("", packed.layer(self.blob.detach()))
-            if f".{name}" in saved:
-                return saved[f".{name}"]
-        return super().__getattr__(name)
+
+def _saved(name: str) -> property:
+    """A tensor of the native checkpoint: hosts look every state_dict key up as an attribute."""
+
+    def get(self: SVDQuantLinear) -> torch.Tensor:
+        saved = {} if self.packed is None else encode_layer("", self.packed.layer(self.blob.detach()))
+        if f".{name}" not in saved:
+            raise AttributeError(name)  # Module's own message follows
+        return saved[f".{name}"]
+
+    return property(get)
 
 
-def _same_memory(blob: torch.Tensor, own: torch.Tensor) -> bool:
-    """Whether a layer's bytes are its own. torch.compile traces no addresses, and what hosts stream changes device."""
-    if torch.compiler.is_compiling():
-        return blob.device == own.device
-    return blob.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+for _name in SAVED:  # not by __getattr__, which would stand before every weight that torch.compile looks up
+    setattr(SVDQuantLinear, _name, _saved(_name))
 
 
 def operations(checkpoint: Checkpoint, compute: str) -> type:

@@ -62,24 +62,33 @@ def known_loras(store: FactorStore, key: str, patches: Sequence[tuple[Any, ...]]
 
 
 def loras_of(weight: PatchedWeight, patches: Sequence[tuple[Any, ...]]) -> LayerLoras | None:
-    """All patches of a layer together. Raises LoraError naming the kind of patch that cannot be applied."""
+    """All patches of a layer together. Raises LoraError naming the kind of patch that cannot be applied.
+
+    Strength 0 changes nothing, and a patch that starts with it is left out. One that has run already stays, so that
+    what torch.compile made of the layer serves on.
+    """
     named, identity = [Patch(*patch) for patch in patches], _plain_identity(patches)
-    loras = weight.loras([_term(patch, weight.key) for patch in named if not patch.idle])
-    if identity is not None and loras is not None:
+    kept = [patch for patch in named if not patch.idle or _has_run(patch, weight)]
+    loras = weight.loras([_term(patch, weight.key) for patch in kept])
+    if identity is not None and loras is not None and len(kept) == len(named):
         alphas = tuple(alpha_factor(patch[1]) for patch in patches)
         sources = [tensor for patch in patches for tensor in patch[1].weights[:2]]
         weight.store.remember(weight.key, PlainLoras(identity, loras.deltas, alphas), sources)
     return loras
 
 
+def _has_run(patch: Patch, weight: PatchedWeight) -> bool:
+    return (is_exact(patch) or is_linear(patch)) and weight.store.holds(weight.key, patch.identity())
+
+
 def _plain_identity(patches: Sequence[tuple[Any, ...]]) -> tuple[object, ...] | None:
     """What tells plain LoRAs of a whole weight apart beside their strengths; None if one is anything else."""
     identity: list[object] = []
-    for strength, value, strength_model, offset, function in patches:
+    for _, value, strength_model, offset, function in patches:
         if type(value) is not LoRAAdapter or offset is not None or function is not None:
             return None
         up, down, alpha, *extras = value.weights
-        if strength == 0 or strength_model != 1 or any(extra is not None for extra in extras):
+        if strength_model != 1 or any(extra is not None for extra in extras):
             return None
         identity += id(up), id(down), alpha
     return tuple(identity)
@@ -88,7 +97,7 @@ def _plain_identity(patches: Sequence[tuple[Any, ...]]) -> tuple[object, ...] | 
 def _term(patch: Patch, key: str) -> Term:
     if isinstance(patch.value, list):
         raise LoraError(f"the patch of kind {patch.kind!r}: {MERGE}")
-    form = _form(patch, key) if patch.strength != 0 or patch.kind == "set" else None
+    form = _form(patch, key) if patch.strength != 0 or patch.idle or patch.kind == "set" else None
     identity, tensors = patch.identity(), patch.tensors()
     return Term(patch.value, patch.kind, identity, tensors, patch.strength, patch.strength_model, patch.offset, form)
 

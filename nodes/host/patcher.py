@@ -102,6 +102,11 @@ class SVDQuantPatcher(ModelPatcher):
             if module.loras_stay != streamed:
                 module.loras_stay = streamed
 
+    def _place_loras(self) -> None:
+        dtype = self._compute_dtype()
+        for module in self.packed_layers().values():
+            module.place_loras(self.load_device, dtype)
+
     # -- adding patches
 
     def add_patches(
@@ -188,6 +193,7 @@ class SVDQuantPatcher(ModelPatcher):
         except BaseException:
             self._show({key: layer for key, layer in before.items() if layer is not None})
             raise
+        self._place_loras()
         if self.model.model_lowvram:  # a whole load has counted them already, as part of model_size
             self.model.model_loaded_weight_memory += room
         state.snapshot = self._now()
@@ -204,6 +210,7 @@ class SVDQuantPatcher(ModelPatcher):
             loras = self.layer_loras()
             self.unpatch_hooks()
             self._show(loras)
+            self._place_loras()
             now = self._now()
             self.model.model_loaded_weight_memory += now.nbytes - before.nbytes
             state.snapshot = now
@@ -266,6 +273,7 @@ class SVDQuantPatcher(ModelPatcher):
         for key, layer in loras.items():
             self._state.unhooked[key] = packed[key].loras
             packed[key].set_loras(layer)
+        self._place_loras()
         return result
 
     def patch_hook_weight_to_device(self, hooks: Any, combined_patches: Any, key: str, *args: Any, **kw: Any) -> Any:
@@ -274,8 +282,9 @@ class SVDQuantPatcher(ModelPatcher):
         return super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kw)
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
-        if not whitelist_keys_set:
+        if not whitelist_keys_set and self._state.unhooked:
             self._take_hooked_off()
+            self._place_loras()
         super().unpatch_hooks(whitelist_keys_set)
 
     def _take_hooked_off(self) -> None:
@@ -300,11 +309,14 @@ class SVDQuantPatcher(ModelPatcher):
 
     # -- memory
 
+    def _compute_dtype(self) -> torch.dtype:
+        return getattr(self.model, "manual_cast_dtype", None) or self.model.get_dtype()
+
     def lora_bytes(self) -> int:
         """Bytes of the LoRAs of 4-bit layers on the device, all hooks' included; counted once per set of patches."""
         if self._counted is None or self._counted[0] != self.patches_uuid:
-            dtype = getattr(self.model, "manual_cast_dtype", None) or self.model.get_dtype()
-            nbytes = sum(loras.numel for loras in self.layer_loras(self.hooked_patches()).values()) * dtype.itemsize
+            numbers = sum(loras.numel for loras in self.layer_loras(self.hooked_patches()).values())
+            nbytes = numbers * self._compute_dtype().itemsize
             self._counted = self.patches_uuid, nbytes
         return self._counted[1]
 

@@ -58,7 +58,9 @@ def scaled(weight: torch.Tensor, rows: torch.Tensor | None, cols: torch.Tensor |
 def placed(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """tensor.to(device, dtype). Outside inference mode no tensor of it: autograd could not save that for a gradient."""
     moved = tensor.to(device=device, dtype=dtype)
-    return moved.clone() if moved.is_inference() and not torch.is_inference_mode_enabled() else moved
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():  # a trace cannot ask the tensor
+        return moved
+    return moved.clone() if moved.is_inference() else moved
 
 
 def span(offset: Offset | None, shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -149,21 +151,22 @@ class Kron:
         col = self.col_factor if col is None else col if self.col_factor is None else col * self.col_factor
         return Kron(self.left, self.right, self.rows, self.cols, row, col)
 
-    def add_to(self, y: torch.Tensor, x: torch.Tensor, scale: float) -> torch.Tensor:
-        """y + scale * x @ delta.T, without forming delta. x (..., K), y (..., N)"""
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+        """y + scale * x @ delta.T, without forming delta. x (..., K), y (..., N), a tensor of scale (1,) float32"""
         x = x.narrow(-1, *self.cols)
         if self.col_factor is not None:
             x = x * self.col_factor
         inner = x.unflatten(-1, (self.left.shape[1], -1))  # (..., b, d)
         for factor in reversed(self.right):
             inner = inner @ factor.T
-        delta = (self.left @ inner).flatten(-2)  # (..., a, c)
+        left = (self.left * scale).to(self.left.dtype)
+        delta = (left @ inner).flatten(-2)  # (..., a, c)
         if self.row_factor is not None:
             delta = delta * self.row_factor
         if self.rows == (0, y.shape[-1]):
-            return y + scale * delta
+            return y + delta
         y = y.clone()
-        y.narrow(-1, *self.rows).add_(delta, alpha=scale)
+        y.narrow(-1, *self.rows).add_(delta)
         return y
 
 

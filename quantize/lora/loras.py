@@ -73,7 +73,12 @@ class LayerLoras:
         down = _cat([delta.down for delta in wide], device, dtype) if wide else None
         up = _cat([delta.up for delta in wide], device, dtype) if wide else None
         krons = tuple(delta.to(device, dtype) for delta in self.deltas if isinstance(delta, Kron))
-        return LoadedLoras(self, down, up, krons, device, dtype)
+        numbers = torch.empty(self.rank // RANK_TILE + len(krons), device=device, dtype=torch.float32)
+        loaded = LoadedLoras(
+            self, down, up, krons, numbers[: self.rank // RANK_TILE], numbers[self.rank // RANK_TILE :], dtype
+        )
+        loaded.follow(self)
+        return loaded
 
 
 def _cat(factors: list[torch.Tensor], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -87,41 +92,51 @@ class LoadedLoras:
 
     down, up  (K, R), (N, R): the factors of all columns, without their strengths; None where there are none
     krons     the Kronecker products, without their strengths
-    strength  (R / RANK_TILE,) float32: a factor for each tile of columns; None where all are 1
+    strength  (R / RANK_TILE,) float32: a factor for each tile of columns. Also where all are 1: whoever compiles or
+              captures a call finds the same tensor at every strength
+    scales    (len(krons),) float32: a factor for each Kronecker product
+    vectors   rows, cols and shift of `loras`, as far as there are any
     """
 
     loras: LayerLoras
     down: torch.Tensor | None
     up: torch.Tensor | None
     krons: tuple[Kron, ...]
-    device: torch.device
+    strength: torch.Tensor
+    scales: torch.Tensor
     dtype: torch.dtype
-    strength: torch.Tensor | None = field(init=False)
-    _blocks: torch.Tensor = field(init=False)
-    _vectors: dict[str, torch.Tensor] = field(init=False)
+    vectors: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        blocks = 0 if self.down is None else self.down.shape[1] // RANK_TILE
-        self._blocks = torch.empty(blocks, device=self.device, dtype=torch.float32)
-        self.follow(self.loras)
+    @property
+    def device(self) -> torch.device:
+        return self.strength.device
 
     def follow(self, loras: LayerLoras) -> None:
-        """Take over the strengths of LoRAs that `fit`: one small vector changes in place, no factor."""
-        self.loras, self.strength, self._vectors = loras, None, {}
-        scales = loras.scales
-        if self.down is not None and len(set(scales)) == 1:  # filled on the device, nothing is sent there
-            self.strength = None if scales[0] == 1 else self._blocks.fill_(scales[0])
-        elif self.down is not None:
-            vector = [s for d, s in zip(loras.deltas, scales, strict=True) for _ in range(d.rank // RANK_TILE)]
-            self.strength = None if set(vector) == {1} else self._blocks.copy_(torch.tensor(vector))
+        """Take over the strengths of LoRAs that `fit`: two small vectors change in place, no factor."""
+        self.loras, self.vectors = loras, {}
+        pairs = list(zip(loras.deltas, loras.scales, strict=True))
+        _fill(self.strength, [scale for delta, scale in pairs for _ in range(delta.rank // RANK_TILE)])
+        _fill(self.scales, [scale for delta, scale in pairs if isinstance(delta, Kron)])
         if loras.rows is None and loras.cols is None:
             return
         vectors = {"rows": loras.rows, "cols": loras.cols, "shift": loras.shift}
-        self._vectors = {n: placed(v, self.device, self.dtype) for n, v in vectors.items() if v is not None}
+        self.vectors = {n: placed(v, self.device, self.dtype) for n, v in vectors.items() if v is not None}
+
+    def beside(self, x: torch.Tensor) -> "LoadedLoras":
+        """The same on the device and in the dtype of x, for one call. No strength becomes a constant of it."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return placed(tensor, x.device, x.dtype)
+
+        down, up = (None if factor is None else move(factor) for factor in (self.down, self.up))
+        krons = tuple(kron.to(x.device, x.dtype) for kron in self.krons)
+        numbers = self.strength.to(x.device), self.scales.to(x.device)
+        vectors = {name: move(vector) for name, vector in self.vectors.items()}
+        return LoadedLoras(self.loras, down, up, krons, *numbers, x.dtype, vectors)
 
     def fits(self, loras: LayerLoras) -> bool:
         """Whether the factors here are those of `loras`. Made in inference mode they are of no use outside it."""
-        if self._blocks.is_inference() and not torch.is_inference_mode_enabled():
+        if self.strength.is_inference() and not torch.is_inference_mode_enabled():
             return False
         mine, other = self.loras.deltas, loras.deltas
         return mine is other or (len(mine) == len(other) and all(a is b for a, b in zip(mine, other, strict=True)))
@@ -130,7 +145,7 @@ class LoadedLoras:
         self, packed: PackedLinear, x: torch.Tensor, blob: torch.Tensor | Layer, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """x @ W'.T + bias; the columns run inside the 4-bit kernel, everything else beside it."""
-        vectors = self._vectors
+        vectors = self.vectors
         if "rows" in vectors or "cols" in vectors:
             y = packed.forward(x * vectors["cols"] if "cols" in vectors else x, blob, bias, None)
             if "rows" in vectors:
@@ -143,8 +158,13 @@ class LoadedLoras:
         else:
             lora = None if self.down is None or self.up is None else Lora(self.down, self.up, self.strength)
             y = packed.forward(x, blob, bias, lora)
-        loras = self.loras
-        scales = [s for delta, s in zip(loras.deltas, loras.scales, strict=True) if isinstance(delta, Kron)]
-        for kron, scale in zip(self.krons, scales, strict=True):
-            y = kron.add_to(y, x, scale)
+        for i, kron in enumerate(self.krons):
+            y = kron.add_to(y, x, self.scales[i : i + 1])
         return y
+
+
+def _fill(vector: torch.Tensor, numbers: list[float]) -> None:
+    if len(set(numbers)) == 1:
+        vector.fill_(numbers[0])  # on the device, nothing is sent there
+    elif numbers:
+        vector.copy_(torch.tensor(numbers))

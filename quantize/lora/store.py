@@ -51,6 +51,10 @@ class FactorStore:
         self._entries[key] = context, value, [weakref.ref(tensor, forget) for tensor in sources]
         return value
 
+    def holds(self, layer: str, identity: object) -> bool:
+        """Whether anything was made of the patch of a layer that is told apart by `identity`."""
+        return any(key[0] == layer and identity in key for key in self._entries if isinstance(key, tuple))
+
     def remember(self, layer: str, plain: PlainLoras, sources: Sequence[torch.Tensor]) -> None:
         """Keep the plain LoRAs of a layer, for `at_strengths`."""
         self._plain[layer] = plain

@@ -99,6 +99,12 @@ def forward(patcher: Any, name: str) -> torch.Tensor:
     return model(latent, torch.full((1,), 0.7, device=latent.device)).cpu()
 
 
+def forward_wrapped(patcher: Any, name: str) -> torch.Tensor:
+    """The same with the patcher's wrappers around it, which a sampler hands over."""
+    model, latent = _model(patcher, name, {"wrappers": patcher.wrappers})
+    return model(latent, torch.full((1,), 0.7, device=latent.device)).cpu()
+
+
 def sample(patcher: Any, name: str, steps: int = 2) -> torch.Tensor:
     """A latent from noise by ComfyUI's own Euler sampler."""
     from comfy.k_diffusion.sampling import sample_euler
@@ -107,7 +113,9 @@ def sample(patcher: Any, name: str, steps: int = 2) -> torch.Tensor:
     return sample_euler(model, latent, torch.linspace(1, 0, steps + 1, device=latent.device), disable=True).cpu()
 
 
-def _model(patcher: Any, name: str) -> tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], torch.Tensor]:
+def _model(
+    patcher: Any, name: str, options: Any = None
+) -> tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], torch.Tensor]:
     """((latent, sigma) -> denoised latent, a latent)"""
     import comfy.model_management
 
@@ -125,7 +133,9 @@ def _model(patcher: Any, name: str) -> tuple[Callable[[torch.Tensor, torch.Tenso
 
     def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return patcher.model.apply_model(x, sigma, c_crossattn=text, transformer_options={}, **extra)
+            return patcher.model.apply_model(
+                x, sigma, c_crossattn=text, transformer_options=dict(options or {}), **extra
+            )
 
     return model, latent
 

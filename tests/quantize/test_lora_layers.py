@@ -78,16 +78,21 @@ def test_a_strength_is_a_vector_beside_factors_that_stay_where_they_are(layer, m
     x, outputs = noise(9, K), []
     loaded = LayerLoras(deltas, (1.0, 1.0)).on(x.device, x.dtype)
     factors = loaded.down, loaded.up
-    for scales, vector in (((1.0, 1.0), None), ((0.7, 0.7), [0.7] * 3), ((1.0, -2.5), [1.0, -2.5, -2.5])) * 2:
+    for scales, vector in (
+        ((1.0, 1.0), [1.0] * 3),
+        ((0.0, 0.0), [0.0] * 3),
+        ((0.7, 0.7), [0.7] * 3),
+        ((1.0, -2.5), [1.0, -2.5, -2.5]),
+    ) * 2:
         loras = LayerLoras(deltas, scales)
         loaded.follow(loras)
         outputs.append(loaded.forward(packed, x, blob, bias.float()))
         down, up, strength = seen[-1]
         assert down is factors[0] and up is factors[1]
-        assert strength is None if vector is None else torch.equal(strength, torch.tensor(vector))
+        assert torch.equal(strength, torch.tensor(vector)), "one tensor at every strength, 1 and 0 included"
         wanted = x @ loras.dense_weight(layer.dense_weight()).T + layer.unshifted_bias(bias).float()
         assert close(outputs[-1], wanted)
-    assert all(torch.equal(first, again) for first, again in zip(outputs[:3], outputs[3:], strict=True))
+    assert all(torch.equal(first, again) for first, again in zip(outputs[:4], outputs[4:], strict=True))
 
 
 @pytest.mark.parametrize("rank", [None, 16, 32])
