@@ -15,13 +15,16 @@ import torch
 
 from .. import stages
 from ..eight_bit import TOPS
+from ..formats import GELU_SHIFT
 from ..layer import Layer, Lora
+from ..modes import FEW
 from ..weight_cache import ON_CPU
 from . import Backend, KernelCall
 
 CLAIM = 10
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PIECE = 1 << 18  # numbers in float32 that are worked on at a time: a megabyte
+ROWS = 256  # of the activation that are multiplied at a time: as fast as more, and the products fit into the cache
+PIECE = 1 << 17  # numbers in float32 that are worked on at a time: half a megabyte
 Factors = tuple[torch.Tensor, torch.Tensor]
 """(down (K, R), up (R, N)) float32"""
 
@@ -60,7 +63,7 @@ def kept_rows(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
     return ON_CPU.get(layer["qweight"], (spec.format, "int8"), lambda: spec.fmt.expand_rows(layer.tensors), size)
 
 
-def factors_of(layer: Layer, lora: Lora | None) -> list[Factors]:
+def factors_of(layer: Layer, lora: Lora | None, m: int) -> list[Factors]:
     """The low-rank branch and the LoRA; its strengths go onto the columns of up."""
     found = []
     if layer.spec.rank:
@@ -68,26 +71,40 @@ def factors_of(layer: Layer, lora: Lora | None) -> list[Factors]:
     if lora is not None:
         up = stages.weighted(lora.up.float(), lora.strength)
         found.append((lora.down.float(), up.T))
-    return found
+    # turned once where there are rows enough to gain by it: a product with many columns reads it faster so
+    return found if m < FEW else [(down, up.contiguous()) for down, up in found]
 
 
 def quantize(
-    x: torch.Tensor, layer: Layer, downs: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """(codes (M, K) int8, scales (M, 1) float32, x @ down of each in float32) of x (M, K)"""
+    x: torch.Tensor, layer: Layer, downs: Sequence[torch.Tensor], codes: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(scales (M, 1) float32, x @ down of each in float32) of x (M, K); `codes` (M, K) int8 is filled"""
     m, k = x.shape
-    codes, scales = torch.empty(m, k, dtype=torch.int8), torch.empty(m, 1)
-    acts = [torch.empty(m, down.shape[1]) for down in downs]
-    for rows in pieces(m, k):
-        wide = x[rows].float()
+    scales, acts = torch.empty(m, 1), [torch.empty(m, down.shape[1]) for down in downs]
+    shift, smooth = _shift(layer), layer["smooth_factor"].float()
+    stretches = pieces(m, k)
+    smoothed, sizes = (torch.empty(min(m, stretches[0].stop), k) for _ in range(2))
+    for rows in stretches:
+        wide, scale = x[rows].float(), scales[rows]
+        y, size = smoothed[: len(wide)], sizes[: len(wide)]
         for act, down in zip(acts, downs, strict=True):
             torch.mm(wide, down, out=act[rows])
-        y = stages.smoothed(wide, layer["smooth_factor"], layer.spec.act_unsigned)
-        extreme = torch.amax(y.abs(), -1, keepdim=True).nan_to_num_(torch.nan, torch.nan)
-        torch.div(extreme, TOPS[torch.int8], out=scales[rows])
+        torch.div(wide if shift is None else torch.add(wide, shift, out=y), smooth, out=y)
+        torch.amax(torch.abs(y, out=size), -1, keepdim=True, out=scale)
+        scale.nan_to_num_(torch.nan, torch.nan).div_(TOPS[torch.int8])
         # where the scale is 0 or NaN the codes are any: what they are multiplied by is the same scale
-        codes[rows] = y.mul_(scales[rows].reciprocal()).round_()
-    return codes, scales, acts
+        codes[rows] = y.mul_(scale.reciprocal()).round_()
+    return scales, acts
+
+
+def _shift(layer: Layer) -> torch.Tensor | None:
+    """(K,) float32, what stages.smoothed adds to x; None where it adds nothing"""
+    start, stop = layer.spec.act_unsigned
+    if start == stop:
+        return None
+    shift = torch.zeros(layer.spec.k)
+    shift[start:stop] = GELU_SHIFT
+    return shift
 
 
 def pieces(m: int, width: int) -> list[slice]:
@@ -105,20 +122,28 @@ def linear(
     activation: str = "",
 ) -> torch.Tensor:
     """One layer on x (M, K); see the module docstring. Returns (M, N) in the dtype of x."""
-    spec, factors = layer.spec, factors_of(layer, lora)
-    y = x.new_empty(x.shape[0], spec.n)
+    spec, m = layer.spec, x.shape[0]
+    y = x.new_empty(m, spec.n)
     if not y.numel():
         return y
-    weight, row_scales = kept_rows(layer)
-    codes, scales, acts = quantize(x, layer, [down for down, _ in factors])
-    products = torch._int_mm(codes, weight.T)
-    for rows in pieces(*y.shape):
-        piece = products[rows].float().mul_(scales[rows]).mul_(row_scales)
-        for act, (_, up) in zip(acts, factors, strict=True):
-            piece.addmm_(act[rows], up)
-        if bias is not None:
-            piece += bias
-        y[rows] = stages.activate(piece, activation)
+    (weight, row_scales), factors = kept_rows(layer), factors_of(layer, lora, m)
+    # memory that is used again is in the cache and needs no new pages
+    codes = torch.empty(min(m, ROWS), spec.k, dtype=torch.int8)
+    products = torch.empty(min(m, ROWS), spec.n, dtype=torch.int32)
+    for first in range(0, m, ROWS):
+        block, out = x[first : first + ROWS], y[first : first + ROWS]
+        count = len(block)
+        scales, acts = quantize(block, layer, [down for down, _ in factors], codes[:count])
+        torch._int_mm(codes[:count], weight.T, out=products[:count])
+        for rows in pieces(count, spec.n):
+            piece = out[rows] if out.dtype == torch.float32 else torch.empty_like(out[rows], dtype=torch.float32)
+            piece.copy_(products[:count][rows]).mul_(scales[rows]).mul_(row_scales)
+            for act, (_, up) in zip(acts, factors, strict=True):
+                piece.addmm_(act[rows], up)
+            if bias is not None:
+                piece += bias
+            if activation or piece.dtype != out.dtype:
+                out[rows] = stages.activate(piece, activation)
     return y
 
 
