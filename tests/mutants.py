@@ -171,9 +171,8 @@ class Runner:
         print(json.dumps({"arguments": arguments, "cpu": SECONDS, "clock": CLOCK}), file=server.stdin, flush=True)
         return json.loads(server.stdout.readline())
 
-    def try_unchanged(self, files: list[str]) -> dict[str, float]:
-        """file -> seconds of its tests. They have to pass, and quickly, before anything is changed."""
-        taken = {}
+    def try_unchanged(self, files: list[str]) -> None:
+        """The tests of these files have to pass, and quickly, before anything is changed."""
         for file in files:
             tests = TESTS[file]
             for _ in range(2):  # the first run also imports
@@ -184,8 +183,6 @@ class Runner:
             print(f"unchanged: {done['cpu']:4.1f} s, {clock:5.1f} by the clock, {file}", flush=True)
             if done["status"] or done["cpu"] > UNCHANGED_SECONDS:
                 sys.exit(f"{done['output']}\nthese tests fail, or take more than {UNCHANGED_SECONDS} s, unchanged")
-            taken[file] = done["cpu"]
-        return taken
 
 
 def file_of(item: WorkItem) -> str:
@@ -253,8 +250,8 @@ def main() -> int:
         if given.again:
             todo += [item for item, result in db.completed_work_items if outcome(result) == "survived"]
         runner = Runner(python)
-        seconds = runner.try_unchanged(sorted({file_of(item) for item in todo}))
-        todo.sort(key=lambda item: (seconds[file_of(item)], item.job_id))
+        runner.try_unchanged(sorted({file_of(item) for item in todo}))
+        random.Random(given.seed).shuffle(todo)  # what was run when somebody stops is a draw too
         for index, item in enumerate(todo, 1):
             start, result = time.monotonic(), mutate_and_test(item, runner)
             db.set_result(item.job_id, result)

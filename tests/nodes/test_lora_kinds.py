@@ -299,7 +299,8 @@ def test_a_function_that_mixes_columns_a_little_is_not_taken_for_one_on_rows(pai
 
 def test_another_model_as_a_lora_is_its_difference_from_the_models_own_weight(pair):
     """W' = W + strength * (other - W), whatever other patches there are."""
-    key, weight = next(iter(dense_weights(*pair).items()))
+    key, module = next(iter(pair[0].packed_layers().items()))
+    weight = module.four_bit.layer(module.blob).dense_weight()  # the dense model's may have a patch in it by now
     lora = lora_of(("lora",), {key: weight}, 9)
     first = with_file(pair[0], lora, 0.7)
     delta = first.layer_loras()[key].dense_weight(weight) - weight
@@ -340,3 +341,17 @@ def test_patches_are_told_apart_by_their_tensors_and_not_by_what_those_hold():
         ]
         assert patches[0].identity() == patches[1].identity() != patches[2].identity()
         assert patches[2].tensors()[0] is other
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr", "diff"])
+def test_what_has_run_stays_at_strength_0_and_changes_nothing(pair, kind):
+    """What torch.compile made of the layer serves on; what starts at 0 is left out."""
+    weights = dense_weights(*pair)
+    file = lora_of((kind,), weights, 13)
+    assert not with_file(pair[0], file, 0.0).layer_loras()
+    ran = with_file(pair[0], file, 0.7).layer_loras()
+    still = with_file(pair[0], file, 0.0).layer_loras()
+    assert still.keys() == ran.keys() == weights.keys()
+    for key, loras in still.items():
+        assert set(loras.scales) == {0.0} and loras.deltas[0] is ran[key].deltas[0]
+        assert torch.equal(loras.dense_weight(weights[key]), weights[key])

@@ -347,6 +347,27 @@ def test_a_hooks_keys_that_belong_nowhere_are_named(plain, caplog):
     assert "nothing.weight" in caplog.text and not patched.svdquant_groups
 
 
+def test_loras_are_in_place_before_the_first_call(plain, weights):
+    """A compiled layer looks for them and keeps none itself."""
+    import comfy.hooks
+
+    def in_place(patcher):
+        return [module._loaded is not None for module in loaded(patcher)] == [True] * len(weights)
+
+    for seed in (0, 1):  # loaded, and swapped for others
+        strong = with_file(plain, lora_of(("lora",), weights, seed), 0.7)
+        comfy.model_management.load_models_gpu([strong])
+        assert in_place(strong)
+    before = [module.loras for module in loaded(strong)]
+    hooks = comfy.hooks.create_hook_lora(lora_of(("lora",), weights, 2), 1.0, 0.0)
+    hooked = strong.clone()
+    hooked.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
+    hooked.patch_hooks(hooks)
+    assert in_place(hooked) and [module.loras for module in loaded(hooked)] != before
+    hooked.unpatch_hooks()
+    assert in_place(strong) and [module.loras for module in loaded(strong)] == before
+
+
 def test_limits_of_what_is_approximated_are_those_that_were_set(plain, weights):
     from svdquant_pack.quantize.lora.fit import LoraLimits
 

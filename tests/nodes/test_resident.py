@@ -173,3 +173,18 @@ def test_made_in_inference_mode_and_used_outside():
         x.requires_grad_(True)
         module(x).sum().backward()
     assert x.grad is not None
+
+
+def test_loras_are_placed_beside_the_weight_unless_the_host_streams_it():
+    module, elsewhere = make(), torch.device("meta")
+    module.place_loras(elsewhere, torch.float32)
+    assert module._loaded is None, "there are none"
+    module.set_loras(lora())
+    module.place_loras(elsewhere, torch.float32)
+    placed = module._loaded
+    assert placed.device.type == "cpu" and placed.dtype == torch.float32
+    module.place_loras(elsewhere, torch.float32)
+    assert module._loaded is placed, "once"
+    module.loras_stay = True
+    module.place_loras(elsewhere, torch.bfloat16)
+    assert module._loaded.device == elsewhere and module._loaded.dtype == torch.bfloat16
