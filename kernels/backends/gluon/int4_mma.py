@@ -9,14 +9,13 @@ Operand order inside a lane: PTX ISA, "Matrix Fragments for mma.m16n8k64" and "f
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ... import layer
-from .fragments import COLUMNS
+from ...order import COLUMNS
 from .tile_order import tile_position
 
 # 1.5 * 2**23: floats of this size lie one apart, so its bits plus a small integer are the bits of the float plus that
@@ -205,12 +204,13 @@ def _store_pair(pointer, even, odd, inside):
 def int4_mma_kernel(
     qact, ascales, codes, wscales, act, up, bias, out, M, N, K, R, first_unsigned, stop_unsigned,
     ROW_TILES: gl.constexpr, WARPS_M: gl.constexpr, WARPS_N: gl.constexpr, BAND: gl.constexpr, SIGNED: gl.constexpr,
-    UNSIGNED: gl.constexpr, PACKED: gl.constexpr, HAS_BIAS: gl.constexpr, TURING: gl.constexpr, WS: gl.constexpr,
+    UNSIGNED: gl.constexpr, HAS_BIAS: gl.constexpr, TURING: gl.constexpr, WS: gl.constexpr,
 ):  # fmt: skip
     """One tile of y. Pointers are to 8-byte words of codes and 16-bit rows, and to pairs of wscales, bias and out.
 
+    codes, wscales    in fragment order, see kernels/order.py, N padded to whole tiles
+
     SIGNED, UNSIGNED  which kinds of groups there are; groups first_unsigned .. stop_unsigned - 1 are unsigned
-    PACKED            codes and wscales are in fragment order, otherwise in natural order
     WS                type of wscales: bf16, fp16 or fp32
     """
     DTYPE: gl.constexpr = ascales.dtype.element_ty
@@ -232,15 +232,10 @@ def int4_mma_kernel(
     high = gl.minimum(row + 8, M - 1)
     n = gl.minimum(block * 64 + column_tile * 8 + lane // 4, N - 1)  # [1, 8, W, 32], the weight row a lane hands over
     groups = K // 64
-    if PACKED:
-        steps = (256, M, 32)
-        packed = gl.minimum(block, gl.cdiv(N, 64) - 1).to(gl.int64) * groups
-        b = codes + packed * 256 + column_tile // 2 * 64 + lane * 2 + column_tile % 2
-        ws = wscales + packed * 32 + lane % 4 * 8 + column_tile
-    else:
-        steps = (4, M, N // 2)
-        b = codes + n.to(gl.int64) * (groups * 4) + lane % 4
-        ws = wscales + gl.minimum(even, N - 2) // 2
+    steps = (256, M, 32)
+    packed = gl.minimum(block, gl.cdiv(N, 64) - 1).to(gl.int64) * groups
+    b = codes + packed * 256 + column_tile // 2 * 64 + lane * 2 + column_tile % 2
+    ws = wscales + packed * 32 + lane % 4 * 8 + column_tile
     a_low = qact + low.to(gl.int64) * (groups * 4) + lane % 4
     a_high = qact + high.to(gl.int64) * (groups * 4) + lane % 4
     pointers = (a_low, a_high, b, ascales + low, ascales + high, ws)
@@ -265,17 +260,10 @@ def int4_mma_kernel(
     _store_pair(pairs + 4 * N, y2.to(DTYPE), y3.to(DTYPE), (row + 8 < M) & (even < N))
 
 
-class WeightOrder(NamedTuple):
-    """How a weight lies in memory: in fragment order or naturally, and the dtype of its scales."""
-
-    packed: bool
-    scales: torch.dtype
-
-
 def compile_time(
-    tiling: WarpTiling, k: int, act_unsigned: tuple[int, int], weight: WeightOrder, bias: bool, turing: bool
+    tiling: WarpTiling, k: int, act_unsigned: tuple[int, int], scales: torch.dtype, bias: bool, turing: bool
 ) -> dict[str, object]:
-    """The compile-time arguments of a launch."""
+    """The compile-time arguments of a launch; `scales` is the dtype of wscales."""
     start, stop = act_unsigned
     return {
         "ROW_TILES": tiling.row_tiles,
@@ -284,8 +272,7 @@ def compile_time(
         "BAND": BAND,
         "SIGNED": stop - start < k,
         "UNSIGNED": start < stop,
-        "PACKED": weight.packed,
         "HAS_BIAS": bias,
         "TURING": turing,
-        "WS": KINDS[weight.scales],
+        "WS": KINDS[scales],
     }
