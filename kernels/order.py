@@ -78,31 +78,29 @@ def unread(source: torch.Tensor, move: Move) -> torch.Tensor:
 
 # Fragment order: what the lanes of a warp hand to the INT4 tensor cores, one lane's share after the other.
 #
-# A warp works on 64 output channels. Lane l multiplies column l // 4 of each 8 columns and, of each group of 64 input
-# channels, the sixteen channels from 16 * (l % 4) on. Which sixteen is free as long as weight and activation agree: the
-# sum over a group does not care about order. This choice makes a lane's share 8 neighbouring bytes of the natural
-# order, so that the activation needs no order of its own.
+# A warp works on 64 output channels, lane l on column l // 4 of each 8; of each group of 64 input channels it hands
+# over the eight from 8 (l % 4) and the eight from 32 + 8 (l % 4) on.
 COLUMNS = 64  # output channels of one warp
 TILE = 8  # columns of one tensor-core instruction
-WORDS = GROUP_SIZE // 16  # 8-byte words of a row in one group
+WORDS = GROUP_SIZE // 8  # 4-byte words of a row in one group
 
 
 def to_fragments(qweight: torch.Tensor) -> torch.Tensor:
-    """(N, K/2) int8; in memory int64 (N/64, K/64, 4, 32, 2)
+    """(N, K/2) int8; in memory int32 (N/64, K/64, 8, 32, 2)
 
-    [tile, group, pair, lane, half] holds the eight bytes of column 16 pair + 8 half + lane // 4 of the tile that start
-    at byte 8 (lane % 4) of the group
+    [tile, group, column tile, lane, half] is word 4 half + lane % 4 of the group's eight, of row 8 (column tile) +
+    lane // 4 of the tile
     """
-    words = qweight.contiguous().view(torch.int64)
-    words = words.view(-1, COLUMNS // TILE // 2, 2, TILE, words.shape[1] // WORDS, WORDS)  # tile pair half n group t
-    return words.permute(0, 4, 1, 3, 5, 2).reshape(qweight.shape[0], -1).view(torch.int8)
+    words = qweight.contiguous().view(torch.int32)
+    words = words.view(-1, COLUMNS // TILE, TILE, words.shape[1] // WORDS, 2, WORDS // 2)  # tile column n group half t
+    return words.permute(0, 3, 1, 2, 5, 4).reshape(qweight.shape[0], -1).view(torch.int8)
 
 
 def from_fragments(qweight: torch.Tensor) -> torch.Tensor:
     """Inverse of `to_fragments`."""
-    words = qweight.view(torch.int64)
-    words = words.view(-1, words.shape[1] // WORDS, COLUMNS // TILE // 2, TILE, WORDS, 2)  # tile group pair n t half
-    return words.permute(0, 2, 5, 3, 1, 4).reshape(qweight.shape[0], -1).view(torch.int8)
+    words = qweight.view(torch.int32)
+    words = words.view(-1, words.shape[1] // WORDS, COLUMNS // TILE, TILE, WORDS // 2, 2)  # tile group column n t half
+    return words.permute(0, 2, 3, 1, 5, 4).reshape(qweight.shape[0], -1).view(torch.int8)
 
 
 def to_fragment_scales(wscales: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from .cases import CompileCase
 
 AMPERE = ("sm_80", "sm_86", "sm_89")
 TURING = ("sm_75",)  # half precision is all it has
+KINDS = {"signed": (0, 0), "unsigned": (0, 1024), "mixed": (512, 1024)}
 
 
 def cases() -> list[CompileCase]:
@@ -19,23 +20,23 @@ def cases() -> list[CompileCase]:
 
 def int4_mma_cases() -> list[CompileCase]:
     """Kinds of groups and tilings, with bias"""
-    kinds, large, small = ("signed", "unsigned", "mixed"), int4_mma.LARGE, int4_mma.SMALL
-    variants = [*product((large,), kinds, (False, True)), *((small, kind, False) for kind in kinds)]
-    return [_int4_mma_case(*variant) for variant in [*variants, (small, "signed", True)]]
+    ampere = product((int4_mma.LARGE, int4_mma.SMALL), KINDS)
+    turing = [*product((int4_mma.LARGE_TURING,), KINDS), (int4_mma.SMALL_TURING, "signed")]
+    return [_int4_mma_case(*variant) for variant in (*ampere, *turing)]
 
 
-def _int4_mma_case(tiling: int4_mma.WarpTiling, kind: str, turing: bool) -> CompileCase:
-    k, act_unsigned = 1024, {"signed": (0, 0), "unsigned": (0, 1024), "mixed": (512, 1024)}[kind]
+def _int4_mma_case(tiling: int4_mma.WarpTiling, kind: str) -> CompileCase:
+    k, act_unsigned, turing = 1024, KINDS[kind], not tiling.stages
     scales = torch.float16 if turing else torch.bfloat16
-    signature = dict.fromkeys(("qact", "codes", "act", "up"), "*i64")
-    signature |= dict.fromkeys(("wscales", "bias", "out"), "*i32")
-    signature |= dict.fromkeys(("M", "N", "K", "R", "first_unsigned", "stop_unsigned"), "i32")
+    signature = dict.fromkeys(("codes", "act", "up"), "*i64")
+    signature |= dict.fromkeys(("qact", "wscales", "bias", "out"), "*i32")
+    signature |= dict.fromkeys(("M", "N", "K", "R", "as_step", "first_unsigned", "stop_unsigned"), "i32")
     targets = TURING if turing else AMPERE
     return CompileCase(
         name=f"gluon-int4-{kind}-{tiling.rows}x{tiling.columns}" + "-turing" * turing,
         kernel=int4_mma.int4_mma_kernel,
         signature={**signature, "ascales": "*fp16" if turing else "*bf16"},
-        constexprs=int4_mma.compile_time(tiling, k, act_unsigned, scales, True, turing),
+        constexprs=int4_mma.compile_time(tiling, k, act_unsigned, scales, True),
         num_warps=tiling.warps,
         num_stages=1,
         targets=targets,

@@ -1,5 +1,7 @@
 """The INT4 tensor-core kernel without a GPU: fragment order, PTX register tables, and the kernel's own code."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -27,25 +29,21 @@ def random_weight(n: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int
 @pytest.mark.parametrize(("instruction", "rows"), [("m16n8k64", 16), ("m8n8k32", 8)])
 @pytest.mark.parametrize("kind", ["s4", "u4"])
 def test_packed_fragments_give_the_exact_integer_product_lane_by_lane(instruction, rows, kind):
-    """The registers a lane gets from one 8-byte load each, through the PTX tables, against a plain integer product."""
+    """The registers a lane gets, through the PTX tables, against a plain integer product."""
     generator = torch.Generator().manual_seed(2)
     qweight, wscales = random_weight(64, 128)
     codes = torch.randint(0, 16, (16, 128), generator=generator, dtype=torch.uint8)
-    fragments = in_fragments(qweight, wscales)[0].view(torch.int64).view(1, 2, 4, 32, 2)
-    activation = pack(codes).view(torch.int64)  # (16, K/16)
+    fragments = in_fragments(qweight, wscales)[0].view(torch.int32).view(1, 2, 8, 32, 2)
+    activation = pack(codes).view(torch.int32)  # (16, K/8)
     group, thread = torch.arange(32) // 4, torch.arange(32) % 4
     values = codes.int() if kind == "u4" else sign_extend(codes).int()
     weight = sign_extend(unpack(qweight)).int()
 
-    def halves(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        both = words.view(torch.int32).view(-1, 2)
-        return both[:, 0], both[:, 1]
-
     for g in range(2):
-        low, high = (halves(activation[group + row, g * 4 + thread].contiguous()) for row in (0, 8))
+        low, high = ([activation[group + row, 8 * g + half + thread] for half in (0, 4)] for row in (0, 8))
         expected = values[:, g * 64 : g * 64 + 64] @ weight[:, g * 64 : g * 64 + 64].T  # (16, 64)
         for nt in range(8):
-            b = halves(fragments[0, g, nt // 2, :, nt % 2].contiguous())
+            b = fragments[0, g, nt].unbind(-1)
             zero = torch.zeros(32, dtype=torch.int32)
             name = f"mma.sync.aligned.{instruction}.row.col.s32.{kind}.s4.s32"
             if rows == 16:
@@ -60,9 +58,10 @@ def test_packed_fragments_give_the_exact_integer_product_lane_by_lane(instructio
                 assert torch.equal(register, expected[row, column])
 
 
-def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+def emulated(monkeypatch: pytest.MonkeyPatch, late: bool = True) -> None:
     """Launch the kernel's source in the emulator; the quantizer's part is done by the format it follows."""
-    monkeypatch.setattr(int4_linear, "int4_mma_kernel", emulator.Launcher(int4_mma.int4_mma_kernel))
+    launcher = emulator.Launcher(int4_mma.int4_mma_kernel, partial(emulator.language, late=late))
+    monkeypatch.setattr(int4_linear, "int4_mma_kernel", launcher)
 
     def quantized(x, layer, codes):
         coding = stages.Coding(codes, layer.spec.act_unsigned, layer.spec.act_rule)
@@ -77,14 +76,10 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 KINDS = {"signed": (0, 0), "unsigned": (0, 256), "unsigned behind": (128, 256), "unsigned between": (64, 128)}
 
 
-@pytest.mark.parametrize("turing", [False, True], ids=["sm_80", "sm_75"])
-@pytest.mark.parametrize("act_unsigned", KINDS.values(), ids=KINDS)
-def test_the_emulated_kernel_is_the_exact_product(monkeypatch, act_unsigned, turing):
-    """Scales that are powers of two keep every step exact: the output has to be equal to the integer arithmetic."""
-    emulated(monkeypatch)
-    monkeypatch.setattr(int4_linear, "_is_turing", lambda device: turing)
+def product(m: int, n: int, k: int, act_unsigned: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the kernel's product, the exact one): scales that are powers of two keep every step exact"""
     generator = torch.Generator().manual_seed(3)
-    m, n, k, dtype = 77, 130, 256, torch.float16
+    dtype = torch.float16
     codes = torch.randint(0, 16, (m, k), generator=generator, dtype=torch.uint8)
     ascales = torch.full((k // 64, m), 2.0**-6, dtype=dtype)
     qweight, wscales = random_weight(n, k, dtype)
@@ -95,7 +90,62 @@ def test_the_emulated_kernel_is_the_exact_product(monkeypatch, act_unsigned, tur
     )
     act = FORMATS["int4"].decode_activation(codes, ascales.T, act_unsigned).double()
     decoded = sign_extend(unpack(qweight)).double() * wscales[0].double()[:, None]
-    assert torch.equal(out, (act @ decoded.T).half())
+    return out, (act @ decoded.T).half()
+
+
+@pytest.mark.parametrize("variant", ["early", "late", "sm_75"])
+@pytest.mark.parametrize("act_unsigned", KINDS.values(), ids=KINDS)
+def test_the_emulated_kernel_is_the_exact_product(monkeypatch, act_unsigned, variant):
+    """Wherever copies to shared memory land between when they are started and when they are waited for."""
+    emulated(monkeypatch, variant != "early")
+    monkeypatch.setattr(int4_linear, "_is_turing", lambda device: variant == "sm_75")
+    assert torch.equal(*product(77, 130, 256, act_unsigned))
+
+
+@pytest.mark.parametrize(("m", "k"), [(17, 64), (129, 128), (40, 704)])
+def test_a_ring_longer_than_the_sum_and_one_that_goes_round(monkeypatch, m, k):
+    emulated(monkeypatch)
+    assert torch.equal(*product(m, 192, k, (0, 64)))
+
+
+@pytest.mark.parametrize("fault", ["a copy that is not waited for", "a stage that is refilled too early"])
+def test_the_emulator_sees_a_ring_that_is_wrong(monkeypatch, fault):
+    emulated(monkeypatch, fault == "a copy that is not waited for")
+    if fault == "a copy that is not waited for":
+        wait = emulator.Copies.wait_group
+        monkeypatch.setattr(emulator.Copies, "wait_group", lambda self, outstanding: wait(self, outstanding + 1))
+    else:
+        index = emulator.Shared.index
+        monkeypatch.setattr(emulator.Shared, "index", lambda self, stage: index(self, stage % 3))
+    found, exact = product(40, 192, 704, (0, 0))
+    assert not torch.equal(found, exact)
+
+
+LINE = 128  # bytes of cache
+
+
+@pytest.mark.parametrize("turing", [False, True], ids=["sm_80", "sm_75"])
+@pytest.mark.parametrize("rows", [16, 200])
+def test_a_group_of_the_weight_is_few_lines_of_cache(monkeypatch, rows, turing):
+    """By the kernel's own address formulas: 16 for 64 columns, used whole; in natural order 64, a quarter of each."""
+    emulated(monkeypatch)
+    monkeypatch.setattr(int4_linear, "_is_turing", lambda device: turing)
+    n, k = 256, 1024
+    qweight, wscales = (part for part in random_weight(n, k, torch.float16))
+    weight = in_fragments(qweight, wscales)
+    load, seen = emulator.Language.load, []
+
+    def record(pointer):
+        if pointer.buffer.data_ptr() == weight[0].data_ptr():
+            seen.append(pointer.offset * pointer.buffer.itemsize // LINE)
+        return load(pointer)
+
+    monkeypatch.setattr(emulator.Language, "load", staticmethod(record))
+    act = CodedActivation(torch.zeros(rows, k // 2, dtype=torch.int8), torch.ones(k // 64, rows, dtype=torch.float16))
+    int4_linear.int4_gemm(act, weight, None, None, torch.empty(rows, n, dtype=torch.float16))
+    columns = 256 if rows == 16 else 128
+    first = seen[:2] if turing else seen[:1]  # a warp loads the halves of its columns one after the other
+    assert torch.cat([lines.flatten() for lines in first]).unique().numel() == 16 * columns // 64
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -29,14 +29,14 @@ def test_each_way_undoes_the_other(n, k, dtype, order):
 
 def test_fragments_lie_as_their_formula_says():
     n, k = 128, 192
-    words = torch.arange(n * k // 16).view(n, k // 16)
+    words = torch.arange(n * k // 8, dtype=torch.int32).view(n, k // 8)
     scales = torch.arange(float(n * k // 64)).view(k // 64, n)
     order = ORDERS["fragments"].arrange({"qweight": words.view(torch.int8), "wscales": scales})
-    codes = order["qweight"].view(torch.int64).view(n // 64, k // 64, 4, 32, 2)
+    codes = order["qweight"].view(torch.int32).view(n // 64, k // 64, 8, 32, 2)
     parts = order["wscales"].view(n // 64, k // 64, 4, 8, 2)
-    for tile, group, pair, lane, half in ((0, 0, 0, 0, 1), (1, 2, 3, 31, 0), (0, 1, 2, 6, 1)):
-        row = 64 * tile + 16 * pair + 8 * half + lane // 4
-        assert codes[tile, group, pair, lane, half] == words[row, 4 * group + lane % 4]
+    for tile, group, column, lane, half in ((0, 0, 0, 0, 1), (1, 2, 7, 31, 0), (0, 1, 2, 6, 1)):
+        row = 64 * tile + 8 * column + lane // 4
+        assert codes[tile, group, column, lane, half] == words[row, 8 * group + 4 * half + lane % 4]
     for tile, group, thread, column, parity in ((0, 0, 0, 1, 0), (1, 2, 3, 7, 1), (1, 0, 2, 4, 1)):
         assert parts[tile, group, thread, column, parity] == scales[group, 64 * tile + 8 * column + 2 * thread + parity]
 

@@ -11,7 +11,7 @@ from ...packing import pack
 from ...stages import CodedActivation, Range
 from ..triton.layers import quantized
 from . import verify
-from .int4_mma import LARGE, PAIR, SMALL, SMALL_ROWS, compile_time, int4_mma_kernel
+from .int4_mma import LARGE, LARGE_TURING, PAIR, SMALL, SMALL_ROWS, SMALL_TURING, compile_time, int4_mma_kernel
 from .low_rank import LowRank, side_by_side
 
 TURING = (7, 5)
@@ -23,9 +23,9 @@ Weight = tuple[torch.Tensor, torch.Tensor]  # qweight and wscales of a layer
 def in_fragments(qweight: torch.Tensor, wscales: torch.Tensor) -> Weight:
     """A weight (N, K/2) with its scales (K/64, N) in natural order as the kernel reads it, N padded to whole tiles"""
     order = ORDERS[FRAGMENTS]
-    missing = -qweight.shape[0] % order.rows
-    tensors = {"qweight": pad(qweight, (0, 0, 0, missing)), "wscales": pad(wscales, (0, missing))}
-    arranged = order.arrange(tensors)
+    if missing := -qweight.shape[0] % order.rows:
+        qweight, wscales = pad(qweight, (0, 0, 0, missing)), pad(wscales, (0, missing))
+    arranged = order.arrange({"qweight": qweight, "wscales": wscales})
     return arranged["qweight"], arranged["wscales"]
 
 
@@ -50,10 +50,13 @@ def int4_gemm(
     m, n = out.shape
     k = 2 * qact.shape[1]
     codes, wscales = weight
-    tiling = SMALL if m <= SMALL_ROWS else LARGE
+    if m % 16:  # each row of scales has to start where 16 bytes may be copied from
+        ascales = pad(ascales, (0, -m % 16))
+    tilings = (SMALL_TURING, LARGE_TURING) if _is_turing(out.device) else (SMALL, LARGE)
+    tiling = tilings[m > SMALL_ROWS]
     nothing = out.new_empty(0, dtype=torch.int64)  # stands in for an absent tensor, never read
     int4_mma_kernel[(triton.cdiv(m, tiling.rows) * triton.cdiv(n, tiling.columns),)](
-        qact.view(torch.int64),
+        qact.view(torch.int32),
         ascales,
         codes.view(torch.int64),
         wscales.view(PAIR[wscales.dtype]),
@@ -65,9 +68,10 @@ def int4_gemm(
         n,
         k,
         0 if low_rank is None else low_rank.up.shape[1],
+        ascales.shape[1],
         act_unsigned[0] // GROUP_SIZE,
         act_unsigned[1] // GROUP_SIZE,
-        **compile_time(tiling, k, act_unsigned, wscales.dtype, bias is not None, _is_turing(out.device)),
+        **compile_time(tiling, k, act_unsigned, wscales.dtype, bias is not None),
         num_warps=tiling.warps,
     )
     return out
