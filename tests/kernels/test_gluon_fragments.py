@@ -63,13 +63,13 @@ def emulated(monkeypatch: pytest.MonkeyPatch, late: bool = True) -> None:
     launcher = emulator.Launcher(int4_mma.int4_mma_kernel, partial(emulator.language, late=late))
     monkeypatch.setattr(int4_linear, "int4_mma_kernel", launcher)
 
-    def quantized(x, layer, codes):
-        coding = stages.Coding(codes, layer.spec.act_unsigned, layer.spec.act_rule)
+    def quantize(x, layer):
+        coding = stages.Coding("int4", layer.spec.act_unsigned, layer.spec.act_rule)
         down, mean = layer.tensors.get("proj_down"), layer.tensors.get("act_mean")
         *act, branch_act = stages.quantize_activation(x, layer["smooth_factor"], down, coding, mean)
-        return *act, None if down is None else branch_act
+        return CodedActivation(*act), None if down is None else branch_act
 
-    monkeypatch.setattr(int4_linear, "quantized", quantized)
+    monkeypatch.setattr(int4_linear, "quantizer", lambda *like: quantize)
     monkeypatch.setattr(verify, "_right", set())
 
 

@@ -6,7 +6,7 @@ import torch
 from svdquant_pack.kernels import Layer, dispatch, svdquant_linear
 from svdquant_pack.kernels.backends import Backend, reference
 from svdquant_pack.kernels.order import ORDERS, unread
-from svdquant_pack.quantize.linear import PackedLinear
+from svdquant_pack.quantize.linear import PackedLinear, read
 from svdquant_pack.tests.kernels.layers import random_layer
 
 SHAPES = [(64, 64), (128, 192), (192, 320), (64, 1088)]
@@ -100,9 +100,10 @@ def eager(monkeypatch):
         seen.append(layer.order)
         return reference.linear(x, layer.in_order(""), *rest)
 
-    backend = Backend(
-        "reference", lambda call: 99, linear, True, lambda spec, compute: "fragments" if compute == "w4a4" else ""
-    )
+    def order(spec, compute):
+        return "fragments" if compute == "w4a4" else ""
+
+    backend = Backend("reference", lambda call: 99, linear, epilogue=True, order=order)
     monkeypatch.setattr(dispatch, "discover", lambda: ({"reference": backend}, {}))
     monkeypatch.setattr(dispatch, "_chosen", {})
     return seen
@@ -115,6 +116,21 @@ def test_a_backend_gets_the_order_that_it_wants_and_else_natural_numbers(eager, 
         assert torch.equal(svdquant_linear(x, arranged, compute=compute), svdquant_linear(x, layer, compute=compute))
         assert eager == [given, ""]
         eager.clear()
+
+
+def test_what_is_prepared_gets_the_order_that_it_wants_too(eager, layer):
+    x, cpu = torch.randn(5, 192).bfloat16(), torch.device("cpu")
+    for compute, given in (("w4a4", "fragments"), ("w16", "")):
+        blob, packed = PackedLinear.pack(layer, compute)
+        wanted = packed.forward(x, blob, None, None)
+        arranged = packed.arrange(blob, "fragments", cpu)
+        eager.clear()
+        with torch.no_grad():
+            for _ in range(3):
+                assert torch.equal(arranged.forward(x, blob, None, None), wanted)
+                assert torch.equal(arranged.forward(x, arranged.as_it_lies(blob), None, None), wanted)
+        assert eager == [given] * 6
+        assert read(arranged.text) == arranged
 
 
 def test_an_order_is_for_all_numbers_of_rows_or_for_none(eager, layer):

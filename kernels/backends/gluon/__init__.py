@@ -87,11 +87,13 @@ def prepare(
         from . import int8_linear
 
         return int8_linear.prepare(x, layer, bias, lora, activation, layers)
-    from .int4_linear import int4_linear
+    from .int4_linear import int4_linear, quantizer
+
+    quantize = quantizer(x, layer, layer.spec.format)
 
     def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
         plain = None if lora is None else Lora(weighted(lora.down, lora.strength), lora.up)
-        return activate(int4_linear(x, layer, bias, plain), activation)
+        return activate(int4_linear(x, layer, bias, plain, quantize), activation)
 
     return run
 

@@ -9,7 +9,7 @@ from ...layer import Layer, Lora
 from ...order import ORDERS
 from ...packing import pack
 from ...stages import CodedActivation, Range
-from ..triton.layers import quantized
+from ..triton.layers import Quantize, quantizer
 from . import verify
 from .int4_mma import LARGE, LARGE_TURING, PAIR, SMALL, SMALL_ROWS, SMALL_TURING, compile_time, int4_mma_kernel
 from .low_rank import LowRank, side_by_side
@@ -116,31 +116,33 @@ def int4_linear(
     layer: Layer,
     bias: torch.Tensor | None,
     lora: Lora | None,
+    quantize: Quantize | None = None,
 ) -> torch.Tensor:
     """One layer on x (M, K), w4a4. A layer that is not in fragment order is put in it for the call.
 
     The branch is rounded to the dtype of x between its two factors, as a 16-bit branch is everywhere.
+    quantize  `quantizer` of such calls, else it is made
     """
     m, n = x.shape[0], layer.spec.n
     if m == 0:
         return x.new_empty(0, n)
-    *act, branch_act = quantized(x, layer, layer.spec.format)
-    pairs = [] if branch_act is None else [LowRank(branch_act, layer["proj_up"])]
-    if lora is not None:
-        pairs.append(LowRank(x @ lora[0].to(x.dtype), lora[1]))
-    low_rank = side_by_side(pairs, x.dtype)
-    bias = layer.centred_bias(bias)
-    bias = None if bias is None else bias.to(x.dtype)
-    if n % 2:  # results are stored in pairs: an odd column gets a partner that is cut off again
-        low_rank = None if low_rank is None else low_rank._replace(up=_one_row_more(low_rank.up))
-        bias = None if bias is None else _one_row_more(bias)
-    weight = layer["qweight"], layer["wscales"]
-    if layer.order != FRAGMENTS:
-        weight = in_fragments(*weight)
-    out = x.new_empty(m, n + n % 2)
     with torch.cuda.device_of(x):  # a kernel is launched on the current device, whatever its tensors are on
         _verify(x, layer)
-        int4_gemm(CodedActivation(*act), weight, low_rank, bias, out, layer.spec.act_unsigned)
+        act, branch_act = (quantize or quantizer(x, layer, layer.spec.format))(x, layer)
+        pairs = [] if branch_act is None else [LowRank(branch_act, layer["proj_up"])]
+        if lora is not None:
+            pairs.append(LowRank(x @ lora[0].to(x.dtype), lora[1]))
+        low_rank = side_by_side(pairs, x.dtype)
+        bias = layer.centred_bias(bias)
+        bias = None if bias is None else bias.to(x.dtype)
+        if n % 2:  # results are stored in pairs: an odd column gets a partner that is cut off again
+            low_rank = None if low_rank is None else low_rank._replace(up=_one_row_more(low_rank.up))
+            bias = None if bias is None else _one_row_more(bias)
+        weight = layer["qweight"], layer["wscales"]
+        if layer.order != FRAGMENTS:
+            weight = in_fragments(*weight)
+        out = x.new_empty(m, n + n % 2)
+        int4_gemm(act, weight, low_rank, bias, out, layer.spec.act_unsigned)
     return out[:, :n]
 
 
