@@ -14,6 +14,7 @@ from .backends import Backend, KernelCall, Run, discover
 from .formats import FORMATS, format_named
 from .layer import Layer, LayerSpec, Lora
 from .modes import COMPUTES, FEW, SOME
+from .order import ORDERS
 from .self_test import self_test
 from .stages import activate, weighted
 
@@ -92,6 +93,21 @@ def choose(
     if choice is None:
         choice = _chosen[key] = _choose(spec, device, dtype, compute, bucket(rows))
     return choice
+
+
+def order_of(spec: LayerSpec, device: torch.device, dtype: torch.dtype, compute: str = "auto") -> str:
+    """The order of bytes that is read as it is there, however many rows a call has; "", natural, where there is none
+
+    >>> order_of(LayerSpec("int4", n=64, k=128), torch.device("cpu"), torch.float32)
+    ''
+    """
+    try:
+        choices = [choose(spec, device, dtype, compute, rows) for rows in (FEW, SOME, USUAL_ROWS)]
+    except ValueError:  # nothing runs it: the first call will say so
+        return ""
+    orders = {choice.backend.order(spec, choice.compute) for choice in choices}
+    order = orders.pop() if len(orders) == 1 else ""
+    return "" if order and spec.n % ORDERS[order].rows else order
 
 
 def _choose(spec: LayerSpec, device: torch.device, dtype: torch.dtype, compute: str, rows: int) -> Choice:
@@ -182,6 +198,8 @@ def run(
     while True:
         choice = choose(spec, x.device, x.dtype, compute, x.shape[0])
         backend = discover()[0]["reference"] if _by_reference.get() else choice.backend
+        if layer.order != backend.order(spec, choice.compute):
+            layer = layer.in_order("")
         try:
             return _linear(backend)(x, layer, bias, lora, choice.compute, activation)
         except torch.cuda.OutOfMemoryError:
@@ -212,6 +230,9 @@ def prepare(
 ) -> Run:
     """What runs this call and all like it, by the backend chosen for it. It is of use until `turned_off` is another."""
     choice = choose(layer.spec, x.device, x.dtype, compute, x.shape[0])
+    if layer.order and layer.order != choice.backend.order(layer.spec, choice.compute):
+        natural = prepare(x, layer.in_order(""), bias, lora, compute, activation)
+        return lambda x, layer, bias, lora: natural(x, layer.in_order(""), bias, lora)
     if choice.backend.prepare is not None:
         return choice.backend.prepare(x, layer, bias, lora, choice.compute, activation)
     linear, mode = _linear(choice.backend), choice.compute

@@ -1,4 +1,4 @@
-"""The tensors of one 4-bit linear layer, in natural order, and the one blob of bytes that holds them all.
+"""The tensors of one 4-bit linear layer, and the one blob of bytes that holds them all.
 
 Every reader ends here and every kernel starts here. Names are the pack's vocabulary:
 
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, Protocol, overload
 import torch
 
 from .formats import FORMATS, GELU_SHIFT, STOCK_RULE, Format
+from .order import ORDERS
 
 MEANS = ("act_mean", "out_mean")
 RANK_TILE = 16  # columns of the low-rank branch that one tensor-core instruction multiplies; ranks are multiples of it
@@ -172,6 +173,7 @@ class Lora(NamedTuple):
 class Layer:
     """A LayerSpec with its tensors: names, shapes and dtypes as the format declares them, on one device.
 
+    order   how the numbers of `tensors` lie in memory, a name in order.ORDERS, or "": natural
     raises  LayerError for anything else, when it is made: kernels look at no shape again
 
         >>> weight = torch.eye(64)
@@ -185,6 +187,7 @@ class Layer:
 
     spec: LayerSpec
     tensors: Mapping[str, torch.Tensor]
+    order: str = ""
     _made: dict[str, "Made"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -195,15 +198,22 @@ class Layer:
             raise LayerError(f"{places}: a layer lies on one device, move one of them")
 
     @classmethod
-    def known(cls, spec: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> "Layer":
+    def known(cls, spec: LayerSpec, tensors: Mapping[str, torch.Tensor], order: str = "") -> "Layer":
         """The same without looking: for tensors that a checked layer was taken apart into, once per forward call."""
         layer = object.__new__(cls)
-        layer.__dict__.update(spec=spec, tensors=tensors, _made={})
+        layer.__dict__.update(spec=spec, tensors=tensors, order=order, _made={})
         return layer
+
+    def in_order(self, order: str) -> "Layer":
+        """The same layer in another order; itself where it is in that one, or where its N does not fit the order."""
+        if self.order == order or (order and self.spec.n % ORDERS[order].rows):
+            return self
+        tensors = ORDERS[self.order].restore(self.tensors) if self.order else self.tensors
+        return Layer.known(self.spec, ORDERS[order].arrange(tensors) if order else dict(tensors), order)
 
     def to(self, device: torch.device | str) -> "Layer":
         """The layer on another device."""
-        return Layer.known(self.spec, {name: tensor.to(device) for name, tensor in self.tensors.items()})
+        return Layer.known(self.spec, {name: tensor.to(device) for name, tensor in self.tensors.items()}, self.order)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
@@ -232,7 +242,7 @@ class Layer:
         """The same with every tensor contiguous, as kernels need them"""
         if all(tensor.is_contiguous() for tensor in self.tensors.values()):
             return self
-        return Layer.known(self.spec, {name: tensor.contiguous() for name, tensor in self.tensors.items()})
+        return Layer.known(self.spec, {name: tensor.contiguous() for name, tensor in self.tensors.items()}, self.order)
 
     def centred_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
         """b + out_mean, what 4-bit activations have to be completed with; b itself where nothing is taken off"""
@@ -246,7 +256,7 @@ class Layer:
 
     def decode_weight(self) -> torch.Tensor:
         """(N, K) float32, the 4-bit part in the smoothed domain: without low-rank branch, not divided by smoothing."""
-        return self.spec.fmt.decode_weight(self.tensors)
+        return self.spec.fmt.decode_weight(self.in_order("").tensors)
 
     def dense_weight(self) -> torch.Tensor:
         """W = decode(qweight) / smooth_factor + proj_up @ proj_down.T, (N, K) float32: the layer as one matrix."""

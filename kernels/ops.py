@@ -28,7 +28,7 @@ SCHEMA = (
 )
 
 Parts = Sequence[torch.Tensor | None]
-"""The tensors of a layer, in the order of its format's part_names"""
+"""The tensors of a layer as its format's part_names lists them; `format` beside them says "int4", "int4 fragments" """
 
 
 def stamped(name: str) -> str:
@@ -66,7 +66,7 @@ def linear(
         parts,
         bias,
         *(lora or (None, None, None)),
-        spec.format,
+        f"{spec.format} {layer.order}".rstrip(),
         spec.act_unsigned,
         spec.act_rule,
         spec.act_bits,
@@ -142,12 +142,13 @@ def _contiguous_lora(lora: Lora | None) -> Lora | None:
 
 
 def _layer(tensors: Parts, format: str, *settings: Any) -> Layer:
+    format, _, order = format.partition(" ")
     names = FORMATS[format].part_names
     # kernels find an element by the shape alone; of the activation they know the stride
     parts = {name: part.contiguous() for name, part in zip(names, tensors, strict=True) if part is not None}
     n, half = parts["qweight"].shape
     rank = parts["proj_down"].shape[1] if "proj_down" in parts else 0
-    return Layer.known(_spec(format, n, 2 * half, rank, *settings), parts)
+    return Layer.known(_spec(format, n, 2 * half, rank, *settings), parts, order)
 
 
 @cache

@@ -10,6 +10,7 @@ from ..kernels import Choice, Lora, Prepared, choose
 from ..kernels.dispatch import USUAL_ROWS
 from ..kernels.layer import BlobView, Layer, LayerSpec, from_blob, to_blob
 from ..kernels.ops import register
+from ..kernels.order import ORDERS
 
 LowRank = tuple[torch.Tensor, torch.Tensor]
 """(lora_down (K, R), lora_up (N, R))"""
@@ -20,6 +21,7 @@ class PackedLinear:
     """The description of a blob: everything about a layer but its bytes.
 
     compute  one of kernels.COMPUTES
+    order    how the numbers lie in the blob, see kernels/order.py
     text     all of it as a string, see `read`
 
         >>> from svdquant_pack.kernels import FORMATS
@@ -34,6 +36,7 @@ class PackedLinear:
     spec: LayerSpec
     views: tuple[BlobView, ...]
     compute: str = "auto"
+    order: str = ""
     text: str = field(init=False, repr=False, compare=False)
     _prepared: Prepared = field(init=False, repr=False, compare=False)
     _passing: "PackedLinear | None" = field(init=False, repr=False, compare=False)
@@ -41,8 +44,8 @@ class PackedLinear:
     def __post_init__(self) -> None:
         # here, and not when they are wanted: torch.compile reads what it finds
         views = [asdict(view) | {"dtype": str(view.dtype).removeprefix("torch.")} for view in self.views]
-        text = json.dumps({"spec": asdict(self.spec), "views": views, "compute": self.compute})
-        object.__setattr__(self, "text", text)
+        known = {"spec": asdict(self.spec), "views": views, "compute": self.compute, "order": self.order}
+        object.__setattr__(self, "text", json.dumps(known))
         object.__setattr__(self, "_prepared", Prepared(self.compute))
         # bit-identical, see kernels/modes
         passing = replace(self, compute="w4a8-jit") if self.compute == "w8a8" else None
@@ -55,18 +58,37 @@ class PackedLinear:
         return blob, cls(layer.spec, views, compute)
 
     def layer(self, blob: torch.Tensor) -> Layer:
-        """The layer inside `blob`, without a copy."""
-        return Layer.known(self.spec, from_blob(blob, self.views))
+        """The layer inside `blob` in natural order, without a copy where it lies in that."""
+        return self.as_it_lies(blob).in_order("")
+
+    def listed(self, blob: torch.Tensor) -> Layer:
+        """`layer`, for whom mostly wants names, shapes and sizes: numbers are put in order when they are looked at."""
+        tensors = from_blob(blob, self.views)
+        return Layer.known(self.spec, ORDERS[self.order].restore_when_read(tensors) if self.order else tensors)
+
+    def as_it_lies(self, blob: torch.Tensor) -> Layer:
+        """The layer inside `blob` in the order of its bytes, without a copy: for calls."""
+        return Layer.known(self.spec, from_blob(blob, self.views), self.order)
+
+    def arrange(self, blob: torch.Tensor, order: str, device: torch.device) -> "PackedLinear":
+        """The same layer, its numbers moved inside `blob` to another order, on `device`. Inverse: order self.order."""
+        if order == self.order or (order and self.spec.n % ORDERS[order].rows):
+            return self
+        found, moving = self.as_it_lies(blob), [*ORDERS[order or self.order].moves]
+        there = Layer.known(self.spec, {name: found[name].to(device) for name in moving}, self.order).in_order(order)
+        for name in moving:
+            found[name].copy_(there[name])
+        return replace(self, order=there.order)
 
     def forward(
         self, x: torch.Tensor, blob: torch.Tensor | Layer, bias: torch.Tensor | None, lora: Lora | None
     ) -> torch.Tensor:
-        """svdquant_linear of the layer in `blob`, which lies on the device of x, or of `self.layer(blob)`."""
+        """svdquant_linear of the layer in `blob`, which lies on the device of x, or of `self.as_it_lies(blob)`."""
         if isinstance(blob, Layer):
             return self._prepared(x, blob, bias, lora)
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
             return packed_linear(x, blob, bias, *(lora or (None, None, None)), self.text)
-        return self._prepared(x, self.layer(blob), bias, lora)
+        return self._prepared(x, self.as_it_lies(blob), bias, lora)
 
     def passing(self) -> "PackedLinear":
         """The same layer for bytes that lie where they do for one call alone: nothing made from them may be kept."""
@@ -93,7 +115,7 @@ def read(text: str) -> PackedLinear:
         BlobView(**view | {"dtype": getattr(torch, view["dtype"]), "shape": tuple(view["shape"])})
         for view in found["views"]
     ]
-    return PackedLinear(LayerSpec(**spec), tuple(views), found["compute"])
+    return PackedLinear(LayerSpec(**spec), tuple(views), found["compute"], found["order"])
 
 
 def _run(

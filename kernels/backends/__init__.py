@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from ..formats import FORMATS, Format
-from ..layer import Layer, Lora
+from ..layer import Layer, LayerSpec, Lora
 
 Run = Callable[[torch.Tensor, Layer, torch.Tensor | None, Lora | None], torch.Tensor]
 """(x, layer, bias, lora) -> y, the rest of a call is known already"""
@@ -54,6 +54,7 @@ class Backend:
     epilogue  whether `linear` takes strengths inside `lora`, and as sixth argument the `activation` of svdquant_linear
     prepare   the arguments of `linear` -> Run for all calls like this one: as many rows, up to a power of two, and
               tensors of the same shapes, types and device. It may keep none of them
+    order     (spec, compute) -> the order, beside the natural one, in which `linear` reads such a layer as it is; or ""
     """
 
     name: str
@@ -61,6 +62,7 @@ class Backend:
     linear: Callable[..., torch.Tensor]
     epilogue: bool = False
     prepare: Callable[..., Run] | None = None
+    order: Callable[[LayerSpec, str], str] = lambda spec, compute: ""
 
 
 @cache

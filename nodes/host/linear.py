@@ -80,6 +80,10 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
         self.weight = torch.nn.Parameter(blob, requires_grad=False)
         self.weight_comfy_model_dtype = torch.uint8  # else newer hosts stage the bytes as if they were floats
 
+    def arrange(self, order: str, device: torch.device) -> None:
+        """Put the bytes, where they lie, in an order of kernels/order.py; `device` moves them."""
+        self.packed, self._own = self.four_bit.arrange(self.blob.detach(), order, device), None
+
     def set_loras(self, loras: LayerLoras | None) -> None:
         """Replace the user's LoRAs. Factors that are on the device already stay there: only their strength changes.
 
@@ -148,7 +152,7 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
         blob, own = self.blob, self._own
         address = blob.data_ptr()
         if own is None or own[0] != address:
-            own = self.__dict__["_own"] = address, self.four_bit.layer(blob)
+            own = self.__dict__["_own"] = address, self.four_bit.as_it_lies(blob)
         return own[1]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -201,7 +205,7 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
         if self.packed is None:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
-        destination |= encode_layer(prefix.removesuffix("."), self.packed.layer(self.blob.detach()))
+        destination |= encode_layer(prefix.removesuffix("."), self.packed.listed(self.blob.detach()))
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -210,7 +214,7 @@ def _saved(name: str) -> property:
     """A tensor of the native checkpoint: hosts look every state_dict key up as an attribute."""
 
     def get(self: SVDQuantLinear) -> torch.Tensor:
-        saved = {} if self.packed is None else encode_layer("", self.packed.layer(self.blob.detach()))
+        saved = {} if self.packed is None else encode_layer("", self.packed.listed(self.blob.detach()))
         if f".{name}" not in saved:
             raise AttributeError(name)  # Module's own message follows
         return saved[f".{name}"]

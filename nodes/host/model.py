@@ -11,6 +11,7 @@ import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...kernels.dispatch import order_of
 from ...quantize.families import FAMILIES
 from ...quantize.files.checkpoint import CheckpointError
 from ...quantize.files.describe import describe
@@ -21,7 +22,7 @@ from ...quantize.model_config import ConfigError, Extent, check_config
 from .describe import ATTACHMENT, FASTER, faster_format_of
 from .guard import REFERENCE, Guard
 from .linear import SVDQuantLinear, operations
-from .patcher import adopt, layer_name
+from .patcher import SVDQuantPatcher, adopt, layer_name
 
 log = logging.getLogger("svdquant")
 # modules of LTX-2 that the host also reads from text encoder files
@@ -67,6 +68,7 @@ def load_model(
             f"{checkpoint.path.name}: {len(unused)} 4-bit layers have no place in the model that ComfyUI built, "
             f"first {min(unused)!r}"
         )
+    _arrange(patcher)
     file = describe(checkpoint)
     patcher.set_attachments(ATTACHMENT, file)
     if faster := faster_format_of(file["formats"], patcher.load_device):
@@ -77,6 +79,14 @@ def load_model(
         (path, compute, if_not_finite),
     )  # newer hosts rebuild the model from this
     return patcher
+
+
+def _arrange(patcher: SVDQuantPatcher) -> None:
+    """Put every layer's bytes in the order that this model's device reads fastest: once, wherever they will lie."""
+    device, dtype = patcher.load_device, patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    for module in patcher.packed_layers().values():
+        packed = module.four_bit
+        module.arrange(order_of(packed.spec, device, dtype, packed.compute), device)
 
 
 def load_pinned_model(path: str, disable_dynamic: bool = False) -> ModelPatcher:

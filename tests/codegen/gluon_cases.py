@@ -4,64 +4,39 @@ from itertools import product
 
 import torch
 
-from svdquant_pack.kernels.backends.gluon import int4_linear, int4_mma, int8_async
-from svdquant_pack.kernels.formats import GELU_SHIFT
+from svdquant_pack.kernels.backends.gluon import int4_mma, int8_async
 
 from .cases import CompileCase
 
 AMPERE = ("sm_80", "sm_86", "sm_89")
 TURING = ("sm_75",)  # half precision is all it has
+KINDS = {"signed": (0, 0), "unsigned": (0, 1024), "mixed": (512, 1024)}
 
 
 def cases() -> list[CompileCase]:
     """All variants of all kernels, in the order of their names"""
-    return [*int4_quantize_cases(), *int4_mma_cases(), *int8_async_cases()]
-
-
-def int4_quantize_cases() -> list[CompileCase]:
-    """Ampere and Turing differ in the type of x alone"""
-    pointers = {"smooth": "*bf16", "mean": "*bf16", "qact": "*i8"}
-    numbers = dict.fromkeys(("M", "K", "stride", "first_unsigned", "stop_unsigned"), "i32")
-    rows = int4_linear.QUANTIZE_ROWS
-    return [
-        CompileCase(
-            name=f"gluon-int4-quantize-{dtype}",
-            kernel=int4_linear.quantize_kernel,
-            signature={**pointers, **numbers, "x": f"*{dtype}", "ascales": f"*{dtype}"},
-            constexprs={"MEAN": True, "SHIFT": GELU_SHIFT, "SIGNED_EXTREME": True, "ROWS": rows},
-            num_warps=4,
-            num_stages=1,
-            targets=targets,
-            undivisible=("M", "stride", "first_unsigned", "stop_unsigned"),
-        )
-        for dtype, targets in (("bf16", AMPERE), ("fp16", TURING))
-    ]
+    return [*int4_mma_cases(), *int8_async_cases()]
 
 
 def int4_mma_cases() -> list[CompileCase]:
-    """Kinds of groups, orders of the weight and tilings, with bias"""
-    kinds, large, small = ("signed", "unsigned", "mixed"), int4_mma.LARGE, int4_mma.SMALL
-    variants = [
-        *((large, kind, packed, turing) for kind, packed, turing in product(kinds, (True, False), (False, True))),
-        *((small, kind, False, False) for kind in kinds),
-        (small, "signed", False, True),
-    ]
-    return [_int4_mma_case(*variant) for variant in variants]
+    """Kinds of groups and tilings, with bias"""
+    ampere = product((int4_mma.LARGE, int4_mma.SMALL), KINDS)
+    turing = [*product((int4_mma.LARGE_TURING,), KINDS), (int4_mma.SMALL_TURING, "signed")]
+    return [_int4_mma_case(*variant) for variant in (*ampere, *turing)]
 
 
-def _int4_mma_case(tiling: int4_mma.WarpTiling, kind: str, packed: bool, turing: bool) -> CompileCase:
-    k, act_unsigned = 1024, {"signed": (0, 0), "unsigned": (0, 1024), "mixed": (512, 1024)}[kind]
-    order = int4_mma.WeightOrder(packed, torch.float16 if turing else torch.bfloat16)
-    signature = dict.fromkeys(("qact", "codes", "act", "up"), "*i64")
-    signature |= dict.fromkeys(("wscales", "bias", "out"), "*i32")
-    signature |= dict.fromkeys(("M", "N", "K", "R", "first_unsigned", "stop_unsigned"), "i32")
+def _int4_mma_case(tiling: int4_mma.WarpTiling, kind: str) -> CompileCase:
+    k, act_unsigned, turing = 1024, KINDS[kind], not tiling.stages
+    scales = torch.float16 if turing else torch.bfloat16
+    signature = dict.fromkeys(("codes", "act", "up"), "*i64")
+    signature |= dict.fromkeys(("qact", "wscales", "bias", "out"), "*i32")
+    signature |= dict.fromkeys(("M", "N", "K", "R", "as_step", "first_unsigned", "stop_unsigned"), "i32")
     targets = TURING if turing else AMPERE
-    words = ("gluon-int4", kind, f"{tiling.rows}x{tiling.columns}", "packed" if packed else "natural")
     return CompileCase(
-        name="-".join(words) + "-turing" * turing,
+        name=f"gluon-int4-{kind}-{tiling.rows}x{tiling.columns}" + "-turing" * turing,
         kernel=int4_mma.int4_mma_kernel,
         signature={**signature, "ascales": "*fp16" if turing else "*bf16"},
-        constexprs=int4_mma.compile_time(tiling, k, act_unsigned, order, True, turing),
+        constexprs=int4_mma.compile_time(tiling, k, act_unsigned, scales, True),
         num_warps=tiling.warps,
         num_stages=1,
         targets=targets,

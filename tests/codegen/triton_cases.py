@@ -206,12 +206,17 @@ def gemv_w4a16_cases() -> list[CompileCase]:
 
 
 def quantize_groups_cases() -> list[CompileCase]:
-    """int4 and int8 codes in every shipped setting; with the branch, at a usual rank and at the widest"""
+    """int4 and int8 codes in every shipped setting; with the branch, at a usual rank and at the widest
+
+    Where INT4 tensor cores are, int4 also with both kinds of groups and the longer rule; Turing has no other, in fp16.
+    """
     signature = dict.fromkeys(("x", "smooth_factor", "act_mean", "proj_down", "branch_act"), "*bf16") | {"qact": "*i8"}
     signature |= dict.fromkeys(("M", "K", "R", "stride_x", "unsigned_start", "unsigned_stop", "groups"), "i32")
     cases = []
-    for name, options, reached in shipped("quantize_groups", INT8_TARGETS):
+    for name, options, reached in shipped("quantize_groups", TARGETS):
         chunks = options.pop("CHUNKS")
+        cases += _int4_route_cases(name, signature, options | {"RANK": 0 if chunks else 32}, reached)
+        reached = tuple(target for target in reached if target in INT8_TARGETS)
         constexprs, warps, stages = launch_options(options)
         constexprs |= {"SMOOTH": True, "UNSIGNED": False, "SIGNED_EXTREME": False}
         for eight, rank in product((False, True), (0,) if chunks else (32, 128)):
@@ -230,6 +235,33 @@ def quantize_groups_cases() -> list[CompileCase]:
                     )
                 )
     return cases
+
+
+def _int4_route_cases(
+    name: str, signature: dict[str, str], options: dict[str, Any], reached: tuple[str, ...]
+) -> list[CompileCase]:
+    """What is in front of the INT4 tensor cores, with everything that a layer may ask of it"""
+    constexprs, warps, stages = launch_options(options)
+    constexprs |= dict.fromkeys(("SMOOTH", "MEAN", "UNSIGNED", "SIGNED_EXTREME", "ASM"), True) | {"EIGHT": False}
+    turing = dict.fromkeys(("x", "proj_down", "branch_act", "ascales"), "*fp16")
+    return [
+        CompileCase(
+            f"{name}-int4-every-rule" + flavour,
+            quantize_groups,
+            signature | types,
+            constexprs,
+            warps,
+            stages,
+            targets,
+            {target: FLOAT[target] for target in targets} if constexprs["RANK"] else {},
+            undivisible=("M", "groups"),
+        )
+        for flavour, types, able in (
+            ("", {"ascales": "*bf16"}, ("sm_80", "sm_86", "sm_89")),
+            ("-turing", turing, ("sm_75",)),
+        )
+        if (targets := tuple(target for target in reached if target in able))
+    ]
 
 
 def quantize_nvfp4_cases() -> list[CompileCase]:

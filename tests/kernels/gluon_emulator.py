@@ -5,6 +5,7 @@ stores are checked against the size of their buffer, and inline PTX is interpret
 of the PTX ISA ("Matrix Fragments"). So the indexing of the kernel is what is tested, not a copy of it.
 """
 
+import math
 import operator
 import re
 import types
@@ -33,6 +34,56 @@ class Value:
 
     def __neg__(self) -> "Value":
         return Value(-self.data)
+
+
+class Shared:
+    """A block of shared memory; `load` gives what is there now."""
+
+    def __init__(self, data: torch.Tensor):
+        self.data = data
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.data.shape)
+
+    def index(self, index: int) -> "Shared":
+        assert 0 <= index < len(self.data), "stage outside the ring"
+        return Shared(self.data[index])
+
+    def slice(self, start: int, length: int, dim: int) -> "Shared":
+        return Shared(self.data.narrow(dim, start, length))
+
+    def load(self, layout: Any) -> Value:
+        return Value(self.data.clone())
+
+
+class Copies:
+    """cp.async: what is copied is there when it is waited for, and may be there at once. `late` says which of both."""
+
+    def __init__(self, late: bool):
+        self.late = late
+        self.open: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.groups: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+
+    def copy(self, shared: Shared, pointer: "Pointer", mask: Value | None = None) -> None:
+        offset = pointer.offset.expand(shared.shape) if mask is None else pointer.offset.broadcast_to(shared.shape)
+        inside = torch.ones(shared.shape, dtype=torch.bool) if mask is None else mask.data.expand(shared.shape)
+        read = Language.load(Pointer(pointer.buffer, offset[inside]))
+        values = torch.zeros(shared.shape, dtype=pointer.buffer.dtype)
+        values[inside] = read.data
+        if self.late:
+            self.open.append((shared.data, values))
+        else:
+            shared.data.copy_(values)
+
+    def commit_group(self) -> None:
+        self.groups.append(self.open)
+        self.open = []
+
+    def wait_group(self, outstanding: int) -> None:
+        while len(self.groups) > outstanding:
+            for target, values in self.groups.pop(0):
+                target.copy_(values)
 
 
 def _operation(function: Callable, swapped: bool = False) -> Callable:
@@ -161,14 +212,30 @@ class Language:
 
     @staticmethod
     def BlockedLayout(elements: list, threads: list, warps: list, order: list) -> list[int]:  # noqa: N802
-        """Accept only what makes the last two axes the hardware's warps and lanes."""
-        assert threads == [1, 1, 1, LANES] and elements[2:] == [1, 1] and [*warps[:2], warps[3]] == [1, 1, 1]
-        assert sorted(order) == [0, 1, 2, 3]
-        return [*elements[:2], warps[2], LANES]
+        """What one pass of all threads covers. Of what is multiplied the last two axes are the hardware's lanes."""
+        assert math.prod(threads) == LANES and sorted(order) == list(range(len(order)))
+        if threads[:-2] == [1] * (len(threads) - 2):
+            assert threads[-2:] == [8, 4] and order[1:3] == [len(order) - 1, len(order) - 2]
+        return [math.prod(each) for each in zip(elements, threads, warps, strict=True)]
 
     @staticmethod
     def SliceLayout(axis: int, parent: Any) -> None:  # noqa: N802
         return None
+
+    @staticmethod
+    def SwizzledSharedLayout(vec: int, per_phase: int, max_phase: int, order: list) -> None:  # noqa: N802
+        return None
+
+    @staticmethod
+    def allocate_shared_memory(dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
+        """Full of numbers that nobody wrote."""
+        return Shared(torch.full(shape, float("nan") if dtype.is_floating_point else 0x7E7E7E7E, dtype=dtype))
+
+    static_range = staticmethod(range)
+
+    @staticmethod
+    def expand_dims(value: Value, axis: int) -> Value:
+        return Value(value.data.unsqueeze(axis))
 
     @staticmethod
     def arange(start: int, stop: int, layout: Any) -> Value:
@@ -217,8 +284,9 @@ class Language:
         text: str, constraints: str, operands: list[Value], dtypes: tuple, is_pure: bool, pack: int
     ) -> list[Value]:
         assert is_pure and pack == 1 and len(constraints.split(",")) == len(dtypes) + len(operands)
-        shaped = torch.broadcast_tensors(*(operand.data for operand in operands))
-        return [Value(result) for result in run_ptx(text, len(dtypes), list(shaped))]
+        words = (operand.data if isinstance(operand, Value) else torch.tensor(operand) for operand in operands)
+        lanes = [each.flatten(-2) for each in torch.broadcast_tensors(*words)]
+        return [Value(result.unflatten(-1, (8, 4))) for result in run_ptx(text, len(dtypes), lanes)]
 
 
 def _executable(function: Any, replaced: Mapping[str, Any], cache: dict) -> Callable:
@@ -252,6 +320,12 @@ def run(kernel: Any, replaced: Mapping[str, Any], arguments: tuple, keywords: Ma
     function(*map(wrap, arguments), **{name: wrap(argument) for name, argument in keywords.items()})
 
 
+def language(program: int, programs: int, late: bool = True) -> dict[str, Any]:
+    """What a kernel finds under its module's names; `late`: copies land not before they are waited for."""
+    copies = Copies(late)
+    return {"gl": Language(program), "async_copy": copies, "copy_async": copies.copy}
+
+
 class Launcher:
     """Has the launch syntax of a kernel, `kernel[grid](...)`, and runs its programs here, one after another.
 
@@ -260,7 +334,7 @@ class Launcher:
 
     def __init__(self, kernel: Any, replaced: Callable[[int, int], Mapping[str, Any]] | None = None):
         self.kernel = kernel
-        self.replaced = replaced or (lambda program, programs: {"gl": Language(program)})
+        self.replaced = replaced or language
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: Any, num_warps: int, **keywords: Any) -> None:

@@ -1,9 +1,6 @@
 """The INT4 tensor-core kernel without a GPU: fragment order, PTX register tables, and the kernel's own code."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from svdquant_pack.kernels import FORMATS, stages
 from svdquant_pack.kernels.backends import KernelCall
 from svdquant_pack.kernels.backends import gluon as backend
 from svdquant_pack.kernels.backends.gluon import int4_linear, int4_mma, verify
-from svdquant_pack.kernels.backends.gluon.fragments import COLUMNS, TILE, WORDS, Fragments, pack_fragments
+from svdquant_pack.kernels.backends.gluon.int4_linear import in_fragments
 from svdquant_pack.kernels.backends.reference import linear as reference_linear
 from svdquant_pack.kernels.packing import pack, sign_extend, unpack
 from svdquant_pack.kernels.stages import CodedActivation
@@ -29,60 +26,24 @@ def random_weight(n: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int
     return pack(codes), scales
 
 
-def unpack_fragments(fragments: Fragments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fragment order to natural order: (qweight (N, K/2) int8, wscales (K/64, N)). Inverse of `pack_fragments`."""
-    tiles, groups = fragments.codes.shape[:2]
-    words = fragments.codes.unflatten(3, (TILE, WORDS)).permute(0, 2, 5, 3, 1, 4)  # tile pair half n group t
-    qweight = words.reshape(tiles * COLUMNS, groups * WORDS).view(torch.int8)
-    wscales = fragments.scales.permute(0, 3, 2, 4, 1).reshape(tiles * COLUMNS, groups)
-    return qweight[: fragments.n], wscales[: fragments.n].T.contiguous()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(("n", "k"), [(64, 64), (128, 192), (8, 64), (66, 128), (193, 320)])
-def test_unpack_fragments_undoes_pack_fragments(n, k, dtype):
-    qweight, wscales = random_weight(n, k, dtype)
-    fragments = pack_fragments(qweight, wscales)
-    assert fragments.codes.shape == (-(-n // 64), k // 64, 4, 32, 2) and fragments.codes.is_contiguous()
-    codes, scales = unpack_fragments(fragments)
-    assert torch.equal(codes, qweight) and torch.equal(scales, wscales)
-
-
-def test_pack_fragments_undoes_unpack_fragments():
-    generator = torch.Generator().manual_seed(1)
-    codes = torch.randint(-(2**62), 2**62, (2, 3, 4, 32, 2), generator=generator)
-    scales = torch.randn(2, 3, 4, 8, 2, generator=generator)
-    again = pack_fragments(*unpack_fragments(Fragments(codes, scales, 128)))
-    assert torch.equal(again.codes, codes) and torch.equal(again.scales, scales)
-
-
-def test_a_width_that_is_not_whole_groups_is_refused():
-    with pytest.raises(ValueError, match="K=96 is not a multiple"):
-        pack_fragments(torch.zeros(64, 48, dtype=torch.int8), torch.ones(2, 64))
-
-
 @pytest.mark.parametrize(("instruction", "rows"), [("m16n8k64", 16), ("m8n8k32", 8)])
 @pytest.mark.parametrize("kind", ["s4", "u4"])
 def test_packed_fragments_give_the_exact_integer_product_lane_by_lane(instruction, rows, kind):
-    """The registers a lane gets from one 8-byte load each, through the PTX tables, against a plain integer product."""
+    """The registers a lane gets, through the PTX tables, against a plain integer product."""
     generator = torch.Generator().manual_seed(2)
     qweight, wscales = random_weight(64, 128)
     codes = torch.randint(0, 16, (16, 128), generator=generator, dtype=torch.uint8)
-    fragments = pack_fragments(qweight, wscales)
-    activation = pack(codes).view(torch.int64)  # (16, K/16)
+    fragments = in_fragments(qweight, wscales)[0].view(torch.int32).view(1, 2, 8, 32, 2)
+    activation = pack(codes).view(torch.int32)  # (16, K/8)
     group, thread = torch.arange(32) // 4, torch.arange(32) % 4
     values = codes.int() if kind == "u4" else sign_extend(codes).int()
     weight = sign_extend(unpack(qweight)).int()
 
-    def halves(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        both = words.view(torch.int32).view(-1, 2)
-        return both[:, 0], both[:, 1]
-
     for g in range(2):
-        low, high = (halves(activation[group + row, g * 4 + thread].contiguous()) for row in (0, 8))
+        low, high = ([activation[group + row, 8 * g + half + thread] for half in (0, 4)] for row in (0, 8))
         expected = values[:, g * 64 : g * 64 + 64] @ weight[:, g * 64 : g * 64 + 64].T  # (16, 64)
         for nt in range(8):
-            b = halves(fragments.codes[0, g, nt // 2, :, nt % 2].contiguous())
+            b = fragments[0, g, nt].unbind(-1)
             zero = torch.zeros(32, dtype=torch.int32)
             name = f"mma.sync.aligned.{instruction}.row.col.s32.{kind}.s4.s32"
             if rows == 16:
@@ -97,40 +58,94 @@ def test_packed_fragments_give_the_exact_integer_product_lane_by_lane(instructio
                 assert torch.equal(register, expected[row, column])
 
 
-def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+def emulated(monkeypatch: pytest.MonkeyPatch, late: bool = True) -> None:
     """Launch the kernel's source in the emulator; the quantizer's part is done by the format it follows."""
-    monkeypatch.setattr(int4_linear, "int4_mma_kernel", emulator.Launcher(int4_mma.int4_mma_kernel))
+    launcher = emulator.Launcher(int4_mma.int4_mma_kernel, partial(emulator.language, late=late))
+    monkeypatch.setattr(int4_linear, "int4_mma_kernel", launcher)
 
-    def quantize(x, smooth, act_unsigned, rule, act_mean):
-        coding = stages.Coding("int4", act_unsigned, rule)
-        return CodedActivation(*stages.quantize_activation(x, smooth, None, coding, act_mean)[:2])
+    def quantize(x, layer):
+        coding = stages.Coding("int4", layer.spec.act_unsigned, layer.spec.act_rule)
+        down, mean = layer.tensors.get("proj_down"), layer.tensors.get("act_mean")
+        *act, branch_act = stages.quantize_activation(x, layer["smooth_factor"], down, coding, mean)
+        return CodedActivation(*act), None if down is None else branch_act
 
-    monkeypatch.setattr(int4_linear, "quantize", quantize)
+    monkeypatch.setattr(int4_linear, "quantizer", lambda *like: quantize)
     monkeypatch.setattr(verify, "_right", set())
 
 
 KINDS = {"signed": (0, 0), "unsigned": (0, 256), "unsigned behind": (128, 256), "unsigned between": (64, 128)}
 
 
-@pytest.mark.parametrize("turing", [False, True], ids=["sm_80", "sm_75"])
-@pytest.mark.parametrize("packed", [False, True], ids=["natural", "packed"])
-@pytest.mark.parametrize("act_unsigned", KINDS.values(), ids=KINDS)
-def test_the_emulated_kernel_is_the_exact_product(monkeypatch, act_unsigned, packed, turing):
-    """Scales that are powers of two keep every step exact: the output has to be equal to the integer arithmetic."""
-    emulated(monkeypatch)
-    monkeypatch.setattr(int4_linear, "_is_turing", lambda device: turing)
+def product(m: int, n: int, k: int, act_unsigned: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the kernel's product, the exact one): scales that are powers of two keep every step exact"""
     generator = torch.Generator().manual_seed(3)
-    m, n, k, dtype = 77, 130, 256, torch.float16
+    dtype = torch.float16
     codes = torch.randint(0, 16, (m, k), generator=generator, dtype=torch.uint8)
     ascales = torch.full((k // 64, m), 2.0**-6, dtype=dtype)
     qweight, wscales = random_weight(n, k, dtype)
     wscales = torch.full_like(wscales, 0.5) * (1 + torch.arange(n) % 2)
-    weight = pack_fragments(qweight, wscales) if packed else (qweight, wscales)
     out = torch.full((m, n), float("nan"), dtype=dtype)
-    int4_linear.int4_gemm(CodedActivation(pack(codes), ascales), weight, None, None, out, act_unsigned)
+    int4_linear.int4_gemm(
+        CodedActivation(pack(codes), ascales), in_fragments(qweight, wscales), None, None, out, act_unsigned
+    )
     act = FORMATS["int4"].decode_activation(codes, ascales.T, act_unsigned).double()
     decoded = sign_extend(unpack(qweight)).double() * wscales[0].double()[:, None]
-    assert torch.equal(out, (act @ decoded.T).half())
+    return out, (act @ decoded.T).half()
+
+
+@pytest.mark.parametrize("variant", ["early", "late", "sm_75"])
+@pytest.mark.parametrize("act_unsigned", KINDS.values(), ids=KINDS)
+def test_the_emulated_kernel_is_the_exact_product(monkeypatch, act_unsigned, variant):
+    """Wherever copies to shared memory land between when they are started and when they are waited for."""
+    emulated(monkeypatch, variant != "early")
+    monkeypatch.setattr(int4_linear, "_is_turing", lambda device: variant == "sm_75")
+    assert torch.equal(*product(77, 130, 256, act_unsigned))
+
+
+@pytest.mark.parametrize(("m", "k"), [(17, 64), (129, 128), (40, 704)])
+def test_a_ring_longer_than_the_sum_and_one_that_goes_round(monkeypatch, m, k):
+    emulated(monkeypatch)
+    assert torch.equal(*product(m, 192, k, (0, 64)))
+
+
+@pytest.mark.parametrize("fault", ["a copy that is not waited for", "a stage that is refilled too early"])
+def test_the_emulator_sees_a_ring_that_is_wrong(monkeypatch, fault):
+    emulated(monkeypatch, fault == "a copy that is not waited for")
+    if fault == "a copy that is not waited for":
+        wait = emulator.Copies.wait_group
+        monkeypatch.setattr(emulator.Copies, "wait_group", lambda self, outstanding: wait(self, outstanding + 1))
+    else:
+        index = emulator.Shared.index
+        monkeypatch.setattr(emulator.Shared, "index", lambda self, stage: index(self, stage % 3))
+    found, exact = product(40, 192, 704, (0, 0))
+    assert not torch.equal(found, exact)
+
+
+LINE = 128  # bytes of cache
+
+
+@pytest.mark.parametrize("turing", [False, True], ids=["sm_80", "sm_75"])
+@pytest.mark.parametrize("rows", [16, 200])
+def test_a_group_of_the_weight_is_few_lines_of_cache(monkeypatch, rows, turing):
+    """By the kernel's own address formulas: 16 for 64 columns, used whole; in natural order 64, a quarter of each."""
+    emulated(monkeypatch)
+    monkeypatch.setattr(int4_linear, "_is_turing", lambda device: turing)
+    n, k = 256, 1024
+    qweight, wscales = (part for part in random_weight(n, k, torch.float16))
+    weight = in_fragments(qweight, wscales)
+    load, seen = emulator.Language.load, []
+
+    def record(pointer):
+        if pointer.buffer.data_ptr() == weight[0].data_ptr():
+            seen.append(pointer.offset * pointer.buffer.itemsize // LINE)
+        return load(pointer)
+
+    monkeypatch.setattr(emulator.Language, "load", staticmethod(record))
+    act = CodedActivation(torch.zeros(rows, k // 2, dtype=torch.int8), torch.ones(k // 64, rows, dtype=torch.float16))
+    int4_linear.int4_gemm(act, weight, None, None, torch.empty(rows, n, dtype=torch.float16))
+    columns = 256 if rows == 16 else 128
+    first = seen[:2] if turing else seen[:1]  # a warp loads the halves of its columns one after the other
+    assert torch.cat([lines.flatten() for lines in first]).unique().numel() == 16 * columns // 64
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -142,6 +157,7 @@ def test_the_emulated_kernel_is_the_exact_product(monkeypatch, act_unsigned, pac
         (20, 96, 0, 0, False, (0, 192), torch.bfloat16),  # no branch, all unsigned
         (33, 258, 16, 5, True, (64, 192), torch.float32),  # a LoRA of odd rank, scales in fp32
         (17, 65, 16, 0, True, (0, 0), torch.bfloat16),  # an odd column
+        (33, 192, 16, 0, True, (64, 128), torch.bfloat16),  # put in order when it was loaded, one tile and a half
     ],
 )
 def test_the_emulated_layer_agrees_with_the_reference(
@@ -156,8 +172,9 @@ def test_the_emulated_layer_agrees_with_the_reference(
     extra = factors if lora else None
     y = int4_linear.int4_linear(x, layer, bias, extra)
     expected = reference_linear(x, layer, bias, extra, "w4a4")
-    packed = int4_linear.int4_linear(x, layer, bias, extra, pack_fragments(layer["qweight"], layer["wscales"]))
-    assert y.shape == (m, n) and torch.equal(y, packed)
+    arranged = layer.in_order("fragments")
+    assert arranged.order == ("" if n % 64 else "fragments")
+    assert y.shape == (m, n) and torch.equal(y, int4_linear.int4_linear(x, arranged, bias, extra))
     # the branch and the bias are rounded to the dtype of x once more than in the reference: two roundings of terms
     # below 8 in all
     assert (y - expected).abs().max() <= 8 * torch.finfo(dtype).eps * 2
@@ -181,20 +198,6 @@ def test_nan_in_a_row_stays_in_that_row(monkeypatch):
     x[3, 70] = torch.nan
     y = int4_linear.int4_linear(x, layer, None, None)
     assert y[3].isnan().all() and not y[[*range(3), *range(4, 20)]].isnan().any()
-
-
-def test_the_quantizer_follows_the_format_bit_by_bit():
-    """In a process of its own: triton decides at import whether kernels are interpreted."""
-    pytest.importorskip("numpy")
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("interpret_quantizer.py"), root],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 CUDA = torch.device("cuda", 0)

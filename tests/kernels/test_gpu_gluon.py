@@ -9,16 +9,15 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon", reason="needs a triton with Gluon")
 
-from svdquant_pack.kernels import Layer, stages, svdquant_linear
+from svdquant_pack.kernels import Layer, svdquant_linear
 from svdquant_pack.kernels.backends import KernelCall
 from svdquant_pack.kernels.backends import gluon as backend
 from svdquant_pack.kernels.backends.gluon import int4_linear, int8_async, int8_linear
-from svdquant_pack.kernels.backends.gluon.fragments import pack_fragments
 from svdquant_pack.kernels.backends.gluon.low_rank import LowRank
 from svdquant_pack.kernels.backends.reference import linear as reference_linear
 from svdquant_pack.kernels.dispatch import fault_of
 from svdquant_pack.kernels.packing import pack
-from svdquant_pack.kernels.stages import CodedActivation, Coding
+from svdquant_pack.kernels.stages import CodedActivation
 from svdquant_pack.tests.kernels.layers import RowSteps, random_layer
 
 GPU = torch.cuda.is_available() and torch.version.hip is None
@@ -39,33 +38,17 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @int4
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rule", ["absmax", "signed_extreme"])
-@pytest.mark.parametrize("act_unsigned", [(0, 0), (128, 256), (0, 512)], ids=str)
-def test_the_quantizer_follows_the_format(dtype, rule, act_unsigned):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(333, 512, generator=generator).to(dtype)
-    smooth = (torch.randn(512, generator=generator) * 0.5).exp().to(dtype)
-    mean = torch.randn(512, generator=generator).to(dtype)
-    qact, ascales = int4_linear.quantize(x.cuda(), smooth.cuda(), act_unsigned, rule, mean.cuda())
-    codes, scales, _ = stages.quantize_activation(x, smooth, None, Coding("int4", act_unsigned, rule), mean)
-    assert torch.equal(ascales.cpu(), scales)
-    assert torch.equal(qact.cpu(), codes)
-
-
-@int4
-@pytest.mark.parametrize("packed", [False, True], ids=["natural", "packed"])
+@pytest.mark.parametrize("n", [200, 256], ids=["natural", "in order"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act_unsigned", [(0, 0), (0, 384), (128, 384), (64, 192)], ids=str)
 @pytest.mark.parametrize("m", ROWS)
-def test_int4_layer_agrees_with_the_reference(m, act_unsigned, dtype, packed):
-    layer = random_layer("int4", 200, 384, 32, act_unsigned, dtype, centred=True)
+def test_int4_layer_agrees_with_the_reference(m, act_unsigned, dtype, n):
+    layer = random_layer("int4", n, 384, 32, act_unsigned, dtype, centred=True)
     generator = torch.Generator().manual_seed(m)
-    x, bias = torch.randn(m, 384, generator=generator).to(dtype), torch.randn(200, generator=generator).to(dtype)
-    lora = torch.randn(384, 8, generator=generator) / 20, torch.randn(200, 8, generator=generator)
-    device = there(layer)
-    weight = pack_fragments(device["qweight"], device["wscales"]) if packed else None
-    y = int4_linear.int4_linear(x.cuda(), device, bias.cuda(), tuple(factor.cuda() for factor in lora), weight)
+    x, bias = torch.randn(m, 384, generator=generator).to(dtype), torch.randn(n, generator=generator).to(dtype)
+    lora = torch.randn(384, 8, generator=generator) / 20, torch.randn(n, 8, generator=generator)
+    device = there(layer).in_order("fragments")
+    y = int4_linear.int4_linear(x.cuda(), device, bias.cuda(), tuple(factor.cuda() for factor in lora))
     # rounding of the branch between its factors and of the result: a few units of the last place
     assert relative(y, reference_linear(x, layer, bias, lora, "w4a4")) < 4 * torch.finfo(dtype).eps
 
@@ -78,7 +61,7 @@ def test_int4_integer_sums_are_exact():
     ones = torch.ones(4, 129, dtype=torch.float16), torch.ones(4, 72, dtype=torch.float16)
     out = torch.empty(129, 72, dtype=torch.float16, device="cuda")
     act = CodedActivation(pack(codes).cuda(), ones[0].cuda())
-    int4_linear.int4_gemm(act, (pack(weight).cuda(), ones[1].cuda()), None, None, out)
+    int4_linear.int4_gemm(act, int4_linear.in_fragments(pack(weight).cuda(), ones[1].cuda()), None, None, out)
     assert torch.equal(out.cpu(), (codes @ weight.T).half())
 
 

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from ...formats import GROUP_SIZE, TWOS_COMPLEMENT
-from ...layer import Layer, Lora
+from ...layer import Layer, LayerSpec, Lora
 from ...stages import activate, weighted
 from .. import Backend, KernelCall, Run, triton
 from ..triton import versions
@@ -87,11 +87,13 @@ def prepare(
         from . import int8_linear
 
         return int8_linear.prepare(x, layer, bias, lora, activation, layers)
-    from .int4_linear import int4_linear
+    from .int4_linear import int4_linear, quantizer
+
+    quantize = quantizer(x, layer, layer.spec.format)
 
     def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
         plain = None if lora is None else Lora(weighted(lora.down, lora.strength), lora.up)
-        return activate(int4_linear(x, layer, bias, plain), activation)
+        return activate(int4_linear(x, layer, bias, plain, quantize), activation)
 
     return run
 
@@ -102,4 +104,9 @@ def linear(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora 
     return prepare(x, layer, bias, lora, *how)(x, layer, bias, lora)
 
 
-BACKEND = Backend("gluon", claims, linear, epilogue=True, prepare=prepare)
+def order(spec: LayerSpec, compute: str) -> str:
+    """Where its INT4 tensor cores run a layer: the order in which a warp's lanes hand a weight over"""
+    return "fragments" if compute == "w4a4" else ""
+
+
+BACKEND = Backend("gluon", claims, linear, epilogue=True, prepare=prepare, order=order)

@@ -40,11 +40,14 @@ def reciprocal(scale):
 
 @triton.jit
 def smoothing(smooth_factor, k, mask, ASM: tl.constexpr):
-    """1 / smooth_factor of channels k, fp32; by the hardware's approximation (1 ulp) where ASM allows"""
+    """1 / smooth_factor of channels k, fp32; by the hardware's approximation (1 ulp) where ASM allows
+
+    .ftz: a factor below 2**-126 counts as zero; to look for one takes six instructions per channel
+    """
     factor = tl.load(smooth_factor + k, mask=mask, other=1.0).to(tl.float32)
     if ASM:
         return tl.inline_asm_elementwise(
-            "rcp.approx.f32 $0, $1;", "=f,f", [factor], dtype=tl.float32, is_pure=True, pack=1
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [factor], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
         return 1.0 / factor

@@ -29,14 +29,14 @@ def encode_group(
         y = y.to(KIND).to(tl.float32)  # the reference rounds the smoothed activation to the dtype of x
         if UNSIGNED:
             top = tl.where(unsigned, 15.0, 7.0)
-            y = tl.where(unsigned & (y < 0.0), 0.0, y)
+            y = tl.maximum(y, tl.where(unsigned, 0.0, float("-inf")), propagate_nan=tl.PropagateNan.ALL)
     bits = magnitude_bits(y)
     extreme_bits = tl.max(bits, axis=-1)
     extreme = extreme_or_nan(extreme_bits)
     scale = extreme / top
     if SIGNED_EXTREME:
         # the element of largest magnitude becomes code -8, so the scale has the opposite of its sign
-        positive = tl.max(tl.where(y > 0.0, bits, 0), axis=-1) == extreme_bits
+        positive = tl.max(y.to(tl.int32, bitcast=True), axis=-1) == extreme_bits  # bits of negative floats are negative
         signed = tl.where(positive, -extreme, extreme) / 8.0
         scale = tl.where(unsigned, scale, signed) if UNSIGNED else signed
     if EIGHT:
@@ -100,7 +100,7 @@ def quantize_groups(
         if UNSIGNED:
             y += tl.where(unsigned, GELU_SHIFT, 0.0)
         if SMOOTH:
-            y = y * smoothing(smooth_factor, k, k < K, ASM)[None, :]
+            y = y * smoothing(smooth_factor, k, True, ASM)[None, :]
         bits, scale = encode_group(y, unsigned, x.dtype.element_ty, EIGHT, UNSIGNED, SIGNED_EXTREME)
         even, odd = pairs(bits, BM, 64)
         if EIGHT:
