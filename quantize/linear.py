@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -118,24 +119,17 @@ def read(text: str) -> PackedLinear:
     return PackedLinear(LayerSpec(**spec), tuple(views), found["compute"], found["order"])
 
 
-def _run(
-    x: torch.Tensor,
-    blob: torch.Tensor,
-    bias: torch.Tensor | None,
-    down: torch.Tensor | None,
-    up: torch.Tensor | None,
-    strength: torch.Tensor | None,
-    text: str,
-) -> torch.Tensor:
-    lora = None if down is None or up is None else Lora(down, up, strength)
+def _run(x: torch.Tensor, blob: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> torch.Tensor:
+    down, up, strength, text = rest
+    lora = None if down is None else Lora(down, up, strength)
     return read(text).forward(x, blob, bias, lora)
 
 
-def _fake(x: torch.Tensor, blob: torch.Tensor, *rest: torch.Tensor | str | None) -> torch.Tensor:
+def _fake(x: torch.Tensor, blob: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], read(rest[-1]).spec.n)
 
 
-# torch.compile sees a layer as this one node: what is in the bytes it would look up again for each guard of a graph
+# torch.compile sees a layer as this one node: of the tensors in the bytes it would trace and guard every view
 packed_linear = register(
     "packed_linear",
     "(Tensor x, Tensor blob, Tensor? bias, Tensor? lora_down, Tensor? lora_up, Tensor? lora_strength, str text) "

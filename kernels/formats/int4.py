@@ -59,8 +59,8 @@ class Int4(Format):
         Mode("sm_10", "w4a8", FEW),
         Mode("sm_10", "fp8"),
         Mode("sm_10", "w4a8-jit"),
-        Mode("sm_12", "w4a8"),
-        Mode("sm_12", "w4a8-jit"),
+        Mode("sm_1", "w4a8"),  # sm_11, sm_12 and what is newer than this pack
+        Mode("sm_1", "w4a8-jit"),
         Mode("gfx", "w4a8"),
         Mode("gfx", "w4a8-jit"),
         W16,

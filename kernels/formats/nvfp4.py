@@ -63,7 +63,7 @@ class Nvfp4(Format):
         Mode("sm_10", "fp8"),
         Mode("sm_8", "w4a8-jit"),
         Mode("sm_90", "w4a8-jit"),
-        Mode("sm_12", "w4a8-jit"),
+        Mode("sm_1", "w4a8-jit"),  # sm_11 and what is newer than this pack as well
         Mode("gfx", "w4a8-jit"),
         W16,
     )

@@ -21,7 +21,21 @@ from svdquant_pack.kernels.dispatch import candidates, faster_format
 from svdquant_pack.tests.kernels.layers import random_layer
 
 CPU = torch.device("cpu")
-ARCHES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "gfx942", "gfx1201")
+ARCHES = (
+    "sm_75",
+    "sm_80",
+    "sm_86",
+    "sm_89",
+    "sm_90",
+    "sm_100",
+    "sm_103",
+    "sm_110",
+    "sm_120",
+    "sm_121",
+    "sm_130",
+    "gfx942",
+    "gfx1201",
+)
 BF16 = torch.bfloat16
 
 
@@ -54,11 +68,16 @@ def test_every_gpu_has_a_way_that_always_works(format, arch, rows):
         ("int4", "sm_90", 64, "w4a8"),
         ("int4", "sm_90", 4096, "w4a8-jit"),
         ("int4", "sm_100", 4096, "fp8"),
+        ("int4", "sm_103", 4096, "fp8"),
+        ("int4", "sm_110", 4096, "w4a8"),
         ("int4", "sm_120", 4096, "w4a8"),
+        ("int4", "sm_130", 4096, "w4a8"),
         ("int4", "gfx942", 4096, "w4a8"),
         ("nvfp4", "sm_120", 1, "w4a4"),
         ("nvfp4", "sm_103", 4096, "w4a4"),
         ("nvfp4", "sm_89", 4096, "w4a8-jit"),
+        ("nvfp4", "sm_110", 4096, "w4a8-jit"),
+        ("nvfp4", "sm_130", 4096, "w4a8-jit"),
         ("nvfp4", "sm_75", 4096, "w16"),
         ("awq_w4a16", "sm_90", 2, "w4a16"),
         ("awq_w4a16", "sm_90", 4096, "w16"),
@@ -92,7 +111,9 @@ def test_the_table_names_what_exists(format):
     assert {mode.compute for mode in fmt.modes} <= set(fmt.computes) <= {*COMPUTES, "w4a16"}
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize(
+    "capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (13, 0)]
+)
 @pytest.mark.parametrize("format", FORMATS)
 def test_on_every_gpu_some_kernel_claims_the_call(format, capability, monkeypatch):
     """What runs there when all is installed; plain torch stays the last resort."""
@@ -119,13 +140,15 @@ WINNERS = {
         (8, 0): {1: ("triton", "w4a8"), 4096: ("triton", "w4a8-jit")},
         (9, 0): {1: ("triton", "w4a8"), 4096: ("gluon", "w4a8-jit")},
         (10, 0): {1: ("triton", "w4a8"), 4096: ("triton", "fp8")},
-        (12, 0): dict.fromkeys((1, 4096), ("triton", "w4a8")),
+        (10, 3): {1: ("triton", "w4a8"), 4096: ("triton", "fp8")},
+        **dict.fromkeys(((11, 0), (12, 0), (13, 0)), dict.fromkeys((1, 4096), ("triton", "w4a8"))),
         None: dict.fromkeys((1, 4096), ("kitchen", "w4a4")),
     },
     "nvfp4": {
         (7, 5): TRITON_16,
         (9, 0): dict.fromkeys((1, 4096), ("gluon", "w4a8-jit")),
         (10, 0): dict.fromkeys((1, 4096), ("triton", "w4a4")),
+        (10, 3): dict.fromkeys((1, 4096), ("triton", "w4a4")),
         (12, 0): dict.fromkeys((1, 4096), ("triton", "w4a4")),
         None: dict.fromkeys((1, 4096), ("triton", "w4a8-jit")),
     },
