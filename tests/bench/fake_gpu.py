@@ -18,8 +18,12 @@ LIBCUDA = r"""
 #define ONE(name) int name(void **out) { *out = (void *)1; return 0; }
 NOTHING(cuLaunchKernelEx) NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit) NOTHING(cuCtxGetLimit)
 NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig) NOTHING(cuTensorMapEncodeTiled)
-NOTHING(cuOccupancyMaxActiveClusters) NOTHING(cuInit) NOTHING(cuModuleUnload)
+NOTHING(cuOccupancyMaxActiveClusters) NOTHING(cuInit) NOTHING(cuModuleUnload) NOTHING(cuStreamIsCapturing)
+NOTHING(cuTensorMapEncodeIm2col)
 ONE(cuCtxGetCurrent) ONE(cuDevicePrimaryCtxRetain) ONE(cuModuleLoadData) ONE(cuModuleGetFunction)
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuCtxGetDevice(int *device) { *device = 0; return 0; }
 int cuDeviceGet(int *device, int index) { *device = index; return 0; }
 int cuDeviceGetAttribute(int *value) { *value = 232448; return 0; }
 int cuFuncGetAttribute(int *value) { *value = 1024; return 0; }
@@ -38,6 +42,7 @@ def install() -> None:
     (folder / "cuda.c").write_text(LIBCUDA)
     command = ["cc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{library.name}", "-o", str(library), "cuda.c"]
     subprocess.run(command, cwd=folder, check=True)
+    (folder / "libcuda.so").symlink_to(library)  # the name that older ones link to
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)  # whoever asks for this name later is given this one
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")  # a launcher for this library is of no use to others
