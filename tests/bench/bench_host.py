@@ -70,6 +70,7 @@ def layers(route: Route):
     import comfy.ops
     import torch
 
+    from svdquant_pack.kernels.backends import discover
     from svdquant_pack.kernels.layer import Layer, LayerSpec
     from svdquant_pack.nodes.host.linear import SVDQuantLinear
     from svdquant_pack.quantize.linear import PackedLinear
@@ -83,6 +84,7 @@ def layers(route: Route):
     ours = SVDQuantLinear(K, N, True, device="cpu", dtype=dtype)
     blob, packed = PackedLinear.pack(Layer(spec, tensors), "auto" if route.compute == "w4a16" else route.compute)
     ours.take(packed, blob)
+    ours.arrange(discover()[0][route.backend].order(spec, route.compute), blob.device)
     dense = comfy.ops.manual_cast.Linear(K, N, True, device="cpu", dtype=dtype).requires_grad_(False)
     for layer in (ours, dense):
         layer.bias.data.zero_()
