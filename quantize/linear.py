@@ -12,6 +12,7 @@ from ..kernels.dispatch import USUAL_ROWS
 from ..kernels.layer import BlobView, Layer, LayerSpec, from_blob, to_blob
 from ..kernels.ops import register
 from ..kernels.order import ORDERS
+from .files.bounded_json import read_object
 
 LowRank = tuple[torch.Tensor, torch.Tensor]
 """(lora_down (K, R), lora_up (N, R))"""
@@ -110,7 +111,7 @@ def read(text: str) -> PackedLinear:
     >>> read(packed.text) == packed
     True
     """
-    found = json.loads(text)
+    found = read_object(text, "the description of a layer")
     spec = found["spec"] | {"act_unsigned": tuple(found["spec"]["act_unsigned"])}
     views = [
         BlobView(**view | {"dtype": getattr(torch, view["dtype"]), "shape": tuple(view["shape"])})
