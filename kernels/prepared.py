@@ -57,6 +57,7 @@ class Prepared:
             x.get_device(),
             shape[-1:],
             layer.tensors["qweight"].get_device(),
+            layer.order,
             (m - 1).bit_length(),  # settings of kernels change at powers of two, and the choice of a mode at SOME
             m > SOME,
             None if bias is None else _kind(bias),

@@ -1,7 +1,6 @@
 """A whole INT4 layer around the tensor-core kernel of int4_mma."""
 
 import torch
-import triton
 from torch.nn.functional import pad
 
 from ...formats import GROUP_SIZE
@@ -10,6 +9,7 @@ from ...order import ORDERS
 from ...packing import pack
 from ...stages import CodedActivation, Range
 from ..triton.layers import Quantize, quantizer
+from ..triton.start import Launch
 from . import verify
 from .int4_mma import LARGE, LARGE_TURING, PAIR, SMALL, SMALL_ROWS, SMALL_TURING, compile_time, int4_mma_kernel
 from .low_rank import LowRank, side_by_side
@@ -55,7 +55,7 @@ def int4_gemm(
     tilings = (SMALL_TURING, LARGE_TURING) if _is_turing(out.device) else (SMALL, LARGE)
     tiling = tilings[m > SMALL_ROWS]
     nothing = out.new_empty(0, dtype=torch.int64)  # stands in for an absent tensor, never read
-    int4_mma_kernel[(triton.cdiv(m, tiling.rows) * triton.cdiv(n, tiling.columns),)](
+    tensors = (
         qact.view(torch.int32),
         ascales,
         codes.view(torch.int64),
@@ -64,16 +64,12 @@ def int4_gemm(
         nothing if low_rank is None else low_rank.up.view(torch.int64),
         nothing if bias is None else bias.view(torch.int32),
         out.view(torch.int32),
-        m,
-        n,
-        k,
-        0 if low_rank is None else low_rank.up.shape[1],
-        ascales.shape[1],
-        act_unsigned[0] // GROUP_SIZE,
-        act_unsigned[1] // GROUP_SIZE,
-        **compile_time(tiling, k, act_unsigned, wscales.dtype, bias is not None),
-        num_warps=tiling.warps,
     )
+    rank = 0 if low_rank is None else low_rank.up.shape[1]
+    flags = compile_time(tiling, k, act_unsigned, wscales.dtype, bias is not None)
+    grid = (-(-m // tiling.rows) * -(-n // tiling.columns), 1, 1)
+    numbers = (m, n, k, rank, ascales.shape[1], *(edge // GROUP_SIZE for edge in act_unsigned))
+    Launch(int4_mma_kernel, {**flags, "num_warps": tiling.warps})(grid, tensors, numbers)
     return out
 
 
