@@ -193,6 +193,9 @@ def test_free_room_belongs_to_no_stratum(tmp_path):
     for _ in range(3):
         assert entry.observe(torch.randn(1, 40, K, generator=seen), ModelCall(7, 8), seen)
     assert entry.kept == 16 and entry.stratum[entry.key > 0].min() >= 56
+    few = statistics.entries["b"]
+    assert few.observe(torch.randn(1, 5, K, generator=seen), ModelCall(7, 8), seen)
+    assert few.kept == sum(len(few.part(hold)[0]) for hold in (False, True)) == 5
 
 
 def test_the_mean_square_counts_every_part_of_the_run_alike(tmp_path):
