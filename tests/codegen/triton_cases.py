@@ -8,6 +8,7 @@ from svdquant_pack.kernels.backends.triton.gemm_nvfp4 import gemm_nvfp4
 from svdquant_pack.kernels.backends.triton.gemm_w4 import gemm_w4
 from svdquant_pack.kernels.backends.triton.gemm_w8 import gemm_w8
 from svdquant_pack.kernels.backends.triton.gemv_w4a16 import gemv_w4a16
+from svdquant_pack.kernels.backends.triton.launch import STEP
 from svdquant_pack.kernels.backends.triton.quantize_groups import quantize_groups
 from svdquant_pack.kernels.backends.triton.quantize_nvfp4 import quantize_nvfp4
 from svdquant_pack.kernels.backends.triton.quantize_rows import quantize_rows
@@ -232,6 +233,7 @@ def quantize_groups_cases() -> list[CompileCase]:
                         targets,
                         {} if chunks else {target: FLOAT[target] for target in targets},
                         undivisible=("M", "groups"),
+                        elements=STEP * constexprs["BM"],
                     )
                 )
     return cases
@@ -286,6 +288,7 @@ def quantize_nvfp4_cases() -> list[CompileCase]:
                     targets,
                     {} if chunks else {target: FLOAT[target] for target in targets},
                     undivisible=("M", "steps"),
+                    elements=STEP * constexprs["BM"],
                 )
             )
     return cases
@@ -314,6 +317,7 @@ def quantize_rows_cases() -> list[CompileCase]:
                         targets,
                         {target: FLOAT[target] for target in targets} if fuse else {},
                         undivisible=("M",),
+                        elements=constexprs["BM"] * constexprs["BK"],
                     )
                 )
     return cases

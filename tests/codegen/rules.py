@@ -1,0 +1,75 @@
+"""What machine code must not do, and where it still does, by how much and why."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from .cross import Compiled
+
+RULES = {  # field of Compiled: (its limit, what is wrong beyond it)
+    "narrow": (0, "global loads of fewer than 4 bytes in the main loop"),
+    "early": (0, "global loads that the main loop needs before its first tensor-core instruction"),
+    "resident": (2, "blocks on an SM at a time"),
+    "per_element": (45, "instructions per element"),
+}
+
+
+@dataclass(frozen=True)
+class Known:
+    """Cases that may break a rule, up to `limit`, on every triton; `cases` is a pattern of "case target"."""
+
+    rule: str
+    cases: str
+    limit: float
+    why: str
+
+    def covers(self, rule: str, job: tuple[str, str]) -> bool:
+        return rule == self.rule and fnmatchcase(" ".join(job), self.cases)
+
+
+SCALE_ROWS = "the scales of one group of 64 channels are a row of 2-byte numbers, one for each row and column"
+WIDEST = "the widest branch that is fused: proj_down's tile takes most of the shared memory and adds 24 products"
+KNOWN = (  # the first that covers a case counts
+    Known("narrow", "gemm_nvfp4-*", 8, "scales of neighbouring groups lie a whole row of the matrix apart"),
+    Known("early", "gemm_nvfp4-*", 8, "the same loads: no asynchronous copy has fewer than 4 bytes"),
+    Known("resident", "gemm_nvfp4-*", 1, "the addresses of those loads stay in registers"),
+    Known("narrow", "gemm_w4-*-a4 *", 9, SCALE_ROWS),
+    Known("early", "gemm_w4-*-a4 *", 9, SCALE_ROWS),
+    Known("narrow", "gemm_w4-*", 1, SCALE_ROWS),
+    Known("early", "gemm_w4-*-requantize sm_120", 3, SCALE_ROWS + "; ptxas moves two scales of rows as well"),
+    Known("early", "gemm_w4-*", 1, SCALE_ROWS),
+    Known("narrow", "gemv_w4a16-*", 24, "even and odd channels are read apart, as the nibbles of the weight come"),
+    Known("early", "gemv_w4a16-*", 16, "x of one row, from the cache; twelve blocks share an SM and take turns"),
+    Known("narrow", "expand_weight-*", 4, "a group's scale is read once by one thread, and nothing waits for it alone"),
+    Known("narrow", "quantize_rows-3-*", 1, "smooth_factor: one of the 128 channels of a pass for each thread"),
+    Known("early", "quantize_nvfp4-1-four-six*", 2, "act_mean and smooth_factor, needed long after they are asked for"),
+    Known("narrow", "gluon-int4-quantize-*", 10, "the tile's own order, which is that of the stored bytes"),
+    Known("narrow", "gluon-int4-*", 4, "a scale of each row, one group ahead of its use"),
+    Known("resident", "gemm_w8-*", 1, "8 warps, three stages of asynchronous copies, no wait inside a stage"),
+    Known("resident", "gluon-int8-async-wide*", 1, "takes the whole shared memory for its ring of copies"),
+    Known("resident", "quantize_rows-*-rank128 *", 1, WIDEST),
+    Known("per_element", "quantize_nvfp4-*-four-six*", 110, "two scales are tried for each group"),
+    Known("per_element", "quantize_nvfp4-*", 69, "seven comparisons to an E2M1 code"),
+    Known("per_element", "quantize_*-rank128 *", 47, WIDEST),
+    Known("per_element", "gluon-int4-quantize-*", 153, "exact divisions, step by step as in formats/int4.py"),
+)
+
+
+def known(rule: str, job: tuple[str, str]) -> Known | None:
+    """The first exception that covers a case"""
+    return next((each for each in KNOWN if each.covers(rule, job)), None)
+
+
+def breaks(rule: str, found: float, allowed: float) -> bool:
+    return found < allowed if rule == "resident" else found > allowed
+
+
+def complaints(job: tuple[str, str], code: Compiled) -> list[str]:
+    """What is wrong with the code of one (case, target); rules that were not measured there are not broken."""
+    found = []
+    for rule, (plain, words) in RULES.items():
+        exception = known(rule, job)
+        value, allowed = getattr(code, rule), plain if exception is None else exception.limit
+        if value is not None and breaks(rule, value, allowed):
+            bound = "at least" if rule == "resident" else "at most"
+            found.append(f"{value:g} {words}, allowed are {bound} {allowed:g}: mend the kernel, or say why in rules.py")
+    return found
