@@ -29,9 +29,6 @@ class Known:
 SCALE_ROWS = "the scales of one group of 64 channels are a row of 2-byte numbers, one for each row and column"
 WIDEST = "the widest branch that is fused: proj_down's tile takes most of the shared memory and adds 24 products"
 KNOWN = (  # the first that covers a case counts
-    Known("narrow", "gemm_nvfp4-*", 8, "scales of neighbouring groups lie a whole row of the matrix apart"),
-    Known("early", "gemm_nvfp4-*", 8, "the same loads: no asynchronous copy has fewer than 4 bytes"),
-    Known("resident", "gemm_nvfp4-*", 1, "the addresses of those loads stay in registers"),
     Known("narrow", "gemm_w4-*-a4 *", 9, SCALE_ROWS),
     Known("early", "gemm_w4-*-a4 *", 9, SCALE_ROWS),
     Known("narrow", "gemm_w4-*", 1, SCALE_ROWS),

@@ -67,21 +67,21 @@ def expand_weight_cases() -> list[CompileCase]:
     """int8 and 16-bit weights of both formats in every shipped setting; no tensor cores, so Turing too"""
     signature = {"qweight": "*i8", "wzeros": "*bf16", "smooth_factor": "*bf16"}
     signature |= dict.fromkeys(("channel_scales", "row_scales", "shift"), "*fp32")
-    signature |= dict.fromkeys(("N", "K", "unsigned_start", "unsigned_stop"), "i32")
+    signature |= dict.fromkeys(("N", "K", "stride_g", "stride_n", "unsigned_start", "unsigned_stop"), "i32")
     cases = []
     for name, options, targets in shipped("expand_weight", TARGETS):
         constexprs, warps, stages = launch_options(options)
         size = constexprs.pop("BYTES")
         for flavour, (types, flags) in EXPANDED.items():
             more = {"GROUPS": size // (8 if flags["NVFP4"] else 32), "CHANNEL": flags["NVFP4"]}
-            more |= {"AWQ": False, "SHIFT": False}
+            more |= {"AWQ": False, "SHIFT": False, "stride_g" if flags["NVFP4"] else "stride_n": 1}
             # bf16 does not exist on Turing
             able = tuple(target for target in targets if target != "sm_75" or flavour != "nvfp4-bf16")
             cases.append(
                 CompileCase(
                     f"{name}-{flavour}",
                     expand_weight,
-                    signature | types,
+                    {name: kind for name, kind in (signature | types).items() if name not in more},
                     constexprs | flags | more,
                     warps,
                     stages,
@@ -96,7 +96,7 @@ def gemm_nvfp4_cases() -> list[CompileCase]:
     signature = dict.fromkeys(("branch_act", "proj_up", "lora_act", "lora_up", "bias", "out"), "*bf16")
     signature |= {"qact": "*u8", "qweight": "*u8", "ascales": "*fp8e4nv", "wscales": "*fp8e4nv"}
     signature |= {"channel_scales": "*fp32", "lora_strength": "*fp32"}
-    signature |= dict.fromkeys(("M", "N", "K", "R", "R_LORA"), "i32")
+    signature |= dict.fromkeys(("M", "N", "half", "R", "R_LORA"), "i32")
     cases = []
     for name, options, targets in shipped("gemm_nvfp4", NVFP4_TARGETS):
         constexprs, warps, stages = launch_options(options)

@@ -11,6 +11,7 @@ import torch
 
 from ...formats import E2M1_CODE, FORMATS, GROUP_SIZE, OFFSET_8, Format, Tensors
 from ...layer import RANK_TILE, shifted_bias_term
+from ...packing import by_column
 from ...stages import CodedActivation, Coding, Range, weighted
 from . import knows
 from .expand_weight import expand_weight
@@ -100,8 +101,9 @@ class Quantizer:
                 flags |= {"EIGHT": eight, "UNSIGNED": unsigned[0] != unsigned[1]}
                 flags["SIGNED_EXTREME"] = rule == "signed_extreme" and not eight
             self.width = self.k if eight else self.k // 2
-            self.scales = (self.k // (GROUP_SIZE if fmt is None else fmt.group_size),)
+            self.scales = (steps,)
             self.kinds = torch.int8, torch.float8_e4m3fn if nvfp4 else torch.float32 if eight else x.dtype
+        self.word = (4,) if nvfp4 else ()  # the scales of 64 channels
         self.by_rows, self.launch = by_rows, Launch(kernel, flags)
 
     def __call__(
@@ -116,7 +118,7 @@ class Quantizer:
             x = x.contiguous()
             stride = x.stride()
         codes, scales = self.kinds
-        qact, ascales = x.new_empty(m, self.width, dtype=codes), x.new_empty(*self.scales, m, dtype=scales)
+        qact, ascales = x.new_empty(m, self.width, dtype=codes), x.new_empty(*self.scales, m, *self.word, dtype=scales)
         branch_act, down, smooth = None, x, x if smooth_factor is None else smooth_factor
         if proj_down is not None and self.fused:
             branch_act, down = x.new_empty(m, self.rank), proj_down
@@ -156,6 +158,7 @@ class Product:
         options = settings(name, x.device, x.shape[0])
         self.n, self.k = numbers
         self.block, self.columns = options["BM"], -(-self.n // options["BN"])
+        self.width = self.k // 2 if name in BY_BYTE else self.k
         if "BK" in options:
             flags = {"EVEN": self.k % options["BK"] == 0, **flags}
         self.dtype, self.launch = x.dtype, Launch(GEMMS[name], {**flags, **epilogue.flags(), **options})
@@ -192,10 +195,11 @@ class Product:
             )
             widths = (0 if branch_act is None else branch_act.shape[1], 0 if lora_act is None else lora_act.shape[1])
             grid = (-(-m // self.block) * self.columns, 1, 1)
-            self.launch(grid, tensors, (m, self.n, self.k, *widths, *unsigned))
+            self.launch(grid, tensors, (m, self.n, self.width, *widths, *unsigned))
         return y
 
 
+BY_BYTE = ("gemm_nvfp4",)  # these count a row in bytes of two codes
 GEMMS = {"gemm_w4": gemm_w4, "gemm_w8": gemm_w8, "gemm_nvfp4": gemm_nvfp4}
 
 
@@ -247,6 +251,7 @@ def multiply_w8(
 def multiply_nvfp4(act: CodedActivation, weight: Tensors, epilogue: Epilogue, dtype: torch.dtype) -> torch.Tensor:
     """y = epilogue(decode(act) @ decode(weight).T), NVFP4 codes on both sides; for one call
 
+    act     as `quantize` leaves it
     weight  qweight and wscales of a layer, and wtscale and wcscales if it has them
     """
     n, half = weight["qweight"].shape
@@ -261,7 +266,11 @@ def nvfp4_codes(act: CodedActivation) -> CodedActivation:
 
 
 def nvfp4_weight(weight: Tensors, channel_scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return weight["qweight"].view(torch.uint8), weight["wscales"], channel_scales
+    """As gemm_nvfp4 reads them: with four scales of a column side by side, which needs a copy if it was never packed"""
+    qweight, wscales = weight["qweight"], weight["wscales"]
+    if wscales.stride() != (1, -(-qweight.shape[1] // 32) * 4):
+        wscales = by_column(wscales, 4)
+    return qweight.view(torch.uint8), wscales, channel_scales
 
 
 class Expander:
@@ -313,7 +322,7 @@ class Expander:
             unused,
             unused,
         )
-        self.launch(self.grid, pointers, (self.n, self.k, *self.unsigned))
+        self.launch(self.grid, pointers, (self.n, self.k, *wscales.stride(), *self.unsigned))
         return weight, beside
 
 

@@ -46,7 +46,7 @@ def quantize_nvfp4(
     FOUR_SIX: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """One program: BM rows, `steps` times 64 channels. qact (M, K/2), ascales (K/16, M) e4m3"""
+    """One program: BM rows, `steps` times 64 channels. qact (M, K/2), ascales (ceil(K/64), M, 4) e4m3"""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = (rm < M)[:, None]
     rows = rm[:, None].to(tl.int64)
@@ -82,9 +82,8 @@ def quantize_nvfp4(
         kb = step * 32 + half
         target = qact + rows * (K // 2) + kb[None, :]
         tl.store(target, (low | (high << 4)).to(tl.int8), mask=inside & (kb < K // 2)[None, :])
-        group = step * 4 + quarter
-        target = ascales + group[None, :].to(tl.int64) * M + rm[:, None]
-        tl.store(target, scale.to(tl.float8e4nv), mask=inside & (group < K // 16)[None, :])
+        target = ascales + 4 * (step * M + rows) + quarter[None, :]
+        tl.store(target, scale.to(tl.float8e4nv), mask=inside)  # beyond K they are zero
     if RANK:
         target = branch_act + rows * R + rr[None, :]
         tl.store(target, acc.to(branch_act.dtype.element_ty), mask=inside & (rr < R)[None, :])
