@@ -275,7 +275,7 @@ def quantize_nvfp4_cases() -> list[CompileCase]:
     for name, options, targets in shipped("quantize_nvfp4", NVFP4_TARGETS):
         chunks = options.pop("CHUNKS")
         constexprs, warps, stages = launch_options(options)
-        constexprs |= {"SMOOTH": True, "MEAN": True, "ASM": True}
+        constexprs |= {"SMOOTH": True, "MEAN": True, "ASM": True, "CONVERTS": True}
         for four_six, rank in product((False, True), (0,) if chunks else (32, 128)):
             cases.append(
                 CompileCase(

@@ -23,7 +23,7 @@ from .quantize_groups import quantize_groups
 from .quantize_nvfp4 import quantize_nvfp4
 from .quantize_rows import quantize_rows
 from .start import Launch
-from .tiles import arch_of, has_asm, settings
+from .tiles import arch_of, converts_e2m1, has_asm, settings
 
 ACTIVATIONS = {"": 0, "gelu": 1, "silu": 2}
 FUSED_RANK = 128  # wider branches go through torch.mm: their sums would not stay in registers
@@ -68,6 +68,8 @@ class Quantizer:
 
     rank   of the layer's branch, 0 for none: then branch_act is None
     means  whether calls come with an act_mean. It and the rule of `coding` count for 4-bit codes alone
+
+    ascales of NVFP4 are (ceil(K/64), M, 4): the four scales of 64 channels are one word
     """
 
     def __init__(self, x: torch.Tensor, rank: int, coding: Coding, smooth: bool = True, means: bool = False) -> None:
@@ -96,7 +98,7 @@ class Quantizer:
             flags["MEAN"] = means and not eight
             self.behind = (chunks or steps,) if nvfp4 else (*unsigned, chunks or steps)
             if nvfp4:
-                flags["FOUR_SIX"] = rule == "four_six"
+                flags |= {"FOUR_SIX": rule == "four_six", "CONVERTS": converts_e2m1(arch_of(x.device))}
             else:
                 flags |= {"EIGHT": eight, "UNSIGNED": unsigned[0] != unsigned[1]}
                 flags["SIGNED_EXTREME"] = rule == "signed_extreme" and not eight
