@@ -144,7 +144,7 @@ def gemm_w4_cases() -> list[CompileCase]:
                         f"{name}-{flavour}" + "-amd" * (not asm),
                         gemm_w4,
                         signature | {"ascales": "*fp32" if flags["EIGHT"] else "*bf16"},
-                        constexprs | flags | {"ASM": asm},
+                        constexprs | flags | {"ASM": asm, "PAIRS": asm and flags["EIGHT"]},
                         warps,
                         stages,
                         targets,

@@ -160,3 +160,11 @@ def test_a_packed_layer_is_the_layer(format, compute, k, device):
     assert torch.equal(packed.forward(x, blob, None, None), svdquant_linear(x, on(device, layer), compute=compute))
     for name, tensor in packed.layer(blob).tensors.items():
         assert torch.equal(tensor.cpu().float(), layer[name].float()), name
+
+
+@pytest.mark.parametrize("n", [37, 38, 130])
+def test_scales_that_do_not_come_in_pairs_or_fill_no_tile(n, device):
+    need("int4", "w4a8", device)
+    layer, x = random_layer("int4", n=n, dtype=torch.bfloat16), torch.randn(17, 256).bfloat16()
+    y = triton_layers.linear(x.to(device), on(device, layer), None, None, "w4a8")
+    close(y, reference(x, layer, None, None, "w4a8"), torch.bfloat16)

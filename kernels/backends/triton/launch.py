@@ -212,7 +212,10 @@ def product_w4(
     # MAGIC * scale is exact up to 22 significant bits: scales of int8 codes have 12 (round_up_12_bits),
     # fp16 has 11 and bf16 8; those of fp32 activations have 24 and take the longer way
     fold = eight or x.element_size() == 2
-    flags = {"EIGHT": eight, "FOLD": fold, "REQUANTIZE": requantize, "ASM": has_asm(arch_of(x.device))}
+    arch = arch_of(x.device)
+    flags = {"EIGHT": eight, "FOLD": fold, "REQUANTIZE": requantize, "ASM": has_asm(arch)}
+    # compiled for AMD, and beside codes of 4 bit, words take more instructions and wait no less
+    flags["PAIRS"] = eight and numbers[0] % 2 == 0 and not arch.startswith("gfx")
     return Product("gemm_w4", x, numbers, epilogue, flags)
 
 
