@@ -24,12 +24,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from operator import is_
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, overload
 
 import torch
 
 from .formats import FORMATS, GELU_SHIFT, STOCK_RULE, Format
 from .order import ORDERS
+from .packing import by_column
 
 MEANS = ("act_mean", "out_mean")
 RANK_TILE = 16  # columns of the low-rank branch that one tensor-core instruction multiplies; ranks are multiples of it
@@ -239,10 +241,12 @@ class Layer:
         return value
 
     def contiguous(self) -> "Layer":
-        """The same with every tensor contiguous, as kernels need them"""
-        if all(tensor.is_contiguous() for tensor in self.tensors.values()):
+        """The same with every tensor contiguous, as kernels need them, but for those that may lie by column"""
+        free = self.spec.fmt.by_column
+        if all(tensor.is_contiguous() or name in free for name, tensor in self.tensors.items()):
             return self
-        return Layer.known(self.spec, {name: tensor.contiguous() for name, tensor in self.tensors.items()}, self.order)
+        tensors = {name: part if name in free else part.contiguous() for name, part in self.tensors.items()}
+        return Layer.known(self.spec, tensors, self.order)
 
     def centred_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
         """b + out_mean, what 4-bit activations have to be completed with; b itself where nothing is taken off"""
@@ -320,21 +324,28 @@ def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
 
 @dataclass(frozen=True)
 class BlobView:
-    """Where one tensor lies in a blob."""
+    """Where one tensor lies in a blob; with `column`, column by column, so many elements from one to the next."""
 
     name: str
     offset: int
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    column: int = 0
 
     @cached_property
     def stride(self) -> tuple[int, ...]:
+        if self.column:
+            return 1, self.column
         return tuple(prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
 
 
-def to_blob(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[BlobView, ...]]:
+def to_blob(
+    tensors: Mapping[str, torch.Tensor], columns: Mapping[str, int] = MappingProxyType({})
+) -> tuple[torch.Tensor, tuple[BlobView, ...]]:
     """blob[view.offset : view.offset + view.nbytes] = the bytes of each tensor; offsets are multiples of 256
+
+    columns  as Format.by_column; every other tensor is contiguous
 
     Inverse: `from_blob`. One uint8 vector per layer lets a host that knows nothing of 4-bit layers move, count, pin and
     stream it as one weight.
@@ -343,16 +354,18 @@ def to_blob(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[Bl
         >>> blob.shape, blob.dtype
         (torch.Size([512]), torch.uint8)
         >>> views[1]
-        BlobView(name='wscales', offset=256, nbytes=8, dtype=torch.float32, shape=(2,))
+        BlobView(name='wscales', offset=256, nbytes=8, dtype=torch.float32, shape=(2,), column=0)
     """
-    views, end = [], 0
+    views, stored, end = [], [], 0
     for name, tensor in tensors.items():
-        views.append(BlobView(name, end, tensor.nbytes, tensor.dtype, tuple(tensor.shape)))
-        end += tensor.nbytes + -tensor.nbytes % BLOB_ALIGNMENT
+        kept = by_column(tensor.detach(), columns[name]) if name in columns else tensor.detach().contiguous()
+        column = kept.shape[1] if name in columns else 0
+        views.append(BlobView(name, end, kept.nbytes, kept.dtype, tuple(tensor.shape), column))
+        stored.append(kept)
+        end += kept.nbytes + -kept.nbytes % BLOB_ALIGNMENT
     blob = torch.zeros(end, dtype=torch.uint8)
-    for view, tensor in zip(views, tensors.values(), strict=True):
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        blob[view.offset : view.offset + view.nbytes] = data
+    for view, kept in zip(views, stored, strict=True):
+        blob[view.offset : view.offset + view.nbytes] = kept.reshape(-1).view(torch.uint8)
     return blob, tuple(views)
 
 

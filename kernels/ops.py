@@ -143,9 +143,13 @@ def _contiguous_lora(lora: Lora | None) -> Lora | None:
 
 def _layer(tensors: Parts, format: str, *settings: Any) -> Layer:
     format, _, order = format.partition(" ")
-    names = FORMATS[format].part_names
-    # kernels find an element by the shape alone; of the activation they know the stride
-    parts = {name: part.contiguous() for name, part in zip(names, tensors, strict=True) if part is not None}
+    fmt = FORMATS[format]
+    # kernels find an element by the shape alone; of the activation and of what may lie by column they know the strides
+    parts = {
+        name: part if name in fmt.by_column else part.contiguous()
+        for name, part in zip(fmt.part_names, tensors, strict=True)
+        if part is not None
+    }
     n, half = parts["qweight"].shape
     rank = parts["proj_down"].shape[1] if "proj_down" in parts else 0
     return Layer.known(_spec(format, n, 2 * half, rank, *settings), parts, order)

@@ -1,4 +1,4 @@
-"""Two 4-bit codes per byte, the even column in the low nibble."""
+"""Two 4-bit codes per byte, the even column in the low nibble; and matrices column by column."""
 
 import torch
 
@@ -39,3 +39,16 @@ def sign_extend(nibbles: torch.Tensor) -> torch.Tensor:
     tensor([ 1, -8,  7,  0], dtype=torch.int8)
     """
     return ((nibbles.view(torch.int8) ^ 8) - 8) if nibbles.dtype == torch.uint8 else ((nibbles.to(torch.int8) ^ 8) - 8)
+
+
+def by_column(matrix: torch.Tensor, multiple: int) -> torch.Tensor:
+    """lines[n, g] = matrix[g, n], zero behind them up to a multiple of so many numbers
+
+    >>> by_column(torch.tensor([[1, 2], [3, 4], [5, 6]]), 4)
+    tensor([[1, 3, 5, 0],
+            [2, 4, 6, 0]])
+    """
+    length, columns = matrix.shape
+    lines = matrix.new_zeros(columns, length + -length % multiple)
+    lines[:, :length] = matrix.t()
+    return lines

@@ -56,7 +56,7 @@ class PackedLinear:
     @classmethod
     def pack(cls, layer: Layer, compute: str = "auto") -> tuple[torch.Tensor, "PackedLinear"]:
         """(blob, description). Inverse: `layer`."""
-        blob, views = to_blob(layer.tensors)
+        blob, views = to_blob(layer.tensors, layer.spec.fmt.by_column)
         return blob, cls(layer.spec, views, compute)
 
     def layer(self, blob: torch.Tensor) -> Layer:

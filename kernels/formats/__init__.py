@@ -69,6 +69,8 @@ class Format:
     act8_group    input channels that share a scale of 8-bit activation codes in w4a8; None where there is no w4a8
     units         {dtype of 8-bit rows: code of a 1 in the row's largest group}: with these every code of that group is
                   an integer (int8) or exact (fp8). Empty where a weight is not expanded
+    by_column     {tensor of shape (G, N): multiple} of tensors that a packed layer holds column by column, each a
+                  multiple of so many numbers long: kernels then read as many of them at once
     computes      the compute modes that are defined for it, see kernels/modes.py
     modes         what `auto` tries, best first
     spellings     {dialect of files: names there, the one that is written first}. A dialect that is not named cannot
@@ -85,6 +87,7 @@ class Format:
     act_range: ClassVar[tuple[float, float] | None] = None
     act8_group: ClassVar[int | None] = None
     units: ClassVar[Mapping[torch.dtype, int]] = MappingProxyType({})
+    by_column: ClassVar[Mapping[str, int]] = MappingProxyType({})
     computes: ClassVar[tuple[str, ...]] = ("w4a4", "w16")
     modes: ClassVar[tuple[Mode, ...]] = (Mode("cpu", "w4a4"), W16)
     spellings: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})

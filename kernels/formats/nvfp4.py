@@ -53,6 +53,7 @@ class Nvfp4(Format):
     act_rules = (STOCK_RULE, FOUR_SIX)
     act_range = (E2M1_MAX * E4M3_LEAST, E2M1_MAX * E4M3_MAX)
     units = {torch.int8: 20, torch.float8_e4m3fn: 64}  # noqa: RUF012 (typed in the base class)
+    by_column = {"wscales": 4}  # noqa: RUF012
     computes = ("w4a4", "w8a8", "w4a8-jit", "fp8", "w16")
     modes = (
         Mode("cpu", "w8a8"),

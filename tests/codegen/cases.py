@@ -54,6 +54,7 @@ class CompileCase:
     async_marker  on sm_90 the main loop must leave one group of tensor-core instructions in flight
     undivisible   arguments that may be any number: odd M, for one
     options       further compile options, {"maxnreg": 128} for one
+    elements      of a quantizer: how many numbers a block quantizes in one pass of its loop
     """
 
     name: str
@@ -68,6 +69,7 @@ class CompileCase:
     async_marker: bool = False
     undivisible: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    elements: int = 0
 
     def __post_init__(self) -> None:
         if unknown := {*self.targets, *self.expect, *self.allow_spills} - set(TARGETS):

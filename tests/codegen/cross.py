@@ -10,10 +10,11 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from . import machine_code
+from . import layout, machine_code
 from .cases import CompileCase
 
 KIB = 1024
@@ -45,6 +46,8 @@ class Compiled:
     loop_tensor   the same for the main loop
     calls         subroutines that stand in for instructions the GPU does not have
     in_flight     the main loop leaves a group of asynchronous tensor-core instructions running (sm_90)
+    narrow, early, resident, per_element
+                  as in layout.py; None on AMD, and per_element of what is no quantizer
     """
 
     error: str | None = None
@@ -57,6 +60,10 @@ class Compiled:
     loop_tensor: dict[str, int] | None = None
     calls: tuple[str, ...] = ()
     in_flight: bool = False
+    narrow: int | None = None
+    early: int | None = None
+    resident: int | None = None
+    per_element: float | None = None
 
 
 def register_limit(target: str) -> int:
@@ -83,7 +90,7 @@ def compile_case(case: CompileCase, target: str) -> Compiled:
     if failure is not None:
         return Compiled(error=_first_error(log.getvalue(), failure))
     if "cubin" in kernel.asm:
-        return _measure_nvidia(kernel.asm["cubin"], kernel.metadata.shared, case.expect.get(target, ""))
+        return _measure_nvidia(kernel.asm["cubin"], kernel.metadata, case, target)
     return _measure_amd(kernel.asm["amdgcn"], kernel.metadata.shared, case.expect.get(target, ""))
 
 
@@ -134,7 +141,7 @@ def _first_error(log: str, error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
-def _measure_nvidia(cubin: bytes, shared: int, expected: str) -> Compiled:
+def _measure_nvidia(cubin: bytes, metadata: Any, case: CompileCase, target: str) -> Compiled:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -146,12 +153,21 @@ def _measure_nvidia(cubin: bytes, shared: int, expected: str) -> Compiled:
             subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, env=environment)
             for tool, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
         )
-    registers = re.search(r"REG:(\d+)", usage.stdout + usage.stderr)
-    if registers is None or not sass.stdout:
+    found = re.search(r"REG:(\d+)", usage.stdout + usage.stderr)
+    if found is None or not sass.stdout:
         raise RuntimeError(f"the disassembler failed: {sass.stderr or usage.stderr}")
-    code = machine_code.parse(sass.stdout)
+    code, registers = machine_code.parse(sass.stdout), int(found[1])
     spills = sum(line.mnemonic.startswith(("STL", "LDL")) for line in code.instructions)
-    return _measured(code, int(registers[1]), spills, shared, expected)
+    loop = machine_code.main_loop(code, expected := case.expect.get(target, ""))
+    tensor_memory = getattr(metadata, "tmem_size", None) or 0
+    each = case.elements / (32 * case.num_warps)
+    return replace(
+        _measured(code, registers, spills, metadata.shared, expected),
+        narrow=layout.narrow_loads(loop),
+        early=layout.early_loads(loop),
+        resident=layout.resident_blocks(target, registers, metadata.shared, case.num_warps, tensor_memory),
+        per_element=layout.instructions_per_element(code, each) if each else None,
+    )
 
 
 def _measure_amd(assembly: str, shared: int, expected: str) -> Compiled:

@@ -145,17 +145,22 @@ def main_loop(code: Code, expected: str = "") -> tuple[Instruction, ...]:
     with_tensor = [loop for loop in found if tensor_core(loop)]
     if not with_tensor:
         return max(found, key=len)
-    identity = {id(loop): {id(line) for line in loop} for loop in with_tensor}
-    innermost = [
-        loop
-        for loop in with_tensor
-        if not any(identity[id(other)] < identity[id(loop)] for other in with_tensor if other is not loop)
-    ]
+    innermost = _innermost(with_tensor)
 
     def expected_instructions(loop: tuple[Instruction, ...]) -> int:
         return sum(count for mnemonic, count in tensor_core(loop).items() if expected in mnemonic)
 
     return max(innermost, key=lambda loop: (expected_instructions(loop), len(loop)))
+
+
+def innermost_loops(code: Code) -> list[tuple[Instruction, ...]]:
+    """The loops that hold no other loop."""
+    return _innermost(loops(code))
+
+
+def _innermost(found: list[tuple[Instruction, ...]]) -> list[tuple[Instruction, ...]]:
+    lines = [{id(line) for line in loop} for loop in found]
+    return [loop for loop, own in zip(found, lines, strict=True) if not any(other < own for other in lines)]
 
 
 def tensor_core(lines: tuple[Instruction, ...]) -> Counter[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from svdquant_pack.tests.codegen import budgets, cross, pool
+from svdquant_pack.tests.codegen import budgets, cross, pool, rules
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -42,6 +42,7 @@ def test_machine_code_is_what_is_meant(job, case, compiled):
         assert not code.calls, "an instruction is emulated by a subroutine"
     if case["async_marker"] and target == "sm_90":
         assert code.in_flight, "the main loop waits for all tensor-core instructions in every step"
+    assert not (why := rules.complaints(job, code)), "\n".join(why)
     assert (why := budgets.complaint(pool.listing().triton, *job, code.loop)) is None, why
 
 
@@ -64,6 +65,24 @@ def test_a_spill_that_is_allowed_has_a_reason_and_a_target():
     for name, case in pool.listing().cases.items():
         for target, reason in case["allow_spills"].items():
             assert target in case["targets"] and len(reason) > 20, f"{name} on {target}: {reason!r}"
+
+
+@pytest.mark.parametrize("known", rules.KNOWN, ids=lambda known: f"{known.rule} {known.cases}")
+def test_an_exception_to_a_rule_is_still_needed(known):
+    listing = pool.listing()
+    if listing.missing:
+        pytest.skip(listing.missing)
+    covered = [job for job in listing.jobs if rules.known(known.rule, job) is known]
+    found = [getattr(code, known.rule) for code in pool.compile_jobs(covered).values()]
+    plain = rules.RULES[known.rule][0]
+    assert any(value is not None and rules.breaks(known.rule, value, plain) for value in found), "delete it"
+
+
+def test_a_case_beyond_a_rule_is_complained_of_and_one_without_a_measure_is_not():
+    code = cross.Compiled(narrow=1, early=0, resident=1, per_element=45.5)
+    found = rules.complaints(("kernel-0", "sm_120"), code)
+    assert [text.split(" ", 1)[0] for text in found] == ["1", "1", "45.5"]
+    assert rules.complaints(("kernel-0", "gfx942"), cross.Compiled()) == []
 
 
 def test_no_budget_is_left_of_a_case_that_is_gone():

@@ -1,5 +1,8 @@
 """The reader of machine code, on short pieces written for it."""
 
+import pytest
+
+from svdquant_pack.tests.codegen import layout
 from svdquant_pack.tests.codegen import machine_code as mc
 
 # a main loop whose wait has been moved behind the end, in a loop over tiles with an instruction of its own
@@ -92,3 +95,79 @@ def test_amd_assembly():
 """
     loop = mc.main_loop(mc.parse(text), "wmma")
     assert len(loop) == 3 and mc.kinds(loop)["tensor"] == 1 and mc.kinds(loop)["integer"] == 1
+
+
+LOADS = """
+.L_x_1:
+        /*0000*/                   LDG.E.U8 R4, desc[UR4][R2.64] ;
+        /*0010*/                   LDG.E.64 R6, desc[UR4][R2.64+0x40] ;
+        /*0020*/              @!P0 LDG.E.U16.CONSTANT R9, desc[UR4][R10.64] ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R12], desc[UR4][R14.64] ;
+        /*0040*/                   {} ;
+        /*0050*/                   OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X R88, R104, R120, R88, R170, R181, URZ ;
+        /*0060*/                   STS.U8 [R20], R4 ;
+        /*0070*/               @P0 BRA `(.L_x_1) ;
+"""
+
+
+def loads(between: str):
+    return mc.main_loop(mc.parse(LOADS.format(between)), "OMMA")
+
+
+def test_narrow_loads_are_those_of_less_than_four_bytes_from_global_memory():
+    assert layout.narrow_loads(loads("NOP")) == 2
+
+
+@pytest.mark.parametrize(
+    ("between", "early"),
+    [
+        ("NOP", 0),  # R4 is stored behind the product
+        ("STS.U8 [R20], R4", 1),
+        ("IADD3 R21, PT, PT, R7, R9, RZ", 2),  # the second half of a load of 64 bits
+        ("STS [R9], R21", 1),
+        ("IMAD.WIDE R8, R5, R3, R10", 0),
+        ("MOV R4, RZ ;\n        /*0041*/                   STS.U8 [R20], R4", 0),  # another number by then
+        ("MOV R4, R4 ;\n        /*0041*/                   NOP", 1),
+    ],
+)
+def test_a_load_is_early_if_it_is_read_before_the_first_tensor_core_instruction_of_its_pass(between, early):
+    assert layout.early_loads(loads(between)) == early
+
+
+def test_a_loop_without_tensor_cores_has_no_early_loads():
+    text = LOADS.format("IADD3 R21, PT, PT, R7, R9, RZ").replace("OMMA", "FMUL")
+    assert layout.early_loads(mc.main_loop(mc.parse(text))) == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "warps", "blocks"),
+    [  # worked out by hand from the CUDA programming guide's table
+        ("sm_120", 200, 33792, 8, 1),  # 8 * 32 * 200 registers are 51200 of 65536
+        ("sm_120", 128, 33792, 8, 2),
+        ("sm_120", 129, 33792, 8, 1),  # given 136
+        ("sm_120", 255, 33792, 4, 2),
+        ("sm_120", 255, 50 * 1024, 4, 1),  # and 1 KiB that every block takes
+        ("sm_120", 255, 49 * 1024, 4, 2),
+        ("sm_80", 168, 0, 4, 3),
+        ("sm_90", 32, 0, 4, 16),
+        ("sm_86", 32, 0, 1, 16),
+        ("sm_75", 64, 2048, 4, 8),
+        ("sm_80", 72, 0, 4, 7),  # 28 warps of 2304: seven to each quarter of the registers
+    ],
+)
+def test_resident_blocks(target, registers, shared, warps, blocks):
+    assert layout.resident_blocks(target, registers, shared, warps) == blocks
+
+
+def test_tensor_memory_bounds_the_blocks_of_sm_100():
+    assert layout.resident_blocks("sm_100", 64, 1024, 4, tensor_memory=256) == 2
+
+
+def test_instructions_per_element_count_every_innermost_loop_and_all_without_one():
+    def loop(label: str, inside: str = "") -> str:
+        first, last = "        /*0000*/    FADD R0, R1, R2 ;\n", f"        /*0010*/  @P0 BRA `(.L_x_{label}) ;\n"
+        return f".L_x_{label}:\n{first}{inside}{last}"
+
+    assert layout.instructions_per_element(mc.parse(loop("1") + loop("2")), 2) == 2
+    assert layout.instructions_per_element(mc.parse(loop("1", loop("2"))), 2) == 1
+    assert layout.instructions_per_element(mc.parse("        /*0000*/    FADD R0, R1, R2 ;\n"), 2) == 0.5

@@ -8,6 +8,7 @@ from svdquant_pack.kernels.backends.triton.gemm_nvfp4 import gemm_nvfp4
 from svdquant_pack.kernels.backends.triton.gemm_w4 import gemm_w4
 from svdquant_pack.kernels.backends.triton.gemm_w8 import gemm_w8
 from svdquant_pack.kernels.backends.triton.gemv_w4a16 import gemv_w4a16
+from svdquant_pack.kernels.backends.triton.launch import STEP
 from svdquant_pack.kernels.backends.triton.quantize_groups import quantize_groups
 from svdquant_pack.kernels.backends.triton.quantize_nvfp4 import quantize_nvfp4
 from svdquant_pack.kernels.backends.triton.quantize_rows import quantize_rows
@@ -66,21 +67,21 @@ def expand_weight_cases() -> list[CompileCase]:
     """int8 and 16-bit weights of both formats in every shipped setting; no tensor cores, so Turing too"""
     signature = {"qweight": "*i8", "wzeros": "*bf16", "smooth_factor": "*bf16"}
     signature |= dict.fromkeys(("channel_scales", "row_scales", "shift"), "*fp32")
-    signature |= dict.fromkeys(("N", "K", "unsigned_start", "unsigned_stop"), "i32")
+    signature |= dict.fromkeys(("N", "K", "stride_g", "stride_n", "unsigned_start", "unsigned_stop"), "i32")
     cases = []
     for name, options, targets in shipped("expand_weight", TARGETS):
         constexprs, warps, stages = launch_options(options)
         size = constexprs.pop("BYTES")
         for flavour, (types, flags) in EXPANDED.items():
             more = {"GROUPS": size // (8 if flags["NVFP4"] else 32), "CHANNEL": flags["NVFP4"]}
-            more |= {"AWQ": False, "SHIFT": False}
+            more |= {"AWQ": False, "SHIFT": False, "stride_g" if flags["NVFP4"] else "stride_n": 1}
             # bf16 does not exist on Turing
             able = tuple(target for target in targets if target != "sm_75" or flavour != "nvfp4-bf16")
             cases.append(
                 CompileCase(
                     f"{name}-{flavour}",
                     expand_weight,
-                    signature | types,
+                    {name: kind for name, kind in (signature | types).items() if name not in more},
                     constexprs | flags | more,
                     warps,
                     stages,
@@ -95,7 +96,7 @@ def gemm_nvfp4_cases() -> list[CompileCase]:
     signature = dict.fromkeys(("branch_act", "proj_up", "lora_act", "lora_up", "bias", "out"), "*bf16")
     signature |= {"qact": "*u8", "qweight": "*u8", "ascales": "*fp8e4nv", "wscales": "*fp8e4nv"}
     signature |= {"channel_scales": "*fp32", "lora_strength": "*fp32"}
-    signature |= dict.fromkeys(("M", "N", "K", "R", "R_LORA"), "i32")
+    signature |= dict.fromkeys(("M", "N", "half", "R", "R_LORA"), "i32")
     cases = []
     for name, options, targets in shipped("gemm_nvfp4", NVFP4_TARGETS):
         constexprs, warps, stages = launch_options(options)
@@ -143,7 +144,7 @@ def gemm_w4_cases() -> list[CompileCase]:
                         f"{name}-{flavour}" + "-amd" * (not asm),
                         gemm_w4,
                         signature | {"ascales": "*fp32" if flags["EIGHT"] else "*bf16"},
-                        constexprs | flags | {"ASM": asm},
+                        constexprs | flags | {"ASM": asm, "PAIRS": asm and flags["EIGHT"]},
                         warps,
                         stages,
                         targets,
@@ -232,6 +233,7 @@ def quantize_groups_cases() -> list[CompileCase]:
                         targets,
                         {} if chunks else {target: FLOAT[target] for target in targets},
                         undivisible=("M", "groups"),
+                        elements=STEP * constexprs["BM"],
                     )
                 )
     return cases
@@ -273,7 +275,7 @@ def quantize_nvfp4_cases() -> list[CompileCase]:
     for name, options, targets in shipped("quantize_nvfp4", NVFP4_TARGETS):
         chunks = options.pop("CHUNKS")
         constexprs, warps, stages = launch_options(options)
-        constexprs |= {"SMOOTH": True, "MEAN": True, "ASM": True}
+        constexprs |= {"SMOOTH": True, "MEAN": True, "ASM": True, "CONVERTS": True}
         for four_six, rank in product((False, True), (0,) if chunks else (32, 128)):
             cases.append(
                 CompileCase(
@@ -286,6 +288,7 @@ def quantize_nvfp4_cases() -> list[CompileCase]:
                     targets,
                     {} if chunks else {target: FLOAT[target] for target in targets},
                     undivisible=("M", "steps"),
+                    elements=STEP * constexprs["BM"],
                 )
             )
     return cases
@@ -314,6 +317,7 @@ def quantize_rows_cases() -> list[CompileCase]:
                         targets,
                         {target: FLOAT[target] for target in targets} if fuse else {},
                         undivisible=("M",),
+                        elements=constexprs["BM"] * constexprs["BK"],
                     )
                 )
     return cases

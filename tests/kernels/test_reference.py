@@ -158,12 +158,23 @@ def test_bad_arguments_are_refused(x, keywords, message):
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_blob_holds_every_tensor(format):
     layer = random_layer(format, dtype=torch.bfloat16)
-    blob, views = to_blob(layer.tensors)
+    blob, views = to_blob(layer.tensors, layer.spec.fmt.by_column)
     again = from_blob(blob, views)
     assert again.keys() == layer.tensors.keys()
     for name, tensor in layer.tensors.items():
         assert again[name].dtype == tensor.dtype and torch.equal(again[name].float(), tensor.float())
         assert (again[name].data_ptr() - blob.data_ptr()) % 256 == 0
+
+
+def test_a_blob_holds_words_of_scales_where_the_format_reads_words():
+    """K = 208 has 13 groups, four words of four: what the last one has beyond is zero."""
+    layer = random_layer("nvfp4", k=208)
+    blob, views = to_blob(layer.tensors, layer.spec.fmt.by_column)
+    (view,) = (each for each in views if each.name == "wscales")
+    scales = from_blob(blob, views)["wscales"]
+    assert scales.shape == (13, layer.spec.n) and scales.stride() == (1, 16) and view.nbytes == 16 * layer.spec.n
+    words = blob[view.offset : view.offset + view.nbytes].view(-1, 16)
+    assert torch.equal(words[:, :13], layer["wscales"].view(torch.uint8).t()) and not words[:, 13:].any()
 
 
 BROKEN = {  # what is changed in the tensors of a layer -> what the error says

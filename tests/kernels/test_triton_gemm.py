@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from svdquant_pack.kernels import FORMATS, eight_bit, stages
-from svdquant_pack.kernels.packing import pack, unpack
+from svdquant_pack.kernels.packing import by_column, pack, unpack
 from svdquant_pack.kernels.stages import CodedActivation, Coding
 
 launch = pytest.importorskip("svdquant_pack.kernels.backends.triton.launch")
@@ -153,8 +153,8 @@ def test_int8_rows(dtype, kind, k, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("k", [K, 208])
-def test_nvfp4(dtype, kind, k, device):
+@pytest.mark.parametrize(("k", "order"), [(K, "packed"), (208, "packed"), (208, "natural")])
+def test_nvfp4(dtype, kind, k, order, device):
     if device.type == "cuda" and torch.cuda.get_device_capability()[0] not in (10, 12):
         pytest.skip("this GPU has no NVFP4 tensor cores")
     fmt = FORMATS["nvfp4"]
@@ -163,7 +163,10 @@ def test_nvfp4(dtype, kind, k, device):
     product = fmt.decode_activation(nibbles, scales).double() @ fmt.decode_weight(weight).double().T
     epilogue = make_epilogue(dtype, kind)
     weight = {name: tensor.to(device) for name, tensor in weight.items()}
-    act = CodedActivation(pack(nibbles).to(device), scales.T.contiguous().to(device))
+    words = by_column(scales.T, 4).view(M, -1, 4).transpose(0, 1).contiguous()  # four groups of a row each
+    act = CodedActivation(pack(nibbles).to(device), words.to(device))
+    if order == "packed":
+        weight |= {"wscales": by_column(weight["wscales"], 4)[:, : k // 16].t()}
     y = launch.multiply_nvfp4(act, weight, moved(epilogue, device), dtype)
     check(y, finished(product, epilogue), dtype)
 

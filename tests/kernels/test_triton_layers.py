@@ -5,6 +5,7 @@ import torch
 
 from svdquant_pack.kernels import Layer, LayerSpec, choose, svdquant_linear
 from svdquant_pack.kernels.backends.reference import linear as reference
+from svdquant_pack.quantize.linear import PackedLinear
 from svdquant_pack.tests.kernels.layers import random_layer
 
 triton_layers = pytest.importorskip("svdquant_pack.kernels.backends.triton.layers")
@@ -146,3 +147,24 @@ def test_tensors_that_are_not_contiguous_give_the_same(format, device):
 def test_triton_is_chosen_where_it_runs(device):
     assert choose(LayerSpec("int4", 64, 64), device, torch.bfloat16, "w4a8").backend.name == "triton"
     assert choose(LayerSpec("awq_w4a16", 64, 64), device, torch.bfloat16, rows=1).compute == "w4a16"
+
+
+@pytest.mark.parametrize(("format", "compute"), CASES)
+@pytest.mark.parametrize("k", [256, 192])
+def test_a_packed_layer_is_the_layer(format, compute, k, device):
+    """Packing may move numbers in memory, for the kernels alone."""
+    need(format, compute, device)
+    layer, x = random_layer(format, k=k, rank=32, dtype=torch.bfloat16), torch.randn(17, k).bfloat16().to(device)
+    blob, packed = PackedLinear.pack(layer, compute)
+    blob = blob.to(device)
+    assert torch.equal(packed.forward(x, blob, None, None), svdquant_linear(x, on(device, layer), compute=compute))
+    for name, tensor in packed.layer(blob).tensors.items():
+        assert torch.equal(tensor.cpu().float(), layer[name].float()), name
+
+
+@pytest.mark.parametrize("n", [37, 38, 130])
+def test_scales_that_do_not_come_in_pairs_or_fill_no_tile(n, device):
+    need("int4", "w4a8", device)
+    layer, x = random_layer("int4", n=n, dtype=torch.bfloat16), torch.randn(17, 256).bfloat16()
+    y = triton_layers.linear(x.to(device), on(device, layer), None, None, "w4a8")
+    close(y, reference(x, layer, None, None, "w4a8"), torch.bfloat16)

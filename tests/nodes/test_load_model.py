@@ -64,6 +64,9 @@ def test_what_the_host_saves_is_the_native_spelling(checkpoints):
     for name in checkpoint.specs:
         stored = checkpoint.layer(name)
         assert torch.equal(saved[f"{name}.weight"], stored["qweight"])
+        scales = saved[f"{name}.weight_scale"]
+        assert torch.equal(scales.float(), stored["wscales"].float())
+        assert scales.is_contiguous(), "safetensors writes no other tensor"
         assert json.loads(bytes(saved[f"{name}.comfy_quant"].tolist()))["orig_shape"] == [stored.spec.n, stored.spec.k]
         if stored.spec.rank:
             assert torch.equal(saved[f"{name}.proj_up"], stored["proj_up"])

@@ -87,6 +87,37 @@ def from_e2m1(code):
     return tl.where((code & 8) != 0, -value, value)
 
 
+# Four bytes of codes and their eight values, as by to_e2m1 but for NaN, which becomes 6. What a cvt names first is the
+# high nibble, or half. + 0 makes zeros positive; .rn keeps it from being fused with the product before it
+E2M1_PAIRS = tl.constexpr(
+    "{.reg .f32 even, odd; .reg .b32 both; .reg .b16 low, high; .reg .b8 byte<4>;"
+    + "".join(
+        f"add.rn.f32 even, ${9 + i}, 0f00000000; add.rn.f32 odd, ${13 + i}, 0f00000000;"
+        f"cvt.rn.satfinite.e2m1x2.f32 byte{i}, odd, even; cvt.rn.f16x2.e2m1x2 both, byte{i};"
+        f"mov.b32 {{low, high}}, both; cvt.f32.f16 ${1 + i}, low; cvt.f32.f16 ${5 + i}, high;"
+        for i in range(4)
+    )
+    + "mov.b32 $0, {byte0, byte1, byte2, byte3};}"
+)
+
+
+@triton.jit
+def to_e2m1_pairs(even, odd, CONVERTS: tl.constexpr):
+    """(int8 of two E2M1 codes, the even channel's in the low nibble, their values); by cvt where the GPU CONVERTS"""
+    if CONVERTS:
+        return tl.inline_asm_elementwise(
+            E2M1_PAIRS,
+            "=r,=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f",
+            [even, odd],
+            dtype=(tl.int8, tl.float32, tl.float32),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low, high = to_e2m1(even), to_e2m1(odd)
+        return (low | (high << 4)).to(tl.int8), from_e2m1(low), from_e2m1(high)
+
+
 @triton.jit
 def from_e4m3(byte):
     """Value of an E4M3 byte held in an int32, by its bits: pointers to fp8 do not exist before sm_89"""

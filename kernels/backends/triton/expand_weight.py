@@ -11,9 +11,10 @@ from .codes import GELU_SHIFT, from_e2m1, from_e4m3, interleave, round_bits
 
 
 @triton.jit
-def group_scales(wscales, group, rn, N, inside, NVFP4: tl.constexpr):
+def group_scales(wscales, group, rn, stride_g, stride_n, inside, NVFP4: tl.constexpr):
     """(BN, groups) fp32"""
-    found = tl.load(wscales + group[None, :].to(tl.int64) * N + rn[:, None], mask=inside, other=0)
+    places = group[None, :].to(tl.int64) * stride_g + rn[:, None].to(tl.int64) * stride_n
+    found = tl.load(wscales + places, mask=inside, other=0)
     if NVFP4:
         return from_e4m3(found.to(tl.int32))
     else:
@@ -21,14 +22,15 @@ def group_scales(wscales, group, rn, N, inside, NVFP4: tl.constexpr):
 
 
 @triton.jit
-def largest_scale(wscales, rn, N, K, BN: tl.constexpr, GROUPS: tl.constexpr, NVFP4: tl.constexpr):
+def largest_scale(wscales, rn, N, K, stride_g, stride_n, BN: tl.constexpr, GROUPS: tl.constexpr, NVFP4: tl.constexpr):
     """Largest |group scale| of each row; the scales are 1/8 of the bytes at most"""
     GROUP: tl.constexpr = 16 if NVFP4 else 64
     largest = tl.zeros((BN,), tl.float32)
     for first in range(0, K // GROUP, GROUPS):
         group = first + tl.arange(0, GROUPS)
         inside = (rn < N)[:, None] & (group < K // GROUP)[None, :]
-        largest = tl.maximum(largest, tl.max(tl.abs(group_scales(wscales, group, rn, N, inside, NVFP4)), axis=1))
+        found = group_scales(wscales, group, rn, stride_g, stride_n, inside, NVFP4)
+        largest = tl.maximum(largest, tl.max(tl.abs(found), axis=1))
     return largest
 
 
@@ -55,6 +57,8 @@ def expand_weight(
     shift,
     N,
     K,
+    stride_g,
+    stride_n,
     unsigned_start,
     unsigned_stop,
     BN: tl.constexpr,
@@ -66,7 +70,7 @@ def expand_weight(
     SMOOTH: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """One program: BN whole rows. weight (N, K) int8 or fp8 with UNIT, 16 bit without
+    """One program: BN whole rows. weight (N, K) int8 or fp8 with UNIT, 16 bit without; wscales of any strides
 
     row_scales (N,) fp32 with UNIT; else SHIFT writes shift (N,) fp32 = GELU_SHIFT * sum of w / smooth_factor over the
     unsigned channels, which a layer that does not shift its activations owes its bias
@@ -79,7 +83,7 @@ def expand_weight(
     if CHANNEL:
         upper = tl.load(channel_scales + rn, mask=rn < N, other=1.0)
     if UNIT:
-        largest = largest_scale(wscales, rn, N, K, BN, GROUPS, NVFP4)
+        largest = largest_scale(wscales, rn, N, K, stride_g, stride_n, BN, GROUPS, NVFP4)
         unit = tl.full((BN,), UNIT, tl.float32)
         factor = tl.where(largest == 0.0, 0.0, tl.div_rn(unit, tl.where(largest == 0.0, 1.0, largest)))
         tl.store(row_scales + rn, tl.div_rn(largest, unit) * upper, mask=rn < N)
@@ -94,11 +98,11 @@ def expand_weight(
         b = tl.load(qweight + rows * (K // 2) + kb[None, :], mask=inside & (kb < K // 2)[None, :], other=0)
         b = tl.reshape(b.to(tl.int32), (BN, GROUPS, GROUP // 2))
         valid = inside & (group < K // GROUP)[None, :]
-        scale = (group_scales(wscales, group, rn, N, valid, NVFP4) * factor[:, None])[:, :, None]
+        scale = (group_scales(wscales, group, rn, stride_g, stride_n, valid, NVFP4) * factor[:, None])[:, :, None]
         low = codes_of(b, NVFP4, AWQ) * scale
         high = codes_of(b >> 4, NVFP4, AWQ) * scale
         if AWQ:
-            zero = group_scales(wzeros, group, rn, N, valid, False)[:, :, None]
+            zero = group_scales(wzeros, group, rn, stride_g, stride_n, valid, False)[:, :, None]
             low += zero
             high += zero
         even = tl.reshape(low, (BN, WIDTH // 2))

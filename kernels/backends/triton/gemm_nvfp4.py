@@ -27,7 +27,7 @@ def gemm_nvfp4(
     out,
     M,
     N,
-    K,
+    half,
     R,
     R_LORA,
     BM: tl.constexpr,
@@ -40,7 +40,11 @@ def gemm_nvfp4(
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """One program: one (BM, BN) tile of y. qact (M, K/2), qweight (N, K/2), ascales (K/16, M), wscales (K/16, N)"""
+    """One program: one (BM, BN) tile of y. qact (M, K/2), qweight (N, K/2), ascales (W, M, 4), wscales (N, W, 4)
+
+    half = K/2, W = ceil(K/64): the scales of four groups are one word and copied as one, as single bytes cannot be
+    copied asynchronously. What a word has beyond K is zero
+    """
     pm, pn = tile_of(tl.program_id(0), M, N, BM, BN, GM)
     rm = pm * BM + tl.arange(0, BM)
     rn = pn * BN + tl.arange(0, BN)
@@ -48,20 +52,21 @@ def gemm_nvfp4(
     columns = tl.where(rn < N, rn, 0)
     kb = tl.arange(0, BK // 2)
     kg = tl.arange(0, BK // 16)
-    ap = qact + rows[:, None].to(tl.int64) * (K // 2) + kb[None, :]
-    wp = qweight + columns[None, :].to(tl.int64) * (K // 2) + kb[:, None]
-    sap = ascales + kg[None, :].to(tl.int64) * M + rows[:, None]
-    swp = wscales + kg[None, :].to(tl.int64) * N + columns[:, None]
+    words = tl.cdiv(half, 32)
+    ap = qact + rows[:, None].to(tl.int64) * half + kb[None, :]
+    wp = qweight + columns[None, :].to(tl.int64) * half + kb[:, None]
+    sap = ascales + (kg // 4)[None, :].to(tl.int64) * (4 * M) + (4 * rows)[:, None] + (kg % 4)[None, :]
+    swp = wscales + columns[:, None].to(tl.int64) * (4 * words) + kg[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, tl.cdiv(K, BK)):
+    for k in range(0, tl.cdiv(half, BK // 2)):
         if EVEN:
             a = tl.load(ap)
             w = tl.load(wp)
             sa = tl.load(sap)
             sw = tl.load(swp)
         else:
-            bytes_left = k * (BK // 2) + kb < K // 2
-            groups_left = (k * (BK // 16) + kg < K // 16)[None, :]
+            bytes_left = k * (BK // 2) + kb < half
+            groups_left = (k * (BK // 64) + kg // 4 < words)[None, :]
             a = tl.load(ap, mask=bytes_left[None, :], other=0)
             w = tl.load(wp, mask=bytes_left[:, None], other=0)
             sa = tl.load(sap, mask=groups_left, other=0.0)
@@ -70,7 +75,7 @@ def gemm_nvfp4(
         ap += BK // 2
         wp += BK // 2
         sap += M * (BK // 16)
-        swp += N * (BK // 16)
+        swp += BK // 16
     acc *= tl.load(channel_scales + columns)[None, :]
     acc = finish(
         acc,

@@ -45,6 +45,14 @@ def group_product(acc, d, sa, sw, BM: tl.constexpr, BN: tl.constexpr, FOLD: tl.c
 
 
 @triton.jit
+def from_pairs(word, KIND: tl.constexpr, BN: tl.constexpr):
+    """The BN 16-bit numbers in BN / 2 words, fp32"""
+    first = word.to(tl.int16).to(KIND, bitcast=True)
+    second = (word >> 16).to(tl.int16).to(KIND, bitcast=True)
+    return tl.reshape(tl.join(first, second), (BN,)).to(tl.float32)
+
+
+@triton.jit
 def requantize(h, smooth_factor, rn, BM: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr):
     """Unsigned int4 codes of (h + shift) / smooth_factor for the next layer: bytes (BM, BN/64, 32), scales"""
     y = h.to(KIND).to(tl.float32) + GELU_SHIFT  # from the 16-bit output, as if the next layer had read it
@@ -90,10 +98,12 @@ def gemm_w4(
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     REQUANTIZE: tl.constexpr,
+    PAIRS: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """One program: one (BM, BN) tile of y. qact as quantize_groups leaves it, qweight (N, K/2), wscales (K/64, N)
 
+    PAIRS: N is even, and two 16-bit wscales are a word: single ones could not be copied asynchronously
     REQUANTIZE writes next_qact (M, N/2) and next_ascales (N/64, M) beside y, for a next layer that takes unsigned codes
     """
     pm, pn = tile_of(tl.program_id(0), M, N, BM, BN, GM)
@@ -107,12 +117,20 @@ def gemm_w4(
     ap = qact + rows[:, None].to(tl.int64) * act_row + half[None, :]
     wp = qweight + columns[None, :].to(tl.int64) * (K // 2) + half[:, None]
     sap = ascales + rows
-    swp = wscales + columns
+    WORDS: tl.constexpr = PAIRS and wscales.dtype.element_ty.primitive_bitwidth == 16
+    if WORDS:
+        words = pn * (BN // 2) + tl.arange(0, BN // 2)
+        swp = wscales.to(tl.pointer_type(tl.int32)) + words
+    else:
+        swp = wscales + columns
     acc = tl.zeros((BM, BN), tl.float32)
     for g in range(0, K // 64):
         w = tl.load(wp)
         sa = tl.load(sap).to(tl.float32)
-        sw = tl.load(swp).to(tl.float32)
+        if WORDS:
+            sw = from_pairs(tl.load(swp, mask=words < N // 2, other=0), wscales.dtype.element_ty, BN)
+        else:
+            sw = tl.load(swp).to(tl.float32)
         if EIGHT:
             low = tl.load(ap)
             high = tl.load(ap + 32)
@@ -131,7 +149,7 @@ def gemm_w4(
         ap += STEP
         wp += 32
         sap += M
-        swp += N
+        swp += N // 2 if WORDS else N
     acc *= 0.0625 if EIGHT else 0.00390625
     acc = finish(
         acc,

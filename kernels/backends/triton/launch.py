@@ -11,6 +11,7 @@ import torch
 
 from ...formats import E2M1_CODE, FORMATS, GROUP_SIZE, OFFSET_8, Format, Tensors
 from ...layer import RANK_TILE, shifted_bias_term
+from ...packing import by_column
 from ...stages import CodedActivation, Coding, Range, weighted
 from . import knows
 from .expand_weight import expand_weight
@@ -22,7 +23,7 @@ from .quantize_groups import quantize_groups
 from .quantize_nvfp4 import quantize_nvfp4
 from .quantize_rows import quantize_rows
 from .start import Launch
-from .tiles import arch_of, has_asm, settings
+from .tiles import arch_of, converts_e2m1, has_asm, settings
 
 ACTIVATIONS = {"": 0, "gelu": 1, "silu": 2}
 FUSED_RANK = 128  # wider branches go through torch.mm: their sums would not stay in registers
@@ -67,6 +68,8 @@ class Quantizer:
 
     rank   of the layer's branch, 0 for none: then branch_act is None
     means  whether calls come with an act_mean. It and the rule of `coding` count for 4-bit codes alone
+
+    ascales of NVFP4 are (ceil(K/64), M, 4): the four scales of 64 channels are one word
     """
 
     def __init__(self, x: torch.Tensor, rank: int, coding: Coding, smooth: bool = True, means: bool = False) -> None:
@@ -95,13 +98,14 @@ class Quantizer:
             flags["MEAN"] = means and not eight
             self.behind = (chunks or steps,) if nvfp4 else (*unsigned, chunks or steps)
             if nvfp4:
-                flags["FOUR_SIX"] = rule == "four_six"
+                flags |= {"FOUR_SIX": rule == "four_six", "CONVERTS": converts_e2m1(arch_of(x.device))}
             else:
                 flags |= {"EIGHT": eight, "UNSIGNED": unsigned[0] != unsigned[1]}
                 flags["SIGNED_EXTREME"] = rule == "signed_extreme" and not eight
             self.width = self.k if eight else self.k // 2
-            self.scales = (self.k // (GROUP_SIZE if fmt is None else fmt.group_size),)
+            self.scales = (steps,)
             self.kinds = torch.int8, torch.float8_e4m3fn if nvfp4 else torch.float32 if eight else x.dtype
+        self.word = (4,) if nvfp4 else ()  # the scales of 64 channels
         self.by_rows, self.launch = by_rows, Launch(kernel, flags)
 
     def __call__(
@@ -116,7 +120,7 @@ class Quantizer:
             x = x.contiguous()
             stride = x.stride()
         codes, scales = self.kinds
-        qact, ascales = x.new_empty(m, self.width, dtype=codes), x.new_empty(*self.scales, m, dtype=scales)
+        qact, ascales = x.new_empty(m, self.width, dtype=codes), x.new_empty(*self.scales, m, *self.word, dtype=scales)
         branch_act, down, smooth = None, x, x if smooth_factor is None else smooth_factor
         if proj_down is not None and self.fused:
             branch_act, down = x.new_empty(m, self.rank), proj_down
@@ -156,6 +160,7 @@ class Product:
         options = settings(name, x.device, x.shape[0])
         self.n, self.k = numbers
         self.block, self.columns = options["BM"], -(-self.n // options["BN"])
+        self.width = self.k // 2 if name in BY_BYTE else self.k
         if "BK" in options:
             flags = {"EVEN": self.k % options["BK"] == 0, **flags}
         self.dtype, self.launch = x.dtype, Launch(GEMMS[name], {**flags, **epilogue.flags(), **options})
@@ -192,10 +197,11 @@ class Product:
             )
             widths = (0 if branch_act is None else branch_act.shape[1], 0 if lora_act is None else lora_act.shape[1])
             grid = (-(-m // self.block) * self.columns, 1, 1)
-            self.launch(grid, tensors, (m, self.n, self.k, *widths, *unsigned))
+            self.launch(grid, tensors, (m, self.n, self.width, *widths, *unsigned))
         return y
 
 
+BY_BYTE = ("gemm_nvfp4",)  # these count a row in bytes of two codes
 GEMMS = {"gemm_w4": gemm_w4, "gemm_w8": gemm_w8, "gemm_nvfp4": gemm_nvfp4}
 
 
@@ -206,7 +212,10 @@ def product_w4(
     # MAGIC * scale is exact up to 22 significant bits: scales of int8 codes have 12 (round_up_12_bits),
     # fp16 has 11 and bf16 8; those of fp32 activations have 24 and take the longer way
     fold = eight or x.element_size() == 2
-    flags = {"EIGHT": eight, "FOLD": fold, "REQUANTIZE": requantize, "ASM": has_asm(arch_of(x.device))}
+    arch = arch_of(x.device)
+    flags = {"EIGHT": eight, "FOLD": fold, "REQUANTIZE": requantize, "ASM": has_asm(arch)}
+    # compiled for AMD, and beside codes of 4 bit, words take more instructions and wait no less
+    flags["PAIRS"] = eight and numbers[0] % 2 == 0 and not arch.startswith("gfx")
     return Product("gemm_w4", x, numbers, epilogue, flags)
 
 
@@ -247,6 +256,7 @@ def multiply_w8(
 def multiply_nvfp4(act: CodedActivation, weight: Tensors, epilogue: Epilogue, dtype: torch.dtype) -> torch.Tensor:
     """y = epilogue(decode(act) @ decode(weight).T), NVFP4 codes on both sides; for one call
 
+    act     as `quantize` leaves it
     weight  qweight and wscales of a layer, and wtscale and wcscales if it has them
     """
     n, half = weight["qweight"].shape
@@ -261,7 +271,11 @@ def nvfp4_codes(act: CodedActivation) -> CodedActivation:
 
 
 def nvfp4_weight(weight: Tensors, channel_scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return weight["qweight"].view(torch.uint8), weight["wscales"], channel_scales
+    """As gemm_nvfp4 reads them: with four scales of a column side by side, which needs a copy if it was never packed"""
+    qweight, wscales = weight["qweight"], weight["wscales"]
+    if wscales.stride() != (1, -(-qweight.shape[1] // 32) * 4):
+        wscales = by_column(wscales, 4)
+    return qweight.view(torch.uint8), wscales, channel_scales
 
 
 class Expander:
@@ -313,7 +327,7 @@ class Expander:
             unused,
             unused,
         )
-        self.launch(self.grid, pointers, (self.n, self.k, *self.unsigned))
+        self.launch(self.grid, pointers, (self.n, self.k, *wscales.stride(), *self.unsigned))
         return weight, beside
 
 

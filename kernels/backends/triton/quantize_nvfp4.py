@@ -7,22 +7,22 @@ y = (x - act_mean) / smooth_factor, and in the same pass branch_act = x @ proj_d
 import triton
 import triton.language as tl
 
-from .codes import extreme_or_nan, from_e2m1, magnitude_bits, pairs, reciprocal, smoothing, to_e2m1
+from .codes import extreme_or_nan, magnitude_bits, reciprocal, smoothing, to_e2m1_pairs
 
 
 @triton.jit
-def encode(y, extreme, top):
-    """(codes, unrounded scale) with scale = min(extreme / top, 448)"""
+def encode(y, extreme, top, BM: tl.constexpr, CONVERTS: tl.constexpr):
+    """(bytes of two codes, unrounded scale, squared error of each group) with scale = min(extreme / top, 448)
+
+    The error is that of the scale as it will be stored
+    """
     scale = extreme / top
     scale = tl.where(scale > 448.0, 448.0, scale)  # a comparison keeps NaN, minimum() would drop it
-    return to_e2m1(y * reciprocal(scale)[:, :, None]), scale
-
-
-@triton.jit
-def squared_error(y, code, scale):
-    """Of each group, with the scale as it will be stored"""
-    difference = from_e2m1(code) * scale.to(tl.float8e4nv).to(tl.float32)[:, :, None] - y
-    return tl.sum(difference * difference, axis=2)
+    even, odd = tl.split(tl.reshape(y * reciprocal(scale)[:, :, None], (BM, 4, 8, 2)))
+    packed, even, odd = to_e2m1_pairs(even, odd, CONVERTS)
+    stored = scale.to(tl.float8e4nv).to(tl.float32)[:, :, None]
+    difference = tl.reshape(tl.join(even, odd), (BM, 4, 16)) * stored - y
+    return packed, scale, tl.sum(difference * difference, axis=2)
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -45,8 +45,12 @@ def quantize_nvfp4(
     MEAN: tl.constexpr,
     FOUR_SIX: tl.constexpr,
     ASM: tl.constexpr,
+    CONVERTS: tl.constexpr,
 ):
-    """One program: BM rows, `steps` times 64 channels. qact (M, K/2), ascales (K/16, M) e4m3"""
+    """One program: BM rows, `steps` times 64 channels. qact (M, K/2), ascales (ceil(K/64), M, 4) e4m3
+
+    With CONVERTS the GPU has cvt to E2M1: the same codes, but in a group with NaN or Inf, whose scale is NaN either way
+    """
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = (rm < M)[:, None]
     rows = rm[:, None].to(tl.int64)
@@ -72,19 +76,17 @@ def quantize_nvfp4(
             y = y * smoothing(smooth_factor, k, k < K, ASM)[None, :]
         y = tl.reshape(y.to(x.dtype.element_ty).to(tl.float32), (BM, 4, 16))
         extreme = extreme_or_nan(tl.max(magnitude_bits(y), axis=2))
-        code, scale = encode(y, extreme, 6.0)
+        packed, scale, error = encode(y, extreme, 6.0, BM, CONVERTS)
         if FOUR_SIX:
-            other_code, other_scale = encode(y, extreme, 4.0)
-            better = squared_error(y, other_code, other_scale) < squared_error(y, code, scale)
-            code = tl.where(better[:, :, None], other_code, code)
+            other, other_scale, other_error = encode(y, extreme, 4.0, BM, CONVERTS)
+            better = other_error < error
+            packed = tl.where(better[:, :, None], other, packed)
             scale = tl.where(better, other_scale, scale)
-        low, high = pairs(tl.reshape(code, (BM, 64)), BM, 64)
         kb = step * 32 + half
         target = qact + rows * (K // 2) + kb[None, :]
-        tl.store(target, (low | (high << 4)).to(tl.int8), mask=inside & (kb < K // 2)[None, :])
-        group = step * 4 + quarter
-        target = ascales + group[None, :].to(tl.int64) * M + rm[:, None]
-        tl.store(target, scale.to(tl.float8e4nv), mask=inside & (group < K // 16)[None, :])
+        tl.store(target, tl.reshape(packed, (BM, 32)), mask=inside & (kb < K // 2)[None, :])
+        target = ascales + 4 * (step * M + rows) + quarter[None, :]
+        tl.store(target, scale.to(tl.float8e4nv), mask=inside)  # beyond K they are zero
     if RANK:
         target = branch_act + rows * R + rr[None, :]
         tl.store(target, acc.to(branch_act.dtype.element_ty), mask=inside & (rr < R)[None, :])

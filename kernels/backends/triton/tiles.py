@@ -45,6 +45,11 @@ def has_asm(arch: str) -> bool:
     return arch.startswith("sm_")
 
 
+def converts_e2m1(arch: str) -> bool:
+    """Whether PTX has cvt.e2m1x2 there: on all of Blackwell"""
+    return arch.startswith(("sm_10", "sm_11", "sm_12"))
+
+
 def bucket(rows: int) -> int:
     """Rows rounded up to a power of four from 16 on: what settings are looked up by"""
     size = 16
