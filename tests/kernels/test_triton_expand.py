@@ -7,6 +7,7 @@ from svdquant_pack.kernels import FORMATS
 from svdquant_pack.kernels.formats import GELU_SHIFT
 
 launch = pytest.importorskip("svdquant_pack.kernels.backends.triton.launch")
+launch_expand = pytest.importorskip("svdquant_pack.kernels.backends.triton.launch_expand")
 SHAPES = [(96, 256), (37, 192), (130, 64)]
 
 
@@ -23,7 +24,7 @@ def weight_of(format: str, n: int, k: int) -> dict[str, torch.Tensor]:
 def expand(format, weight, dtype, device, **arguments):
     weight = {name: tensor.to(device) for name, tensor in weight.items()}
     arguments = {name: part.to(device) if torch.is_tensor(part) else part for name, part in arguments.items()}
-    found = launch.expand(format, weight, dtype, launch.channel_scales_of(weight), **arguments)
+    found = launch_expand.expand(format, weight, dtype, launch.channel_scales_of(weight), **arguments)
     return [None if tensor is None else tensor.cpu() for tensor in found]
 
 

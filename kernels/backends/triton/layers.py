@@ -13,7 +13,7 @@ from ...layer import Layer, Lora
 from ...stages import CodedActivation, Coding, activate
 from ...weight_cache import WeightCache
 from .. import Run
-from . import launch
+from . import launch, launch_expand
 from .launch import Epilogue, times
 
 Scales = TypeVar("Scales", bound=torch.Tensor | None)
@@ -60,7 +60,7 @@ def quantizer(x: torch.Tensor, layer: Layer, codes: str) -> Quantize:
 
 
 def expander(layer: Layer, dtype: torch.dtype) -> Expand:
-    """layer -> (its weight, what lies beside it) for layers like this one, see launch.Expander
+    """layer -> (its weight, what lies beside it) for layers like this one, see launch_expand.Expander
 
     torch's allocator hands out the same scratch memory for each call.
     """
@@ -68,7 +68,7 @@ def expander(layer: Layer, dtype: torch.dtype) -> Expand:
     smooth = dtype not in spec.fmt.units and "smooth_factor" in tensors
     channel = "wtscale" in tensors or "wcscales" in tensors
     unsigned = spec.act_unsigned if smooth else (0, 0)
-    expand = launch.expander(spec.fmt, tensors, dtype, channel, smooth, unsigned)
+    expand = launch_expand.expander(spec.fmt, tensors, dtype, channel, smooth, unsigned)
 
     def run(layer: Layer) -> tuple[torch.Tensor, torch.Tensor | None]:
         scales = _once(layer, launch.channel_scales_of) if channel else None
