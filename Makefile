@@ -6,6 +6,7 @@
 #   make test-all     both of these and the demo
 #   make demo         quantize and sample a small model in a real ComfyUI, and draw the comparison
 #   make bench        measure the layers
+#   make bench-check  every bench of speed and its bounds, on this machine; what they print goes to tests/bench/checks.txt
 #   make fuzz         50,000 damaged inputs; prints their seed, kinds and what came of them
 #   make kills        50 kills at random instants, of commands and of ComfyUI's server
 #   make soak         300 prompts from several clients to a real ComfyUI, with faults; SVDQUANT_SOAK=1000 for more
@@ -32,7 +33,7 @@ WITH_HOST := $(HOST_PATH) $(PYTHON)
 PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile --timeout 900 # a test that hangs ends the run, and its server
 FAST := not slow and not network
 
-.PHONY: venv install install-oldest host lint types check test test-oldest test-all demo bench fuzz kills soak audit \
+.PHONY: venv install install-oldest host lint types check test test-oldest test-all demo bench bench-check fuzz kills soak audit \
 mutants clean
 
 # What was installed is compared by a recipe, because make cannot name a file whose path has a space.
@@ -85,6 +86,15 @@ demo: host
 
 bench: venv
 	$(PYTHON) tests/bench/bench_linear.py
+
+# a bound that is missed is in the output and in the exit code, and ends nothing
+CHECKS := linear model host compile load lora
+bench-check: host
+	{ git log -1 --format='commit %h, %cs'; sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1; } > tests/bench/checks.txt
+	failed=; for name in $(CHECKS); do echo "\n$$ tests/bench/bench_$$name.py --check"; \
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(WITH_HOST) tests/bench/bench_$$name.py --check || \
+	{ echo "exit $$?"; failed="$$failed $$name"; }; done >> tests/bench/checks.txt; \
+	cat tests/bench/checks.txt; test -z "$$failed" || { echo "missed:$$failed"; exit 1; }
 
 # another seed each time, unless SVDQUANT_FUZZ_SEED names one; the figures say which it was
 fuzz: host
