@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from svdquant_pack.kernels.backends import cpu
 from svdquant_pack.tests.bench import linear_cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,8 +23,9 @@ def test_it_runs_on_a_cpu(tmp_path):
         assert done.returncode == 0, done.stderr
     assert "fastest mode by rows" in done.stdout
     rows = list(csv.DictReader(table.open()))
-    assert {row["mode"] for row in rows} == {"16bit", "w4a4", "w16"} and all(row["passed"] == "True" for row in rows)
-    assert len(rows) == 2 * 2 * 2 * 3  # runs, shapes, formats, modes: the second run is appended
+    modes = {"16bit", "32bit", "w4a4", "w16"} | ({"w8a8"} if cpu.exact() is None else set())
+    assert {row["mode"] for row in rows} == modes and all(row["passed"] == "True" for row in rows)
+    assert len(rows) == 2 * 3 * 2 * len(modes)  # runs, shapes, formats, modes: the second run is appended
 
 
 @pytest.mark.parametrize("format", ["int4", "nvfp4", "awq_w4a16"])

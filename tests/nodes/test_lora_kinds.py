@@ -53,7 +53,7 @@ def test_one_kind_in_every_layer(pair, kind):
     assert_equal_and_moved(pair, patched, EXACT if kind in EXACT_KINDS else FITTED)
 
 
-@pytest.mark.parametrize("strength", [1.0, -0.6, 1.7])
+@pytest.mark.parametrize("strength", [1.0, -0.6, -1.0, 1.7])
 def test_any_strength(pair, strength):
     lora = lora_of(EXACT_KINDS, dense_weights(*pair))
     patched = [with_file(patcher, lora, strength) for patcher in pair]

@@ -94,6 +94,14 @@ def test_awq_follows_the_index_formula():
             assert code == natural[row, column // 2].item() >> 4 * (column % 2) & 15
 
 
+@pytest.mark.parametrize("first", [0, 1, 2, 4])
+def test_a_weight_may_begin_at_any_byte(first):
+    """Tensors of a file lie where the one before ends; words of four bytes cannot be read from every address."""
+    raw = random_bytes((first + 128 * 64,), torch.int8, 0)
+    lying, copied = raw[first:].view(128, 64), raw[first:].clone().view(128, 64)
+    assert torch.equal(layout.unpack_qweight(lying), layout.unpack_qweight(copied))
+
+
 def test_scales_and_vectors_follow_the_index_formula():
     n, groups = 256, 4
     stored = torch.arange(groups * n, dtype=torch.int32).view(groups, n)

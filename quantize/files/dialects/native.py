@@ -156,7 +156,7 @@ def _unsigned_by_convention(spec: LayerSpec) -> LayerSpec:
 
 def encode_layer(name: str, layer: Layer) -> dict[str, torch.Tensor]:
     """A layer as tensors of the file. Inverse of reading it."""
-    tensors = {f"{name}.{suffix_of(part)}": tensor.contiguous() for part, tensor in layer.tensors.items()}
+    tensors = {f"{name}.{suffix_of(part)}": tensor for part, tensor in layer.tensors.items()}
     return {**tensors, f"{name}.{MARKER}": marker_tensor(marker_of(layer.spec))}
 
 
