@@ -41,7 +41,6 @@ KNOWN = (  # the first that covers a case counts
     Known("resident", "gluon-int8-async-wide*", 1, "takes the whole shared memory for its ring of copies"),
     Known("resident", "quantize_rows-*-rank128 *", 1, WIDEST),
     Known("per_element", "quantize_nvfp4-1-four-six*", 58, "two scales are tried for each group, beside the branch"),
-    Known("per_element", "quantize_*-rank128 *", 47, WIDEST),
 )
 
 

@@ -41,7 +41,7 @@ def test_triton_paints_the_pictures_of_the_reference(checkpoints, monkeypatch, f
     for backends in (discover()[0], {"reference": reference.BACKEND}):
         monkeypatch.setattr(dispatch, "discover", lambda backends=backends: (backends, {}))
         monkeypatch.setattr(dispatch, "_chosen", {})
-        model = load_model(str(checkpoints[format]))
+        model = load_model(str(checkpoints[format]), "w4a4")
         used = {found["backend"] for found in describe_model(model)["backends"].values()}
         assert used == {"triton" if "triton" in backends else "reference"}
         painted.append(pictures(model, count=10, steps=2))
