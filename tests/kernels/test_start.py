@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="needs Triton")
+from svdquant_pack.kernels.backends.triton import versions
+
+if reason := versions.missing():
+    pytest.skip(reason, allow_module_level=True)
 ROOT = Path(__file__).resolve().parents[2]
 
 
