@@ -47,12 +47,20 @@ def smoothed(
     wide = x.to(wide_dtype(x))
     if act_mean is not None:
         wide = wide - act_mean.to(wide.dtype)
-    start, stop = act_unsigned
-    if start != stop:
-        shift = torch.zeros(x.shape[-1], dtype=wide.dtype, device=x.device)
-        shift[start:stop] = GELU_SHIFT
+    shift = shift_of(wide, act_unsigned)
+    if shift is not None:
         wide = wide + shift
     return wide if smooth_factor is None else wide / smooth_factor.to(wide.dtype)
+
+
+def shift_of(x: torch.Tensor, act_unsigned: Range) -> torch.Tensor | None:
+    """(K,), GELU_SHIFT for the unsigned channels of x (M, K) and 0 for the others; None where there are none."""
+    start, stop = act_unsigned
+    if start == stop:
+        return None
+    shift = x.new_zeros(x.shape[-1])
+    shift[start:stop] = GELU_SHIFT
+    return shift
 
 
 def quantize_activation(

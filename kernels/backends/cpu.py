@@ -15,7 +15,6 @@ import torch
 
 from .. import stages
 from ..eight_bit import TOPS
-from ..formats import GELU_SHIFT
 from ..layer import Layer, Lora
 from ..modes import FEW
 from ..weight_cache import ON_CPU
@@ -81,9 +80,10 @@ def quantize(
     """(scales (M, 1) float32, x @ down of each in float32) of x (M, K); `codes` (M, K) int8 is filled"""
     m, k = x.shape
     scales, acts = torch.empty(m, 1), [torch.empty(m, down.shape[1]) for down in downs]
-    shift, smooth = _shift(layer), layer["smooth_factor"].float()
+    smooth = layer["smooth_factor"].float()
     stretches = pieces(m, k)
     smoothed, sizes = (torch.empty(min(m, stretches[0].stop), k) for _ in range(2))
+    shift = stages.shift_of(smoothed, layer.spec.act_unsigned)
     for rows in stretches:
         wide, scale = x[rows].float(), scales[rows]
         y, size = smoothed[: len(wide)], sizes[: len(wide)]
@@ -95,16 +95,6 @@ def quantize(
         # where the scale is 0 or NaN the codes are any: what they are multiplied by is the same scale
         codes[rows] = y.mul_(scale.reciprocal()).round_()
     return scales, acts
-
-
-def _shift(layer: Layer) -> torch.Tensor | None:
-    """(K,) float32, what stages.smoothed adds to x; None where it adds nothing"""
-    start, stop = layer.spec.act_unsigned
-    if start == stop:
-        return None
-    shift = torch.zeros(layer.spec.k)
-    shift[start:stop] = GELU_SHIFT
-    return shift
 
 
 def pieces(m: int, width: int) -> list[slice]:

@@ -15,29 +15,16 @@ torch's own, as on a GPU.
 """
 
 import argparse
-import importlib.util
 import resource
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench_lora import start_host
+
 BOUND = 1.5
 CALLS = 7
-
-
-def start_host() -> None:
-    """Make the pack and the host importable, as the tests do."""
-    for name, path in (("tests_conftest", "conftest.py"), ("nodes_conftest", "nodes/conftest.py")):
-        spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    if module.MISSING:
-        sys.exit(module.MISSING)
-    from comfy.cli_args import args
-
-    args.use_pytorch_cross_attention = True
 
 
 def seconds() -> float:
@@ -92,6 +79,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     start_host()
+    from comfy.cli_args import args
+
+    args.use_pytorch_cross_attention = True  # read when attention is imported
     import torch._inductor.config as inductor
 
     from svdquant_pack.nodes.host.model import load_model, load_pinned_model
