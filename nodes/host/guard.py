@@ -20,7 +20,7 @@ from ...kernels.dispatch import by_reference, call_of, turn_off
 from ...kernels.layer import is_finite
 from ...quantize.calibration.tokens import ModelCall
 from .linear import SVDQuantLinear
-from .watch import model_call
+from .watch import handed_over, model_call
 
 log = logging.getLogger("svdquant")
 KEY = "svdquant_guard"
@@ -54,8 +54,7 @@ class Guard:
 
     def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """An APPLY_MODEL wrapper. raises NumbersError"""
-        # a model takes a ControlNet's tensors out of their lists
-        kept, rest = [_copied(value) for value in args], {name: _copied(value) for name, value in kwargs.items()}
+        kept, rest = handed_over(list(args)), handed_over(kwargs)
         result = executor(*args, **kwargs)
         if _is_finite(result):
             return result
@@ -221,10 +220,3 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
-
-
-def _copied(value: Any) -> Any:
-    """The same tensors in new dicts and lists."""
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value

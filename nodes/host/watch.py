@@ -87,10 +87,12 @@ class Collector:
     def _apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         call = model_call(args, kwargs)
         model = executor.class_obj.diffusion_model
+        again = self.sensitivity and _is_sensitive_step(call)
+        kept, rest = handed_over(list(args) if again else []), handed_over(kwargs if again else {})
         with self._hooks(model, call):
             result = executor(*args, **kwargs)
-        if self.sensitivity and _is_sensitive_step(call):
-            self._measure(model, result, lambda: executor(*args, **kwargs))
+        if again:
+            self._measure(model, result, lambda: executor(*handed_over(kept), **handed_over(rest)))
         return result
 
     @contextmanager
@@ -128,6 +130,13 @@ class Collector:
             finally:
                 handle.remove()
             entry.sensitivity += torch.tensor([(moved / power).item() / NOISE**2, 1.0])
+
+
+def handed_over(value: Any) -> Any:
+    """The same tensors in new dicts and lists: a model takes a ControlNet's tensors out of the ones it is given."""
+    if isinstance(value, dict):
+        return {key: handed_over(item) for key, item in value.items()}
+    return [handed_over(item) for item in value] if isinstance(value, list) else value
 
 
 def model_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelCall:

@@ -25,6 +25,7 @@ from svdquant_pack.quantize.calibration.tokens import BUCKETS
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.maker.model import QuantizeError, quantize_model
 from svdquant_pack.quantize.recipe import Recipe
+from svdquant_pack.tests.nodes import zoo
 from svdquant_pack.tests.nodes.sampling import LORAS, forward, pictures, relative
 
 
@@ -116,6 +117,26 @@ def test_sensitivity_is_measured_on_request(demo_model, tmp_path):
     pictures(collector.watch(demo_model), 2, 4)
     values = torch.stack([entry.sensitivity for entry in collector.statistics.entries.values()])
     assert (values[:, 1] == 4).all() and (values[:, 0] > 0).all() and values[:, 0].max() > 4 * values[:, 0].min()
+
+
+def test_repeated_calls_have_their_controlnet(tmp_path):
+    """ComfyUI's UNet takes each tensor of a ControlNet out of its list."""
+    model, seen = load_pinned_model(str(zoo.save("sdxl", tmp_path / "sdxl.safetensors"))), []
+    collector = Collector.of(model, tmp_path / "s.safetensors", 64, 10**9, again=False, sensitivity=True)
+    collector.layers = dict(list(collector.layers.items())[:3])
+    collector.statistics.begin()
+
+    def look(module, args, kwargs):
+        seen.append({name: len(parts) for name, parts in kwargs["control"].items()})
+
+    handle = model.model.diffusion_model.register_forward_pre_hook(look, with_kwargs=True)
+    control = {"middle": [torch.zeros(1, 1, 1, 1)], "output": [torch.zeros(1, 1, 1, 1) for _ in range(3)]}
+    with torch.inference_mode():
+        zoo.forward_wrapped(collector.watch(model), "sdxl", control=control)
+    handle.remove()
+    assert len(seen) == 1 + 3
+    assert all(each == {"middle": 1, "output": 3} for each in seen)
+    assert not control["middle"], "the host takes them out no more: the copies can go"
 
 
 @pytest.mark.parametrize("format", ["int4", "nvfp4"])

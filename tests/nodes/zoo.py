@@ -99,9 +99,9 @@ def forward(patcher: Any, name: str) -> torch.Tensor:
     return model(latent, torch.full((1,), 0.7, device=latent.device)).cpu()
 
 
-def forward_wrapped(patcher: Any, name: str) -> torch.Tensor:
-    """The same with the patcher's wrappers around it, which a sampler hands over."""
-    model, latent = _model(patcher, name, {"wrappers": patcher.wrappers})
+def forward_wrapped(patcher: Any, name: str, **extra: Any) -> torch.Tensor:
+    """The same with the patcher's wrappers around it, which a sampler hands over, and more arguments."""
+    model, latent = _model(patcher, name, {"wrappers": patcher.wrappers}, extra)
     return model(latent, torch.full((1,), 0.7, device=latent.device)).cpu()
 
 
@@ -114,7 +114,7 @@ def sample(patcher: Any, name: str, steps: int = 2) -> torch.Tensor:
 
 
 def _model(
-    patcher: Any, name: str, options: Any = None
+    patcher: Any, name: str, options: Any = None, more: Any = None
 ) -> tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], torch.Tensor]:
     """((latent, sigma) -> denoised latent, a latent)"""
     import comfy.model_management
@@ -129,7 +129,7 @@ def _model(
         return torch.randn(entry, generator=generator).to(device)
 
     latent, text = value(tiny.latent), value((1, TOKENS, tiny.text))
-    extra = {key: value(entry) for key, entry in tiny.extra.items()}
+    extra = {key: value(entry) for key, entry in tiny.extra.items()} | (more or {})
 
     def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
