@@ -13,7 +13,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "workflows" / "models" / "diffusion_models"
 START, END = "<!-- families -->", "<!-- /families -->"
-HELD = {"kitchen": ("int4",)}  # it has no layout for nvfp4 with a low-rank branch
+# no layout for nvfp4 with a low-rank branch; for ComfyUI's own loader such layers become int4
+HELD = {"kitchen": ("int4",), "core": ("int4",)}
 SPELLED = {"int4": "INT4", "nvfp4": "NVFP4"}
 
 
@@ -62,7 +63,9 @@ def render() -> str:
     lines.insert(1, "|" + "---|" * lines[0].count(" | ") + "---|")
     lines += [
         "",
-        "A dialect's column says which precisions of the family it can hold; *native* is what this pack writes. "
+        "A dialect's column says which precisions of the family it can hold; *native* is what this pack writes, "
+        "*core* is for ComfyUI's own loader, as its pull request 13580 reads it (NVFP4 becomes INT4, with a note for "
+        "each layer). "
         "*Any* workflow: connect the 16-bit MODEL of a workflow you have to `SVDQuant Quantize Model`, or replace its "
         "loader by `SVDQuant Load Model`.",
     ]

@@ -12,7 +12,7 @@ from svdquant_pack.nodes.host.model import load_pinned_model
 from svdquant_pack.nodes.host.source import ModelSource
 from svdquant_pack.nodes.load_model import SVDQuantLoadModel
 from svdquant_pack.quantize.files.checkpoint import CheckpointError
-from svdquant_pack.quantize.files.convert import TARGETS, convert_file
+from svdquant_pack.quantize.files.convert import convert_file
 from svdquant_pack.quantize.files.dialects.nunchaku.names import NAME_MAPS
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.maker.model import quantize_model
@@ -50,7 +50,7 @@ def refusal(family: str, format: str, dialect: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("dialect", TARGETS)
+@pytest.mark.parametrize("dialect", ["native", "kitchen", "nunchaku"])
 def test_a_model_is_the_dense_model_of_its_weights_in_every_dialect(model, dialect, monkeypatch):
     name, format, folder = model
     family, path = zoo.ZOO[name].family, folder / f"{dialect}.safetensors"

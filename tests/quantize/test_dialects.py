@@ -313,5 +313,5 @@ def test_qwen_layers_behind_a_gelu_are_unsigned_where_the_marker_is_silent(tmp_p
 
 
 def test_dialects_are_the_folder_and_each_can_be_written():
-    assert set(DIALECTS) == {"kitchen", "native", "nunchaku"}
+    assert set(DIALECTS) == {"core", "kitchen", "native", "nunchaku"}
     assert all(dialect.save for dialect in DIALECTS.values())

@@ -219,21 +219,25 @@ def marker_of(spec: LayerSpec, tile_packed: bool = False) -> dict[str, Any]:
     return marker
 
 
+def with_branch(layer: Layer) -> Layer:
+    """The layer as comfy-kitchen's kernels want it: with a branch, of zeros at rank 0, and its zeros in 16 bit."""
+    spec, tensors = layer.spec, dict(layer.tensors)
+    if "wzeros" in tensors:
+        tensors["wzeros"] = tensors["wzeros"].to(tensors["wscales"].dtype)
+    if spec.fmt.low_rank and spec.rank == 0:
+        spec, dtype = replace(spec, rank=LOWEST_RANK), tensors["smooth_factor"].dtype
+        tensors["proj_down"] = torch.zeros(spec.k, LOWEST_RANK, dtype=dtype)
+        tensors["proj_up"] = torch.zeros(spec.n, LOWEST_RANK, dtype=dtype)
+    return replace(layer, spec=spec, tensors=tensors)
+
+
 def encode_layer(name: str, layer: Layer, tile_packed: bool = False) -> dict[str, torch.Tensor]:
     """A layer as tensors of the file. Inverse of reading it, where `refusal` and `notes` have nothing to say.
 
     raises  LayerError for a layer that this dialect cannot hold
     """
+    layer = with_branch(layer)
     spec, tensors = layer.spec, dict(layer.tensors)
-    if "wzeros" in tensors:
-        tensors["wzeros"] = tensors["wzeros"].to(tensors["wscales"].dtype)  # the kernels want one dtype
-    if spec.fmt.low_rank and spec.rank == 0:
-        rank, dtype = LOWEST_RANK, tensors["smooth_factor"].dtype
-        spec = replace(spec, rank=rank)
-        tensors |= {
-            "proj_down": torch.zeros(spec.k, rank, dtype=dtype),
-            "proj_up": torch.zeros(spec.n, rank, dtype=dtype),
-        }
     if tile_packed and spec.fmt.low_rank:
         if spec.n % layout.TILE:
             raise LayerError(f"N={spec.n} is not a multiple of {layout.TILE}, which tile-packing needs")
@@ -259,7 +263,6 @@ def save(
     tile_packed: bool = False,
 ) -> list[str]:
     """Write a checkpoint in natural order. Inverse: `open_file`. Raises CheckpointError for what cannot be held."""
-    spelling.check_rest(checkpoint)
     for name, spec in checkpoint.specs.items():
         reason = refusal(spec)
         if reason:
@@ -267,6 +270,25 @@ def save(
                 f"{checkpoint.path.name}: layer {name!r} {reason}. Quantize the 16-bit model to "
                 f"{' or '.join(fmt.name for fmt in formats_of(NAME).values() if fmt.low_rank)} for this dialect."
             )
+
+    def encode(name: str, layer: Layer, notes: list[str]) -> dict[str, torch.Tensor]:
+        return encode_layer(name, layer, tile_packed)
+
+    return save_layers(checkpoint, writer, step, encode)
+
+
+def save_layers(
+    checkpoint: Checkpoint,
+    writer: TensorWriter,
+    step: Callable[[str], None],
+    encode: Callable[[str, Layer, list[str]], dict[str, torch.Tensor]],
+) -> list[str]:
+    """Write a checkpoint for engines that know neither means nor 8-bit activations nor ranges of unsigned ones.
+
+    encode   (name, layer without these, notes) -> its tensors in the file
+    returns  a line for each layer that is held differently
+    """
+    spelling.check_rest(checkpoint)
     notes: list[str] = []
     written: dict[str, torch.Tensor] = {}
     for name, spec in checkpoint.specs.items():
@@ -279,12 +301,11 @@ def save(
             notes.append(f"{name}: unsigned activations in a part of the inputs became signed, the shift left the bias")
         if "wzeros" in layer.tensors and (layer["wzeros"].to(layer["wscales"].dtype) != layer["wzeros"]).any():
             notes.append(f"{name}: zeros were rounded to 16 bit")
-        for key, tensor in encode_layer(name, layer, tile_packed).items():
+        for key, tensor in encode(name, layer, notes).items():
             writer.add(key, tensor)
     for name in checkpoint.rest:
         writer.add(name, written[name] if name in written else checkpoint.tensor(name))
-    ours = metadata_of(checkpoint.provenance, {})
-    writer.metadata |= {**checkpoint.metadata, **ours}
+    writer.metadata |= {**checkpoint.metadata, **metadata_of(checkpoint.provenance, {})}
     return notes
 
 
