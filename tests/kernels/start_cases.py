@@ -15,7 +15,8 @@ import fake_gpu
 fake_gpu.install()
 fake_gpu.become("sm_89")
 
-from triton.compiler import CompiledKernel  # noqa: E402
+from triton import knobs  # noqa: E402
+from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
 
 from svdquant_pack.kernels.backends.triton import start  # noqa: E402
 from svdquant_pack.kernels.backends.triton.gemv_w4a16 import gemv_w4a16  # noqa: E402
@@ -26,13 +27,13 @@ started = []
 
 def watch() -> None:
     """Record every variant that is started, and by whom."""
-    original = CompiledKernel.run.fget
+    original = CudaLauncher.__call__
 
-    def run(self):
+    def start(self, *arguments):
         started.append(self)
-        return original(self)
+        return original(self, *arguments)
 
-    CompiledKernel.run = property(run)
+    CudaLauncher.__call__ = start
 
 
 def tensors(kind: torch.dtype, ahead: int) -> tuple[torch.Tensor, ...]:
@@ -53,10 +54,15 @@ def main() -> None:
         launches[dtype, bias]((2, 1, 1), arguments, numbers)
         wanted = gemv_w4a16[(2, 1, 1)](*arguments, *numbers, BIAS=bias, **FLAGS)
         found = {id(variant) for variant in started}
-        if found == {id(wanted)}:
+        if found == {id(wanted.run)}:
             right += 1
         else:
             print("other variant", dtype, ahead, m, n, stride, bias)
+    heard: list[str] = []
+    knobs.runtime.launch_enter_hook.add(lambda metadata: heard.append(metadata.get()["name"]))
+    launches[kinds[0]]((2, 1, 1), tensors(kinds[0][0], 0), (1, 64, 128, 128))
+    if heard != ["gemv_w4a16"]:
+        print("a profiler heard", heard)
     print("kernels", len({id(variant.compiled) for variant in start._variants.values()}), "launches", right)
 
 
