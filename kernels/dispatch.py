@@ -1,7 +1,7 @@
 """Which backend runs a call in which mode, and why the others do not."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -16,7 +16,6 @@ from .layer import Layer, LayerSpec, Lora
 from .modes import COMPUTES, FEW, SOME
 from .order import ORDERS
 from .self_test import self_test
-from .stages import activate, weighted
 
 log = logging.getLogger("svdquant")
 USUAL_ROWS = 4096  # a 1024 x 1024 image of a transformer
@@ -201,28 +200,13 @@ def run(
         if layer.order != backend.order(spec, choice.compute):
             layer = layer.in_order("")
         try:
-            return _linear(backend)(x, layer, bias, lora, choice.compute, activation)
+            return backend.linear(x, layer, bias, lora, choice.compute, activation)
         except torch.cuda.OutOfMemoryError:
             raise  # the host makes room and tries again
         except Exception as error:
             if backend.name == "reference":
                 raise
             turn_off(backend, call_of(spec, x, choice.compute), f"{type(error).__name__}: {error}")
-
-
-def _linear(backend: Backend) -> Callable[..., torch.Tensor]:
-    """backend.linear with the epilogue that it has, or gets here"""
-    if backend.epilogue:
-        return backend.linear
-
-    def linear(
-        x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, compute: str, activation: str
-    ) -> torch.Tensor:
-        # strength goes onto the factor, the activation function behind the layer
-        plain = None if lora is None else Lora(weighted(lora.down, lora.strength), lora.up)
-        return activate(backend.linear(x, layer, bias, plain, compute), activation)
-
-    return linear
 
 
 def prepare(
@@ -233,14 +217,7 @@ def prepare(
     if layer.order and layer.order != choice.backend.order(layer.spec, choice.compute):
         natural = prepare(x, layer.in_order(""), bias, lora, compute, activation)
         return lambda x, layer, bias, lora: natural(x, layer.in_order(""), bias, lora)
-    if choice.backend.prepare is not None:
-        return choice.backend.prepare(x, layer, bias, lora, choice.compute, activation)
-    linear, mode = _linear(choice.backend), choice.compute
-
-    def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
-        return linear(x, layer, bias, lora, mode, activation)
-
-    return run
+    return choice.backend.prepare(x, layer, bias, lora, choice.compute, activation)
 
 
 def turned_off() -> int:

@@ -13,6 +13,7 @@ import torch
 
 from ..formats import FORMATS, Format
 from ..layer import Layer, LayerSpec, Lora
+from ..stages import activate, weighted
 
 Run = Callable[[torch.Tensor, Layer, torch.Tensor | None, Lora | None], torch.Tensor]
 """(x, layer, bias, lora) -> y, the rest of a call is known already"""
@@ -50,19 +51,54 @@ class Backend:
 
     name      as shown to the user
     claims    KernelCall -> how much it wants the call, the highest claim runs it; or a sentence: why it cannot
-    linear    (x, layer, bias, lora, compute) -> y: the whole layer, x (M, K), `lora` a Lora or None, `compute` resolved
-    epilogue  whether `linear` takes strengths inside `lora`, and as sixth argument the `activation` of svdquant_linear
-    prepare   the arguments of `linear` -> Run for all calls like this one: as many rows, up to a power of two, and
-              tensors of the same shapes, types and device. It may keep none of them
-    order     (spec, compute) -> the order, beside the natural one, in which `linear` reads such a layer as it is; or ""
+    prepare   (x, layer, bias, lora, compute, activation) -> Run for all calls like this one: as many rows, up to a
+              power of two, and tensors of the same shapes, types and device. It may keep none of them. x is (M, K),
+              `compute` resolved, `activation` that of svdquant_linear. `each_call` makes one of a function
+    order     (spec, compute) -> the order, beside the natural one, in which such a layer is read as it is; or ""
     """
 
     name: str
     claims: Callable[[KernelCall], int | str]
-    linear: Callable[..., torch.Tensor]
-    epilogue: bool = False
-    prepare: Callable[..., Run] | None = None
+    prepare: Callable[..., Run]
     order: Callable[[LayerSpec, str], str] = lambda spec, compute: ""
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        layer: Layer,
+        bias: torch.Tensor | None,
+        lora: Lora | None,
+        compute: str,
+        activation: str = "",
+    ) -> torch.Tensor:
+        """One whole layer on x (M, K), prepared for this call alone"""
+        return self.prepare(x, layer, bias, lora, compute, activation)(x, layer, bias, lora)
+
+
+def each_call(linear: Callable[..., torch.Tensor], epilogue: bool = False) -> Callable[..., Run]:
+    """`prepare` of a backend that is the function linear(x, layer, bias, lora, compute) -> y
+
+    epilogue  whether it takes strengths inside `lora`, and `activation` as sixth argument; else it gets both here
+    """
+
+    def prepare(
+        x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, compute: str, activation: str
+    ) -> Run:
+        if epilogue:
+            return lambda x, layer, bias, lora: linear(x, layer, bias, lora, compute, activation)
+        return with_epilogue(lambda x, layer, bias, lora: linear(x, layer, bias, lora, compute), activation)
+
+    return prepare
+
+
+def with_epilogue(run: Run, activation: str) -> Run:
+    """activation(run), on a LoRA with strengths, of which `run` knows nothing: they go onto the factor"""
+
+    def whole(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
+        plain = None if lora is None else Lora(weighted(lora.down, lora.strength), lora.up)
+        return activate(run(x, layer, bias, plain), activation)
+
+    return whole
 
 
 @cache

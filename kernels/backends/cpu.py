@@ -18,7 +18,7 @@ from ..eight_bit import TOPS
 from ..layer import Layer, Lora
 from ..modes import FEW
 from ..weight_cache import ON_CPU
-from . import Backend, KernelCall
+from . import Backend, KernelCall, each_call
 
 CLAIM = 10
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -137,4 +137,4 @@ def linear(
     return y
 
 
-BACKEND = Backend("cpu", claims, linear, epilogue=True)
+BACKEND = Backend("cpu", claims, each_call(linear, epilogue=True))

@@ -11,7 +11,7 @@ import torch
 
 from ..formats import GELU_SHIFT, GROUP_SIZE, TWOS_COMPLEMENT
 from ..layer import RANK_TILE, Layer, Lora
-from . import Backend, KernelCall
+from . import Backend, KernelCall, each_call
 
 FIRST, LAST = (8, 0), (8, 9)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -104,4 +104,4 @@ def linear(
     return y[: x.shape[0]]  # it pads the rows
 
 
-BACKEND = Backend("kitchen", claims, linear)
+BACKEND = Backend("kitchen", claims, each_call(linear))

@@ -18,7 +18,7 @@ from .. import eight_bit, stages
 from ..layer import Layer, Lora
 from ..roundtrip import rounded
 from ..weight_cache import ON_CPU
-from . import Backend, KernelCall
+from . import Backend, KernelCall, each_call
 
 
 def claims(call: KernelCall) -> int | str:
@@ -99,4 +99,4 @@ def linear(
     return stages.activate(y, activation).to(x.dtype)
 
 
-BACKEND = Backend("reference", claims, linear, epilogue=True)
+BACKEND = Backend("reference", claims, each_call(linear, epilogue=True))

@@ -60,7 +60,7 @@ class Barrier:
 class Descriptor:
     """Stands in for TensorDescriptor: copies blocks, with zeros for what lies outside the tensor."""
 
-    tensor: torch.Tensor
+    base: torch.Tensor
     block: list[int]
     layout: Any
 
@@ -70,8 +70,8 @@ class Descriptor:
         return cls(tensor, block, layout)
 
     def read(self, corner: list[int]) -> torch.Tensor:
-        block = torch.zeros(self.block, dtype=self.tensor.dtype)
-        inside = self.tensor[corner[0] :, corner[1] :][: self.block[0], : self.block[1]]
+        block = torch.zeros(self.block, dtype=self.base.dtype)
+        inside = self.base[corner[0] :, corner[1] :][: self.block[0], : self.block[1]]
         block[: inside.shape[0], : inside.shape[1]] = inside
         return block
 

@@ -16,7 +16,7 @@ from svdquant_pack.kernels import (
     self_test,
     svdquant_linear,
 )
-from svdquant_pack.kernels.backends import Backend, KernelCall, cpu, discover, reference
+from svdquant_pack.kernels.backends import Backend, KernelCall, cpu, discover, each_call, reference
 from svdquant_pack.kernels.dispatch import candidates, faster_format
 from svdquant_pack.tests.kernels.layers import random_layer
 
@@ -184,7 +184,7 @@ def test_a_cpu_runs_int8_or_the_reference_and_says_why(format, compute):
 
 
 def backend_of(name: str, linear, claim: int = 99) -> Backend:
-    return Backend(name, lambda call: claim, linear)
+    return Backend(name, lambda call: claim, each_call(linear))
 
 
 def with_backends(monkeypatch, *backends: Backend) -> None:
@@ -264,7 +264,7 @@ def test_a_backend_without_epilogue_gets_one(monkeypatch):
 
 def test_the_highest_claim_runs_and_a_refusal_is_a_reason(monkeypatch):
     low, high = (backend_of(name, reference.linear, claim) for name, claim in (("low", 1), ("high", 2)))
-    with_backends(monkeypatch, low, high, Backend("never", lambda call: "is out of order", reference.linear))
+    with_backends(monkeypatch, low, high, Backend("never", lambda call: "is out of order", each_call(reference.linear)))
     choice = choose(LayerSpec("int4", 96, 256, 16), CPU, BF16)
     assert choice.backend.name == "high" and choice.passed_over["never"] == "is out of order"
 

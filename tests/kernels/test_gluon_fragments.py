@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon", reason="needs a triton with Gluon")
 
-from svdquant_pack.kernels import FORMATS, stages
+from svdquant_pack.kernels import FORMATS, Lora, stages
 from svdquant_pack.kernels.backends import KernelCall
 from svdquant_pack.kernels.backends import gluon as backend
 from svdquant_pack.kernels.backends.gluon import int4_linear, int4_mma, verify
@@ -71,6 +71,10 @@ def emulated(monkeypatch: pytest.MonkeyPatch, late: bool = True) -> None:
 
     monkeypatch.setattr(int4_linear, "quantizer", lambda *like: quantize)
     monkeypatch.setattr(verify, "_right", set())
+
+
+def whole(*call) -> torch.Tensor:
+    return int4_linear.prepare(*call, "")(*call)
 
 
 KINDS = {"signed": (0, 0), "unsigned": (0, 256), "unsigned behind": (128, 256), "unsigned between": (64, 128)}
@@ -169,12 +173,12 @@ def test_the_emulated_layer_agrees_with_the_reference(
     x = torch.randn(m, 192, generator=generator).to(dtype)
     bias = torch.randn(n, generator=generator) if biased else None
     factors = (torch.randn(192, lora, generator=generator) / 14, torch.randn(n, lora, generator=generator))
-    extra = factors if lora else None
-    y = int4_linear.int4_linear(x, layer, bias, extra)
+    extra = Lora(*factors) if lora else None
+    y = whole(x, layer, bias, extra)
     expected = reference_linear(x, layer, bias, extra, "w4a4")
     arranged = layer.in_order("fragments")
     assert arranged.order == ("" if n % 64 else "fragments")
-    assert y.shape == (m, n) and torch.equal(y, int4_linear.int4_linear(x, arranged, bias, extra))
+    assert y.shape == (m, n) and torch.equal(y, whole(x, arranged, bias, extra))
     # the branch and the bias are rounded to the dtype of x once more than in the reference: two roundings of terms
     # below 8 in all
     assert (y - expected).abs().max() <= 8 * torch.finfo(dtype).eps * 2
@@ -188,7 +192,7 @@ def test_a_wrong_variant_never_computes_for_a_user(monkeypatch):
     layer = random_layer("int4", 64, 128, 16, dtype=torch.bfloat16)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="is wrong by"):
-            int4_linear.int4_linear(torch.ones(3, 128, dtype=torch.float16), layer, None, None)
+            whole(torch.ones(3, 128, dtype=torch.float16), layer, None, None)
 
 
 def test_nan_in_a_row_stays_in_that_row(monkeypatch):
@@ -196,7 +200,7 @@ def test_nan_in_a_row_stays_in_that_row(monkeypatch):
     layer = random_layer("int4", 64, 128, 16, dtype=torch.bfloat16)
     x = torch.ones(20, 128, dtype=torch.bfloat16)
     x[3, 70] = torch.nan
-    y = int4_linear.int4_linear(x, layer, None, None)
+    y = whole(x, layer, None, None)
     assert y[3].isnan().all() and not y[[*range(3), *range(4, 20)]].isnan().any()
 
 

@@ -1,5 +1,6 @@
 """The asynchronous int8 kernel of sm_90 without a GPU: its own code, copies and products as early or late as may be."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +8,10 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon", reason="needs a triton with Gluon")
 
+from svdquant_pack.kernels import Lora
 from svdquant_pack.kernels.backends import KernelCall
 from svdquant_pack.kernels.backends import gluon as backend
-from svdquant_pack.kernels.backends.gluon import int8_async, verify
-from svdquant_pack.kernels.backends.gluon.int8_linear import int8_linear
+from svdquant_pack.kernels.backends.gluon import int8_async, int8_linear, verify
 from svdquant_pack.kernels.backends.gluon.low_rank import LowRank
 from svdquant_pack.kernels.backends.reference import linear as reference_linear
 from svdquant_pack.kernels.stages import CodedActivation
@@ -28,6 +29,10 @@ def emulated(monkeypatch, copies_late: bool, reads_late: bool, multiprocessors: 
     properties = SimpleNamespace(multi_processor_count=multiprocessors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(verify, "_right", set())
+
+
+def whole(*call) -> torch.Tensor:
+    return int8_linear.prepare(*call, "", RowSteps)(*call)
 
 
 def operands(m, n, k, rank, biased, dtype=torch.float16):
@@ -115,12 +120,12 @@ def test_the_emulated_layer_agrees_with_the_reference(monkeypatch, format, m, n,
     x = torch.randn(m, 192, generator=generator).half()
     factors = torch.randn(192, lora, generator=generator) / 14, torch.randn(n, lora, generator=generator)
     bias = torch.randn(n, generator=generator)
-    extra = factors if lora else None
-    y = int8_linear(x, layer, bias, extra, RowSteps)
+    extra = Lora(*factors) if lora else None
+    y = whole(x, layer, bias, extra)
     expected = reference_linear(x, layer, bias, extra, "w4a8-jit")
     # the branch is rounded to half precision between its factors, which the reference does not do
     assert torch.allclose(y.float(), expected.float(), rtol=2**-9, atol=2**-7)
-    assert int8_linear(x[:0], layer, bias, extra, RowSteps).shape == (0, n)
+    assert whole(x[:0], layer, bias, extra).shape == (0, n)
 
 
 def test_a_wrong_variant_never_computes_for_a_user(monkeypatch):
@@ -134,7 +139,23 @@ def test_a_wrong_variant_never_computes_for_a_user(monkeypatch):
     layer = random_layer("int4", 128, 128, 16, dtype=torch.bfloat16)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="is wrong by"):
-            int8_linear(torch.ones(3, 128, dtype=torch.float16), layer, None, None, RowSteps)
+            whole(torch.ones(3, 128, dtype=torch.float16), layer, None, None)
+
+
+def test_a_descriptor_is_the_one_that_triton_makes_of_this_tensor():
+    """Also where another tensor was at the address before, of the same shape, of another one, or of the same memory."""
+    (block, layout) = int8_async.blocks(int8_async.WIDE, torch.float16)["w_desc"]
+    copied, memory = int8_async.Copied(block, layout), torch.zeros(1 << 16, dtype=torch.int8)
+    tensors = [memory[start : start + n * k].view(n, k) for start, n, k in ((0, 64, 512), (0, 64, 512), (0, 128, 256))]
+    tensors += [memory[4096:][: 64 * 512].view(64, 512), torch.zeros(64, 512, dtype=torch.int8)]
+    for tensor in [*tensors, *tensors]:
+        found, wanted = (
+            vars(each) for each in (copied.of(tensor), int8_async.TensorDescriptor.from_tensor(tensor, block, layout))
+        )
+        assert found.pop("base") is wanted.pop("base") is tensor and found == wanted
+    alive = [weakref.ref(tensor) for tensor in tensors]
+    del tensors, tensor, found, wanted
+    assert not any(each() is not None for each in alive), "nothing of a streamed layer is kept"
 
 
 CUDA = torch.device("cuda", 0)

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon", reason="needs a triton with Gluon")
 
-from svdquant_pack.kernels import Layer, svdquant_linear
+from svdquant_pack.kernels import Layer, Lora, svdquant_linear
 from svdquant_pack.kernels.backends import KernelCall
 from svdquant_pack.kernels.backends import gluon as backend
 from svdquant_pack.kernels.backends.gluon import int4_linear, int8_async, int8_linear
@@ -24,7 +24,7 @@ GPU = torch.cuda.is_available() and torch.version.hip is None
 CAPABILITY = torch.cuda.get_device_capability() if GPU else (0, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")]
 DTYPES = [torch.float16] if CAPABILITY == (7, 5) else [torch.float16, torch.bfloat16]
-int4 = pytest.mark.skipif(CAPABILITY < (7, 5), reason="needs compute capability 7.5")
+with_int4 = pytest.mark.skipif(CAPABILITY < (7, 5), reason="needs compute capability 7.5")
 hopper = pytest.mark.skipif(CAPABILITY != (9, 0), reason="needs compute capability 9.0")
 ROWS = [1, 16, 17, 63, 333, 1024]
 
@@ -33,11 +33,19 @@ def there(layer: Layer) -> Layer:
     return Layer(layer.spec, {name: tensor.cuda() for name, tensor in layer.tensors.items()})
 
 
+def int4(*call) -> torch.Tensor:
+    return int4_linear.prepare(*call, "")(*call)
+
+
+def int8(*call) -> torch.Tensor:
+    return int8_linear.prepare(*call, "", RowSteps)(*call)
+
+
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((found.cpu().double() - wanted.double()).norm() / wanted.double().norm()).item()
 
 
-@int4
+@with_int4
 @pytest.mark.parametrize("n", [200, 256], ids=["natural", "in order"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act_unsigned", [(0, 0), (0, 384), (128, 384), (64, 192)], ids=str)
@@ -48,12 +56,12 @@ def test_int4_layer_agrees_with_the_reference(m, act_unsigned, dtype, n):
     x, bias = torch.randn(m, 384, generator=generator).to(dtype), torch.randn(n, generator=generator).to(dtype)
     lora = torch.randn(384, 8, generator=generator) / 20, torch.randn(n, 8, generator=generator)
     device = there(layer).in_order("fragments")
-    y = int4_linear.int4_linear(x.cuda(), device, bias.cuda(), tuple(factor.cuda() for factor in lora))
+    y = int4(x.cuda(), device, bias.cuda(), Lora(*(factor.cuda() for factor in lora)))
     # rounding of the branch between its factors and of the result: a few units of the last place
     assert relative(y, reference_linear(x, layer, bias, lora, "w4a4")) < 4 * torch.finfo(dtype).eps
 
 
-@int4
+@with_int4
 def test_int4_integer_sums_are_exact():
     """Scales of one: every product is a whole number, and below 2048 half precision holds it."""
     generator = torch.Generator().manual_seed(1)
@@ -65,12 +73,12 @@ def test_int4_integer_sums_are_exact():
     assert torch.equal(out.cpu(), (codes @ weight.T).half())
 
 
-@int4
+@with_int4
 def test_nan_stays_in_its_row():
     layer = random_layer("int4", 64, 128, 16, dtype=torch.float16)
     x = torch.ones(40, 128, dtype=torch.float16)
     x[3, 70] = torch.nan
-    y = int4_linear.int4_linear(x.cuda(), there(layer), None, None)
+    y = int4(x.cuda(), there(layer), None, None)
     assert y[3].isnan().all() and y.isnan().any(1).sum() == 1
 
 
@@ -106,7 +114,7 @@ def test_int8_layer_agrees_with_the_reference(format):
     layer = random_layer(format, 512, 384, 32, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(2)
     x, bias = torch.randn(333, 384, generator=generator).bfloat16(), torch.randn(512, generator=generator)
-    y = int8_linear.int8_linear(x.cuda(), there(layer), bias.cuda(), None, RowSteps)
+    y = int8(x.cuda(), there(layer), bias.cuda(), None)
     assert relative(y, reference_linear(x, layer, bias, None, "w4a8-jit")) < 4 * torch.finfo(torch.bfloat16).eps
 
 

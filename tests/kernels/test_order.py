@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from svdquant_pack.kernels import Layer, dispatch, svdquant_linear
-from svdquant_pack.kernels.backends import Backend, reference
+from svdquant_pack.kernels.backends import Backend, each_call, reference
 from svdquant_pack.kernels.order import ORDERS, unread
 from svdquant_pack.quantize.linear import PackedLinear, read
 from svdquant_pack.tests.kernels.layers import random_layer
@@ -103,7 +103,7 @@ def eager(monkeypatch):
     def order(spec, compute):
         return "fragments" if compute == "w4a4" else ""
 
-    backend = Backend("reference", lambda call: 99, linear, epilogue=True, order=order)
+    backend = Backend("reference", lambda call: 99, each_call(linear, epilogue=True), order)
     monkeypatch.setattr(dispatch, "discover", lambda: ({"reference": backend}, {}))
     monkeypatch.setattr(dispatch, "_chosen", {})
     return seen

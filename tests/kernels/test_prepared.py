@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdquant_pack.kernels import FORMATS, Layer, Lora, Prepared, dispatch, ops, svdquant_linear
-from svdquant_pack.kernels.backends import Backend, reference
+from svdquant_pack.kernels.backends import Backend, each_call, reference
 from svdquant_pack.kernels.layer import from_blob, to_blob
 from svdquant_pack.tests.kernels.layers import random_layer
 
@@ -96,8 +96,8 @@ class Faulty:
 
     def __init__(self, monkeypatch, prepares: bool) -> None:
         self.error, self.calls = None, 0
-        prepare = (lambda *call: lambda *again: self.linear(*again, *call[4:])) if prepares else None
-        backend = Backend("faulty", lambda call: 99, self.linear, epilogue=True, prepare=prepare)
+        prepare = (lambda *call: lambda *again: self.linear(*again, *call[4:])) if prepares else each_call(self.linear)
+        backend = Backend("faulty", lambda call: 99, prepare)
         found = {"faulty": backend, "reference": reference.BACKEND}
         monkeypatch.setattr(dispatch, "discover", lambda: (found, {}))
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from svdquant_pack.kernels import Layer, LayerSpec, choose, svdquant_linear
+from svdquant_pack.kernels import Layer, LayerSpec, Lora, choose, svdquant_linear
 from svdquant_pack.kernels.backends.reference import linear as reference
 from svdquant_pack.quantize.linear import PackedLinear
 from svdquant_pack.tests.kernels.layers import random_layer
 
 triton_layers = pytest.importorskip("svdquant_pack.kernels.backends.triton.layers")
 from svdquant_pack.kernels.backends import KernelCall  # noqa: E402 (only where Triton is)
-from svdquant_pack.kernels.backends.triton import claims  # noqa: E402
+from svdquant_pack.kernels.backends.triton import BACKEND, claims  # noqa: E402
 
 MODES = {"int4": ("w4a4", "w4a8", "w8a8", "w4a8-jit", "w16"), "nvfp4": ("w4a4", "w8a8", "w4a8-jit", "w16")}
 CASES = [(format, compute) for format, computes in MODES.items() for compute in computes]
@@ -41,10 +41,10 @@ def test_a_layer_in_every_mode(format, compute, dtype, device):
     layer = random_layer(format, rank=32, act_unsigned=channels, dtype=dtype, centred=True)
     x, bias = (torch.randn(33, 256) + layer["act_mean"].float()).to(dtype), torch.randn(96).to(dtype)
     lora = torch.randn(256, 24).to(dtype) / 16, torch.randn(96, 24).to(dtype) / 5
-    lora = (*lora, torch.tensor([1.5, -0.5]))
+    lora = Lora(*lora, torch.tensor([1.5, -0.5]))
     wanted = reference(x, layer, bias, lora, compute, "gelu")
-    moved = tuple(factor.to(device) for factor in lora)
-    y = triton_layers.linear(x.to(device), on(device, layer), bias.to(device), moved, compute, "gelu")
+    moved = Lora(*(factor.to(device) for factor in lora))
+    y = BACKEND.linear(x.to(device), on(device, layer), bias.to(device), moved, compute, "gelu")
     close(y, wanted, dtype)
 
 
@@ -54,11 +54,11 @@ def test_a_lora_of_any_width(format, compute, width, device):
     need(format, compute, device)
     layer, x = random_layer(format, rank=32, dtype=torch.bfloat16), torch.randn(17, 256).bfloat16()
     lora = tuple(torch.randn(size, width).bfloat16() / size**0.5 for size in (256, 96))
-    lora = (*lora, torch.linspace(-1, 1, width // 16))
+    lora = Lora(*lora, torch.linspace(-1, 1, width // 16))
     wanted = reference(x, layer, None, lora, compute)
     without = reference(x, layer, None, None, compute)
-    moved = tuple(factor.to(device) for factor in lora)
-    y = triton_layers.linear(x.to(device), on(device, layer), None, moved, compute)
+    moved = Lora(*(factor.to(device) for factor in lora))
+    y = BACKEND.linear(x.to(device), on(device, layer), None, moved, compute)
     close(y.cpu() - without, wanted.float() - without.float(), torch.bfloat16)
 
 
@@ -73,9 +73,9 @@ def test_a_strength_is_not_rounded_to_the_activation(device):
 def test_nothing_but_the_weight(format, compute, device):
     need(format, compute, device)
     layer, x = random_layer(format, rank=0, dtype=torch.bfloat16), torch.randn(5, 256).bfloat16()
-    y = triton_layers.linear(x.to(device), on(device, layer), None, None, compute)
+    y = BACKEND.linear(x.to(device), on(device, layer), None, None, compute)
     close(y, reference(x, layer, None, None, compute), torch.bfloat16)
-    empty = triton_layers.linear(x[:0].to(device), on(device, layer), None, None, compute)
+    empty = BACKEND.linear(x[:0].to(device), on(device, layer), None, None, compute)
     assert empty.shape == (0, 96)
 
 
@@ -83,13 +83,11 @@ def test_nothing_but_the_weight(format, compute, device):
 def test_kept_and_fresh_expansion_are_bit_identical(format, device):
     layer = on(device, random_layer(format, rank=16, dtype=torch.bfloat16))
     x = torch.randn(21, 256).bfloat16().to(device)
-    kept = [triton_layers.linear(x, layer, None, None, "w8a8") for _ in range(2)]
-    fresh = triton_layers.linear(x, layer, None, None, "w4a8-jit")
+    kept = [BACKEND.linear(x, layer, None, None, "w8a8") for _ in range(2)]
+    fresh = BACKEND.linear(x, layer, None, None, "w4a8-jit")
     assert torch.equal(kept[0], fresh) and torch.equal(kept[1], fresh)
     layer["qweight"].zero_()  # a host that overwrites the bytes gets the new weight
-    assert torch.equal(
-        triton_layers.linear(x, layer, None, None, "w8a8"), triton_layers.linear(x, layer, None, None, "w4a8-jit")
-    )
+    assert torch.equal(BACKEND.linear(x, layer, None, None, "w8a8"), BACKEND.linear(x, layer, None, None, "w4a8-jit"))
 
 
 @pytest.mark.parametrize(("format", "compute"), CASES)
@@ -122,7 +120,7 @@ def test_8_bit_modes_are_closer_to_16_bit_than_w4a4(kind, device):
     exact = x.to(device) @ layer.dense_weight().T
     # all of them share the rounding of the weight, which is not their error: the layer's own matrix is the yardstick
     error = {
-        compute: (triton_layers.linear(x.to(device), layer, None, None, compute) - exact).norm().item()
+        compute: (BACKEND.linear(x.to(device), layer, None, None, compute) - exact).norm().item()
         for compute in ("w4a4", "w4a8", "w4a8-jit")
     }
     assert error["w4a8"] <= 0.95 * error["w4a4"] and error["w4a8-jit"] <= 0.95 * error["w4a4"]
@@ -166,5 +164,5 @@ def test_a_packed_layer_is_the_layer(format, compute, k, device):
 def test_scales_that_do_not_come_in_pairs_or_fill_no_tile(n, device):
     need("int4", "w4a8", device)
     layer, x = random_layer("int4", n=n, dtype=torch.bfloat16), torch.randn(17, 256).bfloat16()
-    y = triton_layers.linear(x.to(device), on(device, layer), None, None, "w4a8")
+    y = BACKEND.linear(x.to(device), on(device, layer), None, None, "w4a8")
     close(y, reference(x, layer, None, None, "w4a8"), torch.bfloat16)

@@ -18,7 +18,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors.torch import load_file, save_file
 
 from svdquant_pack.kernels import dispatch
-from svdquant_pack.kernels.backends import Backend, discover, reference
+from svdquant_pack.kernels.backends import Backend, discover, each_call, reference
 from svdquant_pack.nodes.demo import SVDQuantDemoPrompt
 from svdquant_pack.nodes.host.describe import describe_model
 from svdquant_pack.nodes.host.guard import CHOICES, KEY, NumbersError
@@ -59,7 +59,7 @@ def kernel(monkeypatch):
         return y
 
     found, absent = discover()
-    both = found | {"faulty": Backend("faulty", claims, linear)}
+    both = found | {"faulty": Backend("faulty", claims, each_call(linear))}
     monkeypatch.setattr(dispatch, "discover", lambda: (both, absent))
     return kernel
 

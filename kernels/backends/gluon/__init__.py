@@ -13,7 +13,6 @@ import torch
 
 from ...formats import GROUP_SIZE, TWOS_COMPLEMENT
 from ...layer import Layer, LayerSpec, Lora
-from ...stages import activate, weighted
 from .. import Backend, KernelCall, Run, triton
 from ..triton import versions
 
@@ -79,7 +78,7 @@ def prepare(
     bias: torch.Tensor | None,
     lora: Lora | None,
     compute: str,
-    activation: str = "",
+    activation: str,
 ) -> Run:
     """What runs such calls, see Backend."""
     if compute == "w4a8-jit":
@@ -87,21 +86,9 @@ def prepare(
         from . import int8_linear
 
         return int8_linear.prepare(x, layer, bias, lora, activation, layers)
-    from .int4_linear import int4_linear, quantizer
+    from . import int4_linear
 
-    quantize = quantizer(x, layer, layer.spec.format)
-
-    def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
-        plain = None if lora is None else Lora(weighted(lora.down, lora.strength), lora.up)
-        return activate(int4_linear(x, layer, bias, plain, quantize), activation)
-
-    return run
-
-
-def linear(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, *how: str) -> torch.Tensor:
-    """The whole layer on x (M, K), the formula of the reference backend; `how` is compute and maybe activation."""
-    lora = None if lora is None else Lora(*lora)
-    return prepare(x, layer, bias, lora, *how)(x, layer, bias, lora)
+    return int4_linear.prepare(x, layer, bias, lora, activation)
 
 
 def order(spec: LayerSpec, compute: str) -> str:
@@ -109,4 +96,4 @@ def order(spec: LayerSpec, compute: str) -> str:
     return "fragments" if compute == "w4a4" else ""
 
 
-BACKEND = Backend("gluon", claims, linear, epilogue=True, prepare=prepare, order=order)
+BACKEND = Backend("gluon", claims, prepare, order)

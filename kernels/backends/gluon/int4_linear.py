@@ -7,12 +7,23 @@ from ...formats import GROUP_SIZE
 from ...layer import Layer, Lora
 from ...order import ORDERS
 from ...packing import pack
-from ...stages import CodedActivation, Range
-from ..triton.layers import Quantize, quantizer
+from ...stages import CodedActivation, Range, activate
+from .. import Run
+from ..triton.layers import quantizer
 from ..triton.start import Launch
 from . import verify
-from .int4_mma import LARGE, LARGE_TURING, PAIR, SMALL, SMALL_ROWS, SMALL_TURING, compile_time, int4_mma_kernel
-from .low_rank import LowRank, side_by_side
+from .int4_mma import (
+    LARGE,
+    LARGE_TURING,
+    PAIR,
+    SMALL,
+    SMALL_ROWS,
+    SMALL_TURING,
+    WarpTiling,
+    compile_time,
+    int4_mma_kernel,
+)
+from .low_rank import LowRank, beside
 
 TURING = (7, 5)
 
@@ -29,6 +40,41 @@ def in_fragments(qweight: torch.Tensor, wscales: torch.Tensor) -> Weight:
     return arranged["qweight"], arranged["wscales"]
 
 
+class Int4Gemm:
+    """out = decode(act) @ decode(weight).T + low_rank.act @ low_rank.up.T + bias, in one of the kernel's tilings
+
+    What is compiled is settled once; no tensor is kept.
+    act_unsigned  channels whose codes are 0..15; all others are -8..7
+    scales        dtype of wscales
+    """
+
+    def __init__(self, tiling: WarpTiling, k: int, act_unsigned: Range, scales: torch.dtype, bias: bool) -> None:
+        self.k, self.tiling = k, tiling
+        self.behind = tuple(edge // GROUP_SIZE for edge in act_unsigned)
+        flags = compile_time(tiling, k, act_unsigned, scales, bias)
+        words = (torch.int32, None, torch.int64, PAIR[scales], torch.int64, torch.int64, torch.int32, torch.int32)
+        self.launch = Launch(int4_mma_kernel, {**flags, "num_warps": tiling.warps}, words)
+
+    def __call__(
+        self,
+        act: CodedActivation,
+        weight: Weight,
+        low_rank: LowRank | None,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """Returns out, see int4_gemm"""
+        (qact, ascales), (m, n), tiling = act, out.shape, self.tiling
+        if m % 16:  # each row of scales has to start where 16 bytes may be copied from
+            ascales = pad(ascales, (0, -m % 16))
+        branch_act, up = (weight[0], weight[0]) if low_rank is None else low_rank  # an absent tensor is never read
+        tensors = (qact, ascales, *weight, branch_act, up, out if bias is None else bias, out)
+        rank = 0 if low_rank is None else up.shape[1]
+        grid = (-(-m // tiling.rows) * -(-n // tiling.columns), 1, 1)
+        self.launch(grid, tensors, (m, n, self.k, rank, ascales.shape[1], *self.behind))
+        return out
+
+
 def int4_gemm(
     act: CodedActivation,
     weight: Weight,
@@ -37,40 +83,21 @@ def int4_gemm(
     out: torch.Tensor,
     act_unsigned: Range = (0, 0),
 ) -> torch.Tensor:
-    """out = decode(act) @ decode(weight).T + low_rank.act @ low_rank.up.T + bias
+    """Int4Gemm, for one call
 
     act           qact (M, K/2) int8 in natural order, ascales (K/64, M) in the dtype of out
-    act_unsigned  channels whose codes are 0..15; all others are -8..7
     weight        in fragment order, its N padded to whole tiles
     low_rank      in the dtype of out, or None
     bias          (N,) in the dtype of out, or None
-    out           (M, N) float16 or bfloat16 (float16 alone on sm_75), N even; all tensors contiguous
+    out           (M, N) float16 or bfloat16 (float16 alone on sm_75), N even; all tensors contiguous. Returns out
     """
-    qact, ascales = act
-    m, n = out.shape
-    k = 2 * qact.shape[1]
-    codes, wscales = weight
-    if m % 16:  # each row of scales has to start where 16 bytes may be copied from
-        ascales = pad(ascales, (0, -m % 16))
-    tilings = (SMALL_TURING, LARGE_TURING) if _is_turing(out.device) else (SMALL, LARGE)
-    tiling = tilings[m > SMALL_ROWS]
-    nothing = out.new_empty(0, dtype=torch.int64)  # stands in for an absent tensor, never read
-    tensors = (
-        qact.view(torch.int32),
-        ascales,
-        codes.view(torch.int64),
-        wscales.view(PAIR[wscales.dtype]),
-        nothing if low_rank is None else low_rank.act.view(torch.int64),
-        nothing if low_rank is None else low_rank.up.view(torch.int64),
-        nothing if bias is None else bias.view(torch.int32),
-        out.view(torch.int32),
-    )
-    rank = 0 if low_rank is None else low_rank.up.shape[1]
-    flags = compile_time(tiling, k, act_unsigned, wscales.dtype, bias is not None)
-    grid = (-(-m // tiling.rows) * -(-n // tiling.columns), 1, 1)
-    numbers = (m, n, k, rank, ascales.shape[1], *(edge // GROUP_SIZE for edge in act_unsigned))
-    Launch(int4_mma_kernel, {**flags, "num_warps": tiling.warps})(grid, tensors, numbers)
-    return out
+    tiling, k = tiling_of(out.device, out.shape[0]), 2 * act.qact.shape[1]
+    return Int4Gemm(tiling, k, act_unsigned, weight[1].dtype, bias is not None)(act, weight, low_rank, bias, out)
+
+
+def tiling_of(device: torch.device, m: int) -> WarpTiling:
+    """The tiling for M = m, and for all that round up to the same power of two"""
+    return ((SMALL_TURING, LARGE_TURING) if _is_turing(device) else (SMALL, LARGE))[m > SMALL_ROWS]
 
 
 def _is_turing(device: torch.device) -> bool:
@@ -100,46 +127,38 @@ def _check(
     return out, wanted + low_rank.act.double() @ low_rank.up.double().T + bias
 
 
-def _verify(x: torch.Tensor, layer: Layer) -> None:
+def _kind(layer: Layer) -> str:
     start, stop = layer.spec.act_unsigned
-    kind = "signed" if start == stop else "unsigned" if stop - start == layer.spec.k else "mixed"
-    variant = (x.device, x.dtype, x.shape[0] <= SMALL_ROWS, layer["wscales"].dtype, kind)
+    return "signed" if start == stop else "unsigned" if stop - start == layer.spec.k else "mixed"
+
+
+def prepare(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, activation: str) -> Run:
+    """What runs such calls in w4a4. A layer that is not in fragment order is put in it for each call."""
+    spec, dtype, scales = layer.spec, x.dtype, layer["wscales"].dtype
+    variant = (x.device, dtype, x.shape[0] <= SMALL_ROWS, scales, _kind(layer))
     verify.once(variant, lambda: _check(*variant))
+    quantize, factors = quantizer(x, layer, spec.format), beside(layer, lora, dtype)
+    tiling, has_bias = tiling_of(x.device, x.shape[0]), layer.centred_bias(bias) is not None
+    gemm = Int4Gemm(tiling, spec.k, spec.act_unsigned, scales, has_bias)
+    n, odd, in_order = spec.n, spec.n % 2, layer.order == FRAGMENTS
 
-
-def int4_linear(
-    x: torch.Tensor,
-    layer: Layer,
-    bias: torch.Tensor | None,
-    lora: Lora | None,
-    quantize: Quantize | None = None,
-) -> torch.Tensor:
-    """One layer on x (M, K), w4a4. A layer that is not in fragment order is put in it for the call.
-
-    The branch is rounded to the dtype of x between its two factors, as a 16-bit branch is everywhere.
-    quantize  `quantizer` of such calls, else it is made
-    """
-    m, n = x.shape[0], layer.spec.n
-    if m == 0:
-        return x.new_empty(0, n)
-    with torch.cuda.device_of(x):  # a kernel is launched on the current device, whatever its tensors are on
-        _verify(x, layer)
-        act, branch_act = (quantize or quantizer(x, layer, layer.spec.format))(x, layer)
-        pairs = [] if branch_act is None else [LowRank(branch_act, layer["proj_up"])]
-        if lora is not None:
-            pairs.append(LowRank(x @ lora[0].to(x.dtype), lora[1]))
-        low_rank = side_by_side(pairs, x.dtype)
+    def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
+        if not x.shape[0]:
+            return x.new_empty(0, n)
+        act, branch_act = quantize(x, layer)
+        low_rank = factors(x, layer, branch_act, lora)
         bias = layer.centred_bias(bias)
-        bias = None if bias is None else bias.to(x.dtype)
-        if n % 2:  # results are stored in pairs: an odd column gets a partner that is cut off again
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        if odd:  # results are stored in pairs: an odd column gets a partner that is cut off again
             low_rank = None if low_rank is None else low_rank._replace(up=_one_row_more(low_rank.up))
             bias = None if bias is None else _one_row_more(bias)
-        weight = layer["qweight"], layer["wscales"]
-        if layer.order != FRAGMENTS:
-            weight = in_fragments(*weight)
-        out = x.new_empty(m, n + n % 2)
-        int4_gemm(act, weight, low_rank, bias, out, layer.spec.act_unsigned)
-    return out[:, :n]
+        weight = layer.tensors["qweight"], layer.tensors["wscales"]
+        y = gemm(act, weight if in_order else in_fragments(*weight), low_rank, bias, x.new_empty(x.shape[0], n + odd))
+        y = y[:, :n] if odd else y
+        return activate(y, activation) if activation else y
+
+    return run
 
 
 def _one_row_more(tensor: torch.Tensor) -> torch.Tensor:

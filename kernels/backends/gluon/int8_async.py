@@ -208,6 +208,27 @@ def blocks(tiling: RingTiling, dtype: torch.dtype) -> dict[str, tuple[list[int],
     }
 
 
+class Copied:
+    """Descriptors of tensors that are copied in such blocks, for a launch each
+
+    The driver's map of a tensor is made from address, shape and strides alone, and by each launch: no tensor is kept,
+    and none is mistaken for another one at its address. What else is in a descriptor is checked once, by Triton.
+    """
+
+    def __init__(self, block: list[int], layout: object) -> None:
+        self.block, self.layout = block, layout
+        self.known: dict[str, object] | None = None
+
+    def of(self, tensor: torch.Tensor) -> TensorDescriptor:
+        if self.known is None:
+            made = TensorDescriptor.from_tensor(tensor, self.block, self.layout)
+            self.known = {**vars(made), "base": None}
+            return made
+        made = object.__new__(TensorDescriptor)
+        made.__dict__.update(self.known, base=tensor, shape=tensor.shape, strides=tensor.stride())
+        return made
+
+
 class Int8Gemm:
     """out = (qact @ weight.T) * ascales[:, None] * row_scales + low_rank.act @ low_rank.up.T + bias, for N = n
 
@@ -219,7 +240,7 @@ class Int8Gemm:
         self.columns = -(-n // self.tiling.columns)
         each = 1 if self.tiling is WIDE else 2
         self.programs = each * torch.cuda.get_device_properties(device).multi_processor_count
-        self.blocks = list(blocks(self.tiling, dtype).values())
+        self.copied = [Copied(*each) for each in blocks(self.tiling, dtype).values()]
         flags = {**compile_time(self.tiling, low_rank, bias), "num_warps": self.tiling.warps}
         self.launch = Launch(int8_async_kernel, flags)
 
@@ -236,13 +257,14 @@ class Int8Gemm:
         m, k = qact.shape
         if m == 0:
             return out
-        sides = (qact, weight, None, None) if low_rank is None else (qact, weight, *low_rank)
-        descriptors = [
-            None if side is None else TensorDescriptor.from_tensor(side, block, layout)
-            for side, (block, layout) in zip(sides, self.blocks, strict=True)
-        ]
+        of_act, of_weight, of_branch, of_up = self.copied
+        if low_rank is None:
+            rank, descriptors = 0, (of_act.of(qact), of_weight.of(weight), None, None)
+        else:
+            branch_act, up = low_rank
+            rank = up.shape[1]
+            descriptors = of_act.of(qact), of_weight.of(weight), of_branch.of(branch_act), of_up.of(up)
         tiles = -(-m // self.tiling.rows) * self.columns
-        rank = 0 if low_rank is None else low_rank.up.shape[1]
         tensors = (ascales, row_scales, ascales if bias is None else bias, out)
         self.launch((min(tiles, self.programs), 1, 1), tensors, (m, self.n, k, rank), descriptors)
         return out

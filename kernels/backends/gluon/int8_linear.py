@@ -5,12 +5,12 @@ from typing import Any, Protocol
 
 import torch
 
-from ...layer import RANK_TILE, Layer, Lora
+from ...layer import Layer, Lora
 from ...stages import CodedActivation, activate
 from .. import Run
 from . import verify
 from .int8_async import Int8Gemm, int8_gemm, tiling_of
-from .low_rank import LowRank, side_by_side
+from .low_rank import LowRank, beside
 
 
 class RowSteps(Protocol):
@@ -27,35 +27,20 @@ def prepare(
     x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, activation: str, steps: RowSteps
 ) -> Run:
     """What runs such calls in w4a8-jit; torch's allocator hands out the same scratch memory to every call's weight."""
-    spec = layer.spec
-    quantize, expand = steps.quantizer(x, layer, "int8_row"), steps.expander(layer, torch.int8)
-    n, rank, dtype = spec.n, spec.rank, x.dtype
-    lora_rank = 0 if lora is None else lora.down.shape[1]
-    has_low_rank, kind = rank + lora_rank > 0, None if bias is None else bias.dtype
+    n, dtype, kind = layer.spec.n, x.dtype, None if bias is None else bias.dtype
+    has_low_rank = layer.spec.rank + (0 if lora is None else lora.down.shape[1]) > 0
     variant = (x.device, dtype, tiling_of(n), has_low_rank, kind)
-    gemm = Int8Gemm(x.device, dtype, n, has_low_rank, bias is not None)
+    verify.once(variant, lambda: check(x.device, dtype, n, has_low_rank, kind))
+    quantize, expand = steps.quantizer(x, layer, "int8_row"), steps.expander(layer, torch.int8)
+    factors, gemm = beside(layer, lora, dtype), Int8Gemm(x.device, dtype, n, has_low_rank, bias is not None)
 
     def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
-        verify.once(variant, lambda: check(x.device, dtype, n, has_low_rank, kind))
         act, branch_act = quantize(x, layer)
-        low_rank = beside(x, layer, branch_act, lora)
+        low_rank = factors(x, layer, branch_act, lora)
         y = gemm(act, expand(layer), low_rank, bias, x.new_empty(x.shape[0], n))
-        return activate(y, activation)
+        return activate(y, activation) if activation else y
 
     return run
-
-
-def beside(x: torch.Tensor, layer: Layer, branch_act: torch.Tensor | None, lora: Lora | None) -> LowRank | None:
-    """The layer's branch and the LoRA as one pair of factors."""
-    pairs = [] if branch_act is None or not layer.spec.rank else [LowRank(branch_act, layer["proj_up"])]
-    if lora is not None:
-        down, up, strength = lora
-        lora_act = x @ down.to(x.dtype)
-        if strength is not None:
-            columns = layer.once("lora_strength", (strength,), lambda: strength.repeat_interleave(RANK_TILE))
-            lora_act = (lora_act * columns[: up.shape[1]]).to(x.dtype)
-        pairs.append(LowRank(lora_act, up))
-    return side_by_side(pairs, x.dtype)
 
 
 def check(
@@ -74,11 +59,3 @@ def check(
     if low_rank is not None:
         wanted += low_rank.act.double() @ low_rank.up.double().T
     return out, wanted if bias is None else wanted + bias
-
-
-def int8_linear(
-    x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, steps: RowSteps
-) -> torch.Tensor:
-    """One layer on x (M, K), w4a8-jit"""
-    lora = None if lora is None else Lora(*lora)
-    return prepare(x, layer, bias, lora, "", steps)(x, layer, bias, lora)

@@ -81,11 +81,4 @@ def prepare(*call: Any) -> Run:
     return layers.prepare(*call)
 
 
-def linear(*call: Any) -> torch.Tensor:
-    """One layer; see layers.linear."""
-    from . import layers
-
-    return layers.linear(*call)
-
-
-BACKEND = Backend("triton", claims, linear, epilogue=True, prepare=prepare)
+BACKEND = Backend("triton", claims, prepare)

@@ -243,13 +243,7 @@ def prepare(
     bias: torch.Tensor | None,
     lora: Lora | None,
     compute: str,
-    activation: str = "",
+    activation: str,
 ) -> Run:
     """What runs this call and all like it, see Backend. It keeps no tensor of the layer or the call."""
     return MODES[compute](Kind(x, layer, bias, lora, activation))
-
-
-def linear(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, *how: str) -> torch.Tensor:
-    """One layer on x (M, K); `how` is compute and maybe activation. Returns (M, N) in the dtype of x."""
-    lora = None if lora is None else Lora(*lora)
-    return prepare(x, layer, bias, lora, *how)(x, layer, bias, lora)
