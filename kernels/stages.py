@@ -113,6 +113,20 @@ def weighted(columns: torch.Tensor, strength: torch.Tensor | None) -> torch.Tens
     return (columns * strength.repeat_interleave(RANK_TILE)[: columns.shape[-1]]).to(columns.dtype)
 
 
+def weigh_(columns: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
+    """`weighted`, in place of columns (M, R), contiguous
+
+    >>> weigh_(torch.ones(1, 20), torch.tensor([2.0, 3.0]))[0, 15:17]
+    tensor([2., 3.])
+    """
+    width = columns.shape[1]
+    if strength is not None and width % RANK_TILE:
+        columns.mul_(strength.repeat_interleave(RANK_TILE)[:width])
+    elif strength is not None:
+        columns.view(-1, width // RANK_TILE, RANK_TILE).mul_(strength[:, None])
+    return columns
+
+
 def activate(y: torch.Tensor, activation: str) -> torch.Tensor:
     """y, GELU (tanh form) of y, or SiLU of y"""
     if activation == "gelu":

@@ -107,8 +107,10 @@ def _sample(tensor: torch.Tensor) -> bytes:
     """A few bytes of the tensor; none on a GPU, where looking would wait for it"""
     if tensor.device.type != "cpu":
         return b""
-    flat = tensor.reshape(-1).view(torch.uint8)
-    return flat[:: max(1, flat.numel() // SAMPLES)].numpy().tobytes()
+    as_bytes = tensor.dtype in (torch.int8, torch.uint8) and tensor.is_contiguous()
+    flat = tensor if as_bytes else tensor.reshape(-1).view(torch.uint8)
+    step = max(1, flat.numel() // SAMPLES)
+    return flat.as_strided((-(-flat.numel() // step),), (step,)).numpy().tobytes()
 
 
 @cache

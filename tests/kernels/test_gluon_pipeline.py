@@ -128,6 +128,19 @@ def test_the_emulated_layer_agrees_with_the_reference(monkeypatch, format, m, n,
     assert whole(x[:0], layer, bias, extra).shape == (0, n)
 
 
+def test_a_strength_that_was_changed_counts_from_the_next_call(monkeypatch):
+    """As a server changes it: in inference mode, where torch does not count what is written to a tensor."""
+    emulated(monkeypatch, True, True, 2)
+    layer, x = random_layer("int4", 128, 192, 16, dtype=torch.float16), torch.randn(4, 192).half()
+    with torch.inference_mode():
+        lora = Lora(torch.randn(192, 16).half() / 14, torch.randn(128, 16).half(), torch.ones(1))
+        run = int8_linear.prepare(x, layer, None, lora, "", RowSteps)
+        for strength in (1.0, 0.25, 0.0):
+            lora.strength.fill_(strength)
+            wanted = reference_linear(x, layer, None, lora, "w4a8-jit")
+            assert torch.allclose(run(x, layer, None, lora).float(), wanted.float(), rtol=2**-9, atol=2**-6)
+
+
 def test_a_wrong_variant_never_computes_for_a_user(monkeypatch):
     """Its own check finds the missing scale before the first result is handed out."""
     emulated(monkeypatch, False, False, 2)

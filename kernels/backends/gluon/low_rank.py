@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ...layer import RANK_TILE, Layer, Lora
+from ...stages import weigh_
 
 
 class LowRank(NamedTuple):
@@ -48,11 +49,7 @@ def beside(layer: Layer, lora: Lora | None, dtype: torch.dtype) -> Beside:
     def run(x: torch.Tensor, layer: Layer, act: torch.Tensor | None, lora: Lora | None) -> LowRank:
         assert lora is not None  # calls are alike
         down, up, strength = lora
-        lora_act = x @ (down if down.dtype == dtype else down.to(dtype))
-        if strength is not None:
-            columns = layer.once("lora_strength", (strength,), lambda: strength.repeat_interleave(RANK_TILE)[:width])
-            lora_act = lora_act * columns
-        mine = LowRank(lora_act, up)
+        mine = LowRank(weigh_(x @ (down if down.dtype == dtype else down.to(dtype)), strength), up)
         return side_by_side(
             [LowRank(act, layer.tensors["proj_up"]), mine] if rank and act is not None else [mine], dtype
         )
