@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..kernels.bounded_json import USUAL, JsonError, Limits, read_object
 from ..quantize.cli import show
-from ..quantize.files.bounded_json import USUAL, JsonError, Limits, read_object
 
 PLACEHOLDER = "{prompt}"
 PATIENCE = 3  # questions in a row to which a run is nowhere, before it is given up

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from ..kernels import Choice, Lora, Prepared, choose
+from ..kernels.bounded_json import read_object
 from ..kernels.dispatch import USUAL_ROWS
 from ..kernels.layer import BlobView, Layer, LayerSpec, from_blob, to_blob
 from ..kernels.ops import register
 from ..kernels.order import ORDERS
-from .files.bounded_json import read_object
 
 LowRank = tuple[torch.Tensor, torch.Tensor]
 """(lora_down (K, R), lora_up (N, R))"""

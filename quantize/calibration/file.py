@@ -30,9 +30,9 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
+from ...kernels.bounded_json import HEADER, JsonError, Kind, read_object
 from ...kernels.layer import is_finite
 from ..files import integrity
-from ..files.bounded_json import HEADER, JsonError, Kind, read_object
 from ..files.lifecycle import reserve, temporary_for
 from ..files.tensor_file import DTYPE_NAMES, TensorFile, TensorFileError, TensorInfo
 from .tokens import BUCKETS, HALVES, POSITIONS, InputStatistics

@@ -9,10 +9,10 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ...kernels.bounded_json import JsonError, Kind, read_object
 from ...kernels.layer import LayerSpec
 from ..families import FamilyError
 from ..families import detect as detect_family
-from .bounded_json import JsonError, Kind, read_object
 from .checkpoint import CheckpointError, Provenance
 from .tensor_file import TensorFile
 

@@ -22,7 +22,7 @@ from zlib import crc32
 
 import torch
 
-from .bounded_json import HEADER, JsonError, read_object
+from ...kernels.bounded_json import HEADER, JsonError, read_object
 
 KEY = "svdquant_checksums"
 METHOD = "crc32"

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ...kernels.bounded_json import JsonError, read_object
 from ..families import detect
-from .bounded_json import JsonError, read_object
 from .dialects import speaking
 from .tensor_file import PREFIXES, TensorFile, TensorFileError, TensorInfo
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from ...kernels.bounded_json import MARKER as LARGEST_MARKER
+from ...kernels.bounded_json import JsonError, read_object
 from ...kernels.formats import FORMATS, SIXTEEN_BIT, Format
 from ...kernels.layer import LayerError, LayerSpec
-from .bounded_json import MARKER as LARGEST_MARKER
-from .bounded_json import JsonError, read_object
 from .checkpoint import Checkpoint, CheckpointError
 from .tensor_file import TensorFile, TensorInfo
 

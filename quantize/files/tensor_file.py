@@ -18,8 +18,8 @@ from types import TracebackType
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ...kernels.bounded_json import HEADER, USUAL, JsonError, read_object
 from . import integrity
-from .bounded_json import HEADER, USUAL, JsonError, read_object
 from .lifecycle import reserve, temporary_for
 
 DTYPES = {

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import torch
 
-from ..files.bounded_json import JsonError, read_object
+from ...kernels.bounded_json import JsonError, read_object
 from ..files.integrity import bytes_of
 from ..files.lifecycle import Owner, users, work_for
 from ..files.tensor_file import TensorFile, TensorFileError, TensorInfo, TensorWriter

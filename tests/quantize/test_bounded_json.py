@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from svdquant_pack.kernels.backends.triton import tuned
+from svdquant_pack.kernels.bounded_json import JsonError, Limits, read_json, read_object
 from svdquant_pack.nodes.remote import CalibrateError, read_workflow
 from svdquant_pack.quantize.calibration.file import Statistics, StatisticsError
-from svdquant_pack.quantize.files.bounded_json import JsonError, Limits, read_json, read_object
 from svdquant_pack.quantize.files.checkpoint import CheckpointError, Provenance
 from svdquant_pack.quantize.files.dialects import native
 from svdquant_pack.quantize.files.open import open_checkpoint
@@ -125,7 +125,7 @@ def test_tuned_settings_that_are_none_name_the_file(tmp_path, monkeypatch, text)
 
 
 def test_json_is_read_in_one_place():
-    for folder in ("quantize", "nodes"):
+    for folder in ("kernels", "quantize", "nodes"):
         for path in (ROOT / folder).rglob("*.py"):
             if path.name != "bounded_json.py":
                 assert not re.search(r"json\.loads?\(", path.read_text(encoding="utf-8")), path

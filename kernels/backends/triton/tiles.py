@@ -5,7 +5,6 @@ for it has the entries of his own GPU replaced, see tune.py: as many as before, 
 """
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import triton
 
+from ...bounded_json import read_json
 from . import tuned
 
 log = logging.getLogger("svdquant")
@@ -26,7 +26,7 @@ LARGEST = 1 << 20  # rows; every bucket above is treated like it
 
 @cache
 def table() -> dict[str, list[dict[str, Any]]]:
-    return json.loads(Path(__file__).with_name("tiles.json").read_text())
+    return read_json(Path(__file__).with_name("tiles.json").read_text(), "tiles.json")
 
 
 @cache
@@ -99,7 +99,7 @@ def trying(chosen: Mapping[Place, Settings]) -> Iterator[set[Place]]:
 
 def choices(kernel: str) -> list[dict[str, Any]]:
     """All settings that a kernel may be launched with: what is shipped for any GPU, and candidates.json"""
-    more = json.loads(Path(__file__).with_name("candidates.json").read_text())[kernel]
+    more = read_json(Path(__file__).with_name("candidates.json").read_text(), "candidates.json")[kernel]
     found = []
     for settings in [*(as_shipped(kernel, index) for index in range(len(table()[kernel]))), *more]:
         if settings not in found:

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ...bounded_json import read_object
+
 NAME = "tiles.json"
 Tables = dict[str, list[dict[str, Any]]]
 
@@ -29,17 +31,14 @@ def read() -> dict[str, Tables]:
         text = path().read_bytes()
     except (FileNotFoundError, RuntimeError):  # RuntimeError: a user without a home folder
         return {}
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:  # the latter: lists in lists without end
-        raise ValueError(f"{path()} is damaged: {error}") from error
+    found = read_object(text, str(path()))
     if not _is_file(found):
         raise ValueError(f"{path()} does not hold tables of launch settings")
     return found
 
 
-def _is_file(found: Any) -> bool:
-    if not isinstance(found, dict) or not all(isinstance(tables, dict) for tables in found.values()):
+def _is_file(found: dict[str, Any]) -> bool:
+    if not all(isinstance(tables, dict) for tables in found.values()):
         return False
     lists = [entries for tables in found.values() for entries in tables.values()]
     return all(isinstance(entries, list) and all(isinstance(each, dict) for each in entries) for entries in lists)

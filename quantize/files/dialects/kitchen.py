@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 
+from ....kernels.bounded_json import JsonError, read_object
 from ....kernels.formats import STOCK_RULE
 from ....kernels.layer import RANK_TILE, Layer, LayerError, LayerSpec
 from .. import spelling
 from .. import tiles as layout
-from ..bounded_json import JsonError, read_object
 from ..checkpoint import Checkpoint, CheckpointError
 from ..header import kept_metadata, metadata_of, provenance_of
 from ..spelling import MARKER, formats_of, marker_tensor, read_marker

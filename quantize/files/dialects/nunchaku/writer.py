@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from .....kernels.bounded_json import read_object
 from .....kernels.formats import DEFAULT, FORMATS, STOCK_RULE, Format
 from .....kernels.layer import RANK_TILE, Layer, LayerError, LayerSpec, shifted_bias_term
-from ...bounded_json import read_object
 from ...checkpoint import Checkpoint, CheckpointError
 from ...header import VERSION, metadata_of
 from ...tensor_file import TensorWriter
