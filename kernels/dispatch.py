@@ -181,7 +181,7 @@ def by_reference() -> Iterator[None]:
 
 
 def _without_rows(call: KernelCall) -> KernelCall:
-    return replace(call, rows=0, capability=None, arch="", asked=False)
+    return replace(call, rows=0, capability=None, arch="", asked=False, measured=False)
 
 
 def run(

@@ -28,6 +28,7 @@ class KernelCall:
     rows        M of the activation
     partly_unsigned  whether some, but not all, input channels have unsigned codes
     asked       whether the user named this mode, and it is not one that `auto` tries
+    measured    whether who runs it is decided by what was measured on this machine, and not by a table
     """
 
     format: str
@@ -39,6 +40,7 @@ class KernelCall:
     rows: int = 4096
     partly_unsigned: bool = False
     asked: bool = True
+    measured: bool = False
 
     @property
     def fmt(self) -> Format:
