@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from .. import stages
 from ..formats import E2M1_CODE, Tensors
 from ..layer import Layer, Lora
-from . import Backend, KernelCall, Run, triton
+from . import Backend, KernelCall, Run, triton, with_epilogue
 from .triton import versions
 
 CLAIM = -1  # below the reference: whoever calls it has measured it
@@ -180,12 +180,9 @@ def _finished(
     return y
 
 
-def linear(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, compute: str) -> torch.Tensor:
-    """One layer on x (M, K). Returns (M, N) in the dtype of x."""
-    return prepared(x, layer, compute)(x, layer, bias, lora)
-
-
-def prepared(x: torch.Tensor, layer: Layer, compute: str) -> Run:
+def prepare(
+    x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None, compute: str, activation: str
+) -> Run:
     """What runs calls like this one. Raises ValueError for a layer that torch does not multiply."""
     spec = layer.spec
     four = compute == "w4a4"
@@ -196,7 +193,7 @@ def prepared(x: torch.Tensor, layer: Layer, compute: str) -> Run:
     def linear(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
         return run(x.contiguous(), layer, bias, lora) if x.shape[0] else x.new_empty(0, layer.spec.n)
 
-    return linear
+    return with_epilogue(linear, activation)
 
 
-BACKEND = Backend("cublas", claims, linear)
+BACKEND = Backend("cublas", claims, prepare)

@@ -109,7 +109,7 @@ def test_fp8_is_the_references(format, rows, dtype):
     x, bias = torch.randn(rows, 256).to(dtype), torch.randn(192).to(dtype)
     lora = Lora(torch.randn(256, 40).to(dtype), torch.randn(192, 40).to(dtype))
     for beside in ((None, None), (bias, None), (bias, lora)):
-        found = cublas.linear(x, layer, *beside, "fp8")
+        found = cublas.BACKEND.linear(x, layer, *beside, "fp8")
         wanted = reference.linear(x, layer, *beside, "fp8")
         assert found.dtype == dtype and error(found, wanted) < (1e-5 if dtype == torch.float32 else 4e-3)
 
@@ -128,22 +128,23 @@ def test_strengths_and_an_activation_function_are_the_layers(monkeypatch):
 
 @on_this_cpu
 def test_no_rows_and_odd_sizes():
-    assert cublas.linear(torch.empty(0, 256), random_layer("int4"), None, None, "fp8").shape == (0, 96)
+    assert cublas.BACKEND.linear(torch.empty(0, 256), random_layer("int4"), None, None, "fp8").shape == (0, 96)
     with pytest.raises(ValueError, match=r"N to be a multiple of 16 and K of 32, this is int4 at N=95"):
-        cublas.linear(torch.randn(3, 256), random_layer("int4", n=95), None, None, "fp8")
+        cublas.BACKEND.linear(torch.randn(3, 256), random_layer("int4", n=95), None, None, "fp8")
     strided = torch.randn(3, 512)[:, ::2]
     layer = random_layer("int4")
     assert torch.equal(
-        cublas.linear(strided, layer, None, None, "fp8"), cublas.linear(strided.contiguous(), layer, None, None, "fp8")
+        cublas.BACKEND.linear(strided, layer, None, None, "fp8"),
+        cublas.BACKEND.linear(strided.contiguous(), layer, None, None, "fp8"),
     )
 
 
 @on_this_cpu
 def test_rows_with_nan_stay_theirs():
     layer, x = random_layer("int4"), torch.randn(4, 256)
-    alone = cublas.linear(x, layer, None, None, "fp8")
+    alone = cublas.BACKEND.linear(x, layer, None, None, "fp8")
     x[1, 3], x[2] = torch.nan, 0
-    found = cublas.linear(x, layer, None, None, "fp8")
+    found = cublas.BACKEND.linear(x, layer, None, None, "fp8")
     assert torch.equal(found[[0, 3]], alone[[0, 3]]) and found[1].isnan().all() and not found[2].any()
 
 
@@ -196,7 +197,7 @@ def test_nvfp4_is_the_references(format, rows, n, k, dtype, emulated):
     x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
     lora = Lora(torch.randn(k, 20).to(dtype), torch.randn(n, 20).to(dtype))
     for beside in ((None, None), (bias, lora)):
-        found = cublas.linear(x, layer, *beside, "w4a4")
+        found = cublas.BACKEND.linear(x, layer, *beside, "w4a4")
         assert found.dtype == dtype and error(found, reference.linear(x, layer, *beside, "w4a4")) < ROUNDINGS
     assert TOLERANCE > 0.006
 
@@ -211,7 +212,7 @@ def test_it_reads_scales_of_each_channel_and_those_that_lie_by_column(format, em
     by_column = layer.known(layer.spec, from_blob(blob, views))
     assert by_column["wscales"].stride() == (1, 16)
     x = torch.randn(40, 224).to(BF16)
-    found = [cublas.linear(x, each, None, None, "w4a4") for each in (layer, by_column)]
+    found = [cublas.BACKEND.linear(x, each, None, None, "w4a4") for each in (layer, by_column)]
     assert torch.equal(*found) and error(found[0], reference.linear(x, layer, None, None, "w4a4")) < ROUNDINGS
 
 
@@ -222,7 +223,9 @@ def test_the_rule_for_scales_of_the_layer_is_kept(format, emulated):
     best = FORMATS[format].act_rules[-1]
     spec = type(layer.spec)(format, layer.spec.n, layer.spec.k, layer.spec.rank, act_rule=best)
     x = torch.randn(40, 256).to(BF16)
-    found, other = (cublas.linear(x, Layer(each, layer.tensors), None, None, "w4a4") for each in (spec, layer.spec))
+    found, other = (
+        cublas.BACKEND.linear(x, Layer(each, layer.tensors), None, None, "w4a4") for each in (spec, layer.spec)
+    )
     assert error(found, reference.linear(x, Layer(spec, layer.tensors), None, None, "w4a4")) < ROUNDINGS
     assert error(found, other) > 0.01
 
@@ -231,4 +234,4 @@ def test_the_rule_for_scales_of_the_layer_is_kept(format, emulated):
 @pytest.mark.parametrize(("n", "k"), [(96, 240), (95, 256)])
 def test_sizes_that_torch_refuses_are_said(n, k):
     with pytest.raises(ValueError, match="needs N to be a multiple of 16 and K of 32"):
-        cublas.linear(torch.randn(3, k).to(BF16), random_layer("nvfp4", n, k, dtype=BF16), None, None, "w4a4")
+        cublas.BACKEND.linear(torch.randn(3, k).to(BF16), random_layer("nvfp4", n, k, dtype=BF16), None, None, "w4a4")

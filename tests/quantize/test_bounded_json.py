@@ -51,10 +51,10 @@ def test_what_json_writes_is_read():
     ],
 )
 def test_what_is_out_of_bounds_is_refused_by_place(text, message):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(JsonError, match=f"^here.*{message}"):
         read_json(text, "here")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_value_of_another_type_is_named():
