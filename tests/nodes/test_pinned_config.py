@@ -39,10 +39,10 @@ def test_a_pinned_bomb_is_refused_by_name_at_once(checkpoints, tmp_path, key):
     svdquant["pinned"] = sorted({*svdquant["pinned"], key})
     metadata = file.metadata | {"svdquant": json.dumps(svdquant), "unet_config": json.dumps(config | {key: BOMBS[key]})}
     save_file(load_file(file.path), tmp_path / "bomb.safetensors", metadata)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=rf"^bomb.safetensors: .*{key}"):
         load_model(str(tmp_path / "bomb.safetensors"))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("key", BOMBS)
