@@ -36,7 +36,7 @@ def outside() -> list[str]:
 
 
 def child(arguments: list[str], cpu: int, output: int, seen: int) -> int:
-    os.setsid()  # what it starts ends with it
+    os.setpgid(0, 0)  # what it starts ends with it; no session of its own, which would have a priority of its own
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(output), "w") for _ in range(2))

@@ -41,7 +41,7 @@ class FactoredTerm:
     milliseconds: float
 
 
-@dataclass(eq=False)
+@dataclass
 class PatchedWeight:
     """W' of one layer, for as far as terms have been applied.
 
@@ -121,7 +121,7 @@ class PatchedWeight:
     def _dora(self, term: Term, form: Factors, factors: FactoredTerm) -> tuple[Dora, FactoredTerm]:
         """(magnitude over norm, diag(rows) delta diag(cols))"""
         assert form.magnitude is not None
-        if form.magnitude.dim() == 0:
+        if not form.magnitude.dim():
             raise LoraError("its DoRA magnitude is one number, needed one for each row or column")
         delta = None
         if form.magnitude.shape[0] == 1:

@@ -177,16 +177,14 @@ def _may_join(group: list[Term], term: Term) -> bool:
     return all(_lie_apart(member.offset, term.offset) for member in group)
 
 
-def _block_of(term: Term) -> tuple[float, float] | None:
-    """(strength, alpha) of a slice's LoRA of a few columns, what a block has one of; None for any other term"""
+def _block_of(term: Term) -> tuple[float, float, int] | None:
+    """(strength, alpha, dim) of a slice's LoRA of a few columns, what a block has one of; None for any other term"""
     form = term.form
     if not isinstance(form, LoraFactors) or not form.is_plain or term.offset is None or term.own != 1:
         return None
-    return None if form.down.shape[0] % RANK_TILE == 0 else (term.strength, form.alpha)
+    return None if form.down.shape[0] % RANK_TILE == 0 else (term.strength, form.alpha, term.offset[0])
 
 
 def _lie_apart(one: Offset | None, other: Offset | None) -> bool:
-    """Whether two slices are of the same dimension and do not overlap."""
-    if one is None or other is None or one[0] != other[0]:
-        return False
-    return max(one[1], other[1]) >= min(sum(one[1:]), sum(other[1:]))
+    """Whether two slices of one dimension do not overlap."""
+    return one is not None and other is not None and max(one[1], other[1]) >= min(sum(one[1:]), sum(other[1:]))

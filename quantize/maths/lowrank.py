@@ -19,16 +19,21 @@ def split(
     returns      down (K, R), up (N, R), float32; the singular values are shared evenly. The same seed gives the same
                  bytes.
     """
-    n, k = matrix.shape
-    rank_found = min(rank, n, k)
-    width = rank_found + OVERSAMPLING
-    if width >= min(n, k) // 2:  # a full SVD is then as cheap
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        v = vh.T
-    else:
-        u, s, v = randomized_svd(matrix, width, power_steps, seed)
-    root = s[:rank_found].sqrt()
-    return pad(v[:, :rank_found] * root, rank), pad(u[:, :rank_found] * root, rank)
+    found = min(rank, *matrix.shape)
+    u, s, v = leading(matrix, found, power_steps, seed)
+    root = s[:found].sqrt()
+    return pad(v[:, :found] * root, rank), pad(u[:, :found] * root, rank)
+
+
+def leading(
+    matrix: torch.Tensor, count: int, power_steps: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`randomized_svd` of at least so many singular values, or where a full SVD is as cheap that one"""
+    width = count + OVERSAMPLING
+    if width < min(matrix.shape) // 2:
+        return randomized_svd(matrix, width, power_steps, seed)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u, s, vh.T
 
 
 def randomized_svd(
@@ -67,12 +72,8 @@ def refit(residual: torch.Tensor, root: Gram, rank: int, seed: int) -> tuple[tor
 
 
 def tails(matrix: torch.Tensor, ranks: Sequence[int], seed: int) -> tuple[float, ...]:
-    """||M - SVD_r(M)||^2 / ||M||^2 for every r of `ranks`, which rise, from one randomized SVD"""
-    most = min(ranks[-1], *matrix.shape)
-    if most + OVERSAMPLING >= min(matrix.shape) // 2:
-        values = torch.linalg.svdvals(matrix)
-    else:
-        values = randomized_svd(matrix, most + OVERSAMPLING, 2, seed)[1]
+    """||M - SVD_r(M)||^2 / ||M||^2 for every r of `ranks`, which rise, from one SVD"""
+    values = leading(matrix, min(ranks[-1], *matrix.shape), 2, seed)[1]
     total = matrix.double().square().sum().clamp_min(1e-300)
     gone = torch.cat([torch.zeros(1, dtype=torch.float64, device=matrix.device), values.double().square().cumsum(0)])
     return tuple(max(0.0, 1 - (gone[min(rank, len(gone) - 1)] / total).item()) for rank in ranks)
@@ -80,8 +81,8 @@ def tails(matrix: torch.Tensor, ranks: Sequence[int], seed: int) -> tuple[float,
 
 def balance(down: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same product with columns of equal length on both sides, so that neither leaves the range of fp16."""
-    lengths = down.norm(dim=0), up.norm(dim=0)
-    ratio = torch.where((lengths[0] > 0) & (lengths[1] > 0), (lengths[1] / lengths[0].clamp_min(1e-30)).sqrt(), 1)
+    lengths = [factor.norm(dim=0).clamp_min(1e-30) for factor in (down, up)]  # a column of zeros stays one
+    ratio = (lengths[1] / lengths[0]).sqrt()
     return down * ratio, up / ratio
 
 

@@ -5,6 +5,7 @@ It is called `smooth` in formulas and code, and `smooth_factor` among the tensor
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 
@@ -55,10 +56,9 @@ def above_one(s: torch.Tensor, fmt: Format) -> torch.Tensor:
 
 
 def from_spans(act: torch.Tensor, weight: torch.Tensor, a: float, b: float) -> torch.Tensor:
-    """smooth[k] = act[k] ** a / weight[k] ** b for spans (K,) of both; 1 where either is zero"""
-    alive = (act > 0) & (weight > 0)
-    smooth = torch.where(alive, act, 1).pow(a) / torch.where(alive, weight, 1).pow(b)
-    return smooth.nan_to_num(1.0, 1.0, 1.0)
+    """smooth[k] = act[k] ** a / weight[k] ** b for spans (K,) of both; 1 where either is zero, or this is no number"""
+    smooth = act.pow(a) / weight.pow(b)
+    return torch.where((act > 0) & (weight > 0) & smooth.isfinite(), smooth, 1)
 
 
 @dataclass(frozen=True)
@@ -159,16 +159,13 @@ def search(weights: Sequence[torch.Tensor], inputs: Inputs, spec: LayerSpec, see
     model = NoiseModel.of(spec, rows.device, gptq=True)
     root_x, root_w = inputs.square.sqrt(), rows.square().mean(0).sqrt()
     spans = ((inputs.absmax, rows.abs().amax(0)), (root_x, root_w), (inputs.absmax, root_w))
-    best: tuple[float, torch.Tensor, torch.Tensor] | None = None
-    for act, weight in spans:
-        for a, b in EXPONENTS:
-            s = _centred(from_spans(act, weight, a, b))
-            rest = _rest(rows, s, spec.rank, seed)
-            cost = model.cost(s.log(), inputs, rest).item()
-            if best is None or cost < best[0]:
-                best = cost, s, rest
-    assert best is not None
-    _, s, rest = best
+
+    def tried(s: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
+        rest = _rest(rows, s, spec.rank, seed)
+        return model.cost(s.log(), inputs, rest).item(), s, rest
+
+    rules = (_centred(from_spans(act, weight, a, b)) for act, weight in spans for a, b in EXPONENTS)
+    _, s, rest = min(map(tried, rules), key=itemgetter(0))
     for _ in range(2 if steps else 0):  # the branch is refreshed once, half way
         s = _descend(s, model, inputs, rest, steps // 2)
         rest = _rest(rows, s, spec.rank, seed)
@@ -226,7 +223,7 @@ def out_of_range(s: torch.Tensor, inputs: Inputs, fmt: Format) -> str | None:
     largest = (inputs.absmax / s).amax().item()
     if largest > most:
         return f"activations reach {largest:.3g} after smoothing; {fmt.name} cuts them to {most:g}"
-    usual = (inputs.rows / s).abs().unflatten(-1, (-1, fmt.group_size)).amax(-1).median().item()
+    usual = (inputs.rows / s).abs().reshape(len(inputs.rows), -1, fmt.group_size).amax(-1).median().item()
     if 0 < usual < least:
         return (
             f"half of the groups of activations are below {usual:.3g} after smoothing; {fmt.name} is exact from "

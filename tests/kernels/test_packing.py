@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svdquant_pack.kernels.packing import pack, sign_extend, unpack
+from svdquant_pack.kernels.packing import by_column, pack, sign_extend, unpack
 
 shapes = st.tuples(st.integers(0, 5), st.integers(0, 9).map(lambda half: 2 * half))
 
@@ -36,3 +36,11 @@ def test_codes_may_come_in_any_integer_dtype(dtype):
     codes = torch.arange(-8, 8, dtype=dtype)
     assert torch.equal(pack(codes), pack(codes.to(torch.int8)))
     assert torch.equal(sign_extend(unpack(pack(codes)).to(dtype)), codes.to(torch.int8))
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(0, 0), (1, 4), (4, 4), (5, 8)])
+def test_columns_become_lines_with_zeros_behind_them(length, wanted):
+    matrix = torch.arange(1, 1 + 3 * length).view(length, 3)
+    lines = by_column(matrix, 4)
+    assert lines.shape == (3, wanted)
+    assert torch.equal(lines[:, :length].t(), matrix) and not lines[:, length:].any()

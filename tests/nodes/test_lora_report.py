@@ -54,6 +54,8 @@ def test_the_report_has_a_row_per_lora(plain, weights, demo_model):
     assert found["columns"] == sum(loras.rank for loras in second.layer_loras().values())
     text = text_of(second)
     assert "LoRA 1" in text and "-0.25" in text and "total:" in text
+    forward(second)
+    assert [row["columns"] for row in describe_loras(second)["rows"]] == [row["columns"] for row in found["rows"]]
     assert text_of(plain) == "This MODEL has no LoRA."
     assert "not 4-bit" in text_of(demo_model)
 

@@ -175,6 +175,24 @@ def test_made_in_inference_mode_and_used_outside():
     assert x.grad is not None
 
 
+def test_loras_that_a_call_has_placed_serve_the_next():
+    module, x = make(), torch.randn(3, K)
+    module.set_loras(lora())
+    wanted, placed = module(x), module._loaded
+    assert placed is not None and torch.equal(module(x), wanted) and module._loaded is placed
+    module(x.bfloat16())
+    assert module._loaded is not placed and module._loaded.dtype == torch.bfloat16
+
+
+def test_a_layer_that_is_compiled_leaves_its_loras_where_they_are():
+    module, x = make(), torch.randn(3, K).bfloat16()
+    module.set_loras(lora())
+    wanted = copy.deepcopy(module)(x)
+    module.place_loras(torch.device("cpu"), torch.float32)
+    placed = module._loaded
+    assert torch.equal(torch.compile(module, backend="eager")(x), wanted) and module._loaded is placed
+
+
 def test_loras_are_placed_beside_the_weight_unless_the_host_streams_it():
     module, elsewhere = make(), torch.device("meta")
     module.place_loras(elsewhere, torch.float32)

@@ -344,6 +344,10 @@ def test_a_weight_shows_its_shape_until_the_next_load_and_is_its_bytes_for_every
     assert torch.equal(zoo.forward(patcher, FAMILY), before)
     assert all(layer.weight is layer.blob for layer in patcher.packed_layers().values())
     assert torch.equal(zoo.forward(other, FAMILY), before)
+    other.set_model_compute_dtype(torch.float32)
+    other.partially_unload(torch.device("cpu"), patcher.model_size())  # the host makes room for another model
+    assert all(layer.weight is layer.blob for layer in patcher.packed_layers().values())
+    assert torch.equal(zoo.forward(other, FAMILY), before)
 
 
 def test_a_host_that_would_train_the_bytes_is_refused(int4):

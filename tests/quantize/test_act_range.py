@@ -140,6 +140,57 @@ def test_activations_that_are_too_small_are_noted():
     assert "nvfp4 is exact from 0.0938" in smooth.out_of_range(torch.full((K,), 1e3), inputs, FORMATS["nvfp4"])
 
 
+def test_the_groups_of_a_token_are_looked_at_and_not_the_tokens_of_a_channel():
+    """One large token and one large group: every channel has a large number, and most groups are below the range."""
+    rows = torch.full((8, K), 1e-3)
+    rows[0], rows[:, :16] = 1, 1
+    assert "nvfp4 is exact from" in smooth.out_of_range(torch.ones(K), smooth.Inputs.of(rows), FORMATS["nvfp4"])
+
+
+def test_spans_that_are_no_numbers_smooth_nothing():
+    act, weight = torch.tensor([0.0, 4.0, 4.0, 1e38, 0.0]), torch.tensor([2.0, 0.0, 2.0, 1e-38, 0.0])
+    assert smooth.from_spans(act, weight, 0.5, 1.0).tolist() == [1, 1, 1, 1, 1]
+    assert smooth.from_spans(act, weight, 1.0, 0.0).tolist() == [1, 1, 4, pytest.approx(1e38), 1]
+    assert smooth.from_spans(act, weight, 0.5, 0.0).tolist() == [1, 1, 2, pytest.approx(1e19), 1]
+
+
+def test_unsigned_groups_have_15_steps_and_the_others_7():
+    model = smooth.NoiseModel.of(LayerSpec("int4", N, K, act_unsigned=(64, 192)), torch.device("cpu"), gptq=False)
+    assert model.steps.tolist() == [7, 15, 15, 7] and model.weight_gain == 1
+
+
+def searchable(rows: int = N) -> tuple[torch.Tensor, smooth.Inputs]:
+    """A weight and an input whose channels differ in size, each in its own way."""
+    generator = torch.Generator().manual_seed(3)
+    weight, x = (
+        torch.randn(size, K, generator=generator) * torch.exp(torch.randn(K, generator=generator))
+        for size in (rows, 512)
+    )
+    return weight, smooth.Inputs.of(x)
+
+
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+def test_the_search_starts_from_the_rule_of_least_noise(format):
+    """Of those by absolute maximum and of those by mean square, with what GPTQ leaves of the weight's noise."""
+    (weight, inputs), spec = searchable(), LayerSpec(format, N, K)
+    model = smooth.NoiseModel.of(spec, weight.device, gptq=True)
+    roots = inputs.square.sqrt(), weight.square().mean(0).sqrt()
+    found = model.cost(smooth.search([weight], inputs, spec, 0, 0).log(), inputs, weight)
+    for act, span in ((inputs.absmax, weight.abs().amax(0)), roots, (inputs.absmax, roots[1])):
+        for a, b in smooth.EXPONENTS:
+            s = smooth.from_spans(act, span, a, b).clamp(*smooth.LIMITS)
+            assert found <= model.cost(s.log(), inputs, weight) * (1 + 1e-5)
+
+
+def test_the_search_looks_at_evenly_spread_rows_of_a_large_weight(monkeypatch):
+    monkeypatch.setattr(smooth, "ROWS", 64)
+    (weight, inputs), spec = searchable(129), LayerSpec("int4", 129, K)
+    found = smooth.search([weight], inputs, spec, 0, 0)
+    assert torch.equal(found, smooth.search([weight[::3]], inputs, spec, 0, 0))
+    assert torch.equal(found, smooth.search([weight[:50], weight[50:]], inputs, spec, 0, 0))
+    assert not torch.equal(found, smooth.search([weight[1::3]], inputs, spec, 0, 0))
+
+
 def test_the_smoothing_stays_where_float16_has_its_bits():
     weight, generator = weight_of(0.5)
     for size in (1e-30, 1e-6, 1e30):

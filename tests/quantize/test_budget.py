@@ -78,5 +78,7 @@ def test_tails_are_the_singular_values_that_are_left():
     for rank, tail in zip(RANKS, found, strict=True):
         assert tail == pytest.approx((values[rank:].sum() / values.sum()).item(), rel=0.06)  # two power steps
     assert tails(torch.zeros(64, 64), RANKS, 0)[0] <= 1
+    exact = tails(torch.diag(torch.tensor([1.0, 3.0, 2.0])), (0, 1, 2, 3, 16), 0)
+    assert exact == pytest.approx((1, 5 / 14, 1 / 14, 0, 0), abs=1e-6)
     few = tails(weight, (1, 60), 0)  # as many values as the largest of them needs
     assert few[1] == pytest.approx((values[60:].sum() / values.sum()).item(), rel=0.06)

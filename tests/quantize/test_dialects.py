@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from svdquant_pack.kernels.layer import Layer
-from svdquant_pack.quantize.files import spelling
+from svdquant_pack.quantize.files import spelling, tiles
 from svdquant_pack.quantize.files.checkpoint import Checkpoint, CheckpointError, Provenance
 from svdquant_pack.quantize.files.dialects import DIALECTS, kitchen, native, nunchaku
 from svdquant_pack.quantize.files.dialects.nunchaku.layers import inspect_layer, read_layer, write_layer
@@ -145,6 +145,17 @@ def test_modulation_is_natural_and_without_the_one_except_in_lite(tmp_path):
     assert torch.equal(checkpoint.tensor(f"{layer}.bias"), lite[f"{layer}.bias"])
 
 
+def test_zeros_of_a_modulation_layer_may_have_either_sign():
+    plain = random_layer("awq_w4a16", 24, 128, dtype=torch.bfloat16)
+    scales = torch.full_like(plain["wscales"], 0.5)
+    zeros = (torch.arange(48).view(2, 24) - 20) / 2
+    stored = write_layer({**plain.tensors, "wscales": scales, "wzeros": zeros}, plain.spec)
+    assert torch.equal(stored["wzeros"][:2].float(), zeros - 4)
+    assert stored["wzeros"][:2].signbit().equal(zeros <= 4), "a zero is -0 * scale, as the packers write it"
+    infos = {name: TensorInfo.of(tensor) for name, tensor in stored.items()}
+    assert torch.equal(read_layer(inspect_layer("x", infos), stored.__getitem__)["wzeros"].float(), zeros)
+
+
 def test_where_names_say_nothing_the_header_decides(tmp_path):
     """Both dialects have these names once attention is in 16 bit."""
     stored = stored_model("qwen_image", lite=True)
@@ -165,6 +176,7 @@ def test_padding_is_cropped_where_the_size_is_known(tmp_path):
     plain = random_layer("nvfp4", 200, 240, 16, dtype=torch.bfloat16)
     stored = write_layer(plain.tensors, plain.spec)
     infos = {name: TensorInfo.of(tensor) for name, tensor in stored.items()}
+    assert (tiles.unpack_vector(stored["smooth_factor"])[240:] == 1).all(), "an engine divides by it"
     layer = inspect_layer("x", infos, 200, 240)
     read = read_layer(layer, stored.__getitem__)
     assert layer.spec == plain.spec and all(same_bytes(read[name], tensor) for name, tensor in plain.tensors.items())

@@ -172,6 +172,17 @@ def test_where_probes_would_save_nothing_the_split_is_exact(shape):
     assert found == pytest.approx(exact, rel=1e-6) and probed > (1 + 1e-5) * exact, "else nothing could be told apart"
 
 
+@pytest.mark.parametrize(("rank", "by_probes"), [(13, True), (14, False)])
+def test_probes_are_drawn_where_they_are_less_than_half_of_the_matrix(rank, by_probes):
+    """Only then does the seed matter; 16 more of them are drawn than singular values are wanted."""
+    matrix = torch.randn(60, 200, generator=torch.Generator().manual_seed(5))
+    splits = [lowrank.split(matrix, rank, seed)[0] for seed in (0, 1)]
+    assert torch.equal(*splits) is not by_probes
+    width = rank + lowrank.OVERSAMPLING if by_probes else 60
+    assert [part.shape for part in lowrank.leading(matrix, rank, 1, 0)] == [(60, width), (width,), (200, width)]
+    assert (lowrank.tails(matrix, (1, rank), 0) == lowrank.tails(matrix, (1, rank), 1)) is not by_probes
+
+
 def _by_probes(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     u, s, v = lowrank.randomized_svd(matrix, rank + lowrank.OVERSAMPLING, lowrank.POWER_STEPS, 0)
     return v[:, :rank], u[:, :rank] * s[:rank]

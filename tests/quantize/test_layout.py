@@ -56,6 +56,16 @@ def test_packing_undoes_unpacking_and_the_other_way_round(name, n, k, seed):
     assert same_bytes(unpack(pack(natural)), natural)
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_tensor_without_data_moves_as_well(name):
+    """On another device than the CPU torch does the copying, which numpy does faster there."""
+    unpack, pack, shape, dtype = PAIRS[name]
+    stored = torch.empty(shape(2, 3), dtype=dtype, device="meta")
+    natural, wanted = unpack(stored), unpack(random_bytes(shape(2, 3), dtype, 0))
+    assert (natural.device.type, natural.shape, natural.dtype) == ("meta", wanted.shape, wanted.dtype)
+    assert pack(natural).shape == stored.shape
+
+
 @given(channels=st.integers(1, 9), chunks=st.sampled_from((2, 3, 6)), width=st.integers(1, 3))
 @settings(max_examples=20, deadline=None)
 def test_interleaving_undoes_deinterleaving(channels, chunks, width):

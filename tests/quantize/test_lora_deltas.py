@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from svdquant_pack.quantize.lora.deltas import Columns, Kron, LoraError, columns_of, span
+from svdquant_pack.quantize.lora.deltas import Columns, Kron, LoraError, columns_of, placed, span
 from svdquant_pack.quantize.lora.fit import LOHA_COLUMNS, LoraLimits, dora, fit, hadamard, kronecker
+from svdquant_pack.quantize.lora.patched_weight import FactoredTerm
+from svdquant_pack.quantize.lora.terms import DenseDelta, LohaFactors, LokrFactors, LoraFactors, Term, WeightFunction
 
 N, K = 128, 192
 EXACT = 1e-5  # float32 sums in another order
@@ -247,7 +249,19 @@ def test_numbers_whose_products_would_overflow_are_refused(number):
         factor[2, 3] = 0
 
 
-@pytest.mark.parametrize("kind", [Columns, Kron])
+def test_what_is_in_place_is_copied_only_out_of_inference_mode():
+    with torch.inference_mode():
+        one = torch.ones(2)
+        assert placed(one, torch.device("cpu"), torch.float32) is one
+    other = placed(one, torch.device("cpu"), torch.float32)
+    assert not other.is_inference() and torch.equal(other, torch.ones(2))
+    assert placed(other, torch.device("cpu"), torch.float32) is other
+
+
+SHARED = (Columns, Kron, LoraFactors, LohaFactors, LokrFactors, DenseDelta, WeightFunction, Term, FactoredTerm)
+
+
+@pytest.mark.parametrize("kind", SHARED)
 def test_deltas_are_told_apart_as_objects_and_stay_as_they_are(kind):
     one, other = (kind(**dict.fromkeys(kind.__dataclass_fields__, torch.ones(2))) for _ in range(2))
     assert one != other and len({one, other}) == 2
