@@ -118,8 +118,10 @@ def on(route: Route) -> Iterator[None]:
     from svdquant_pack.kernels import dispatch
     from svdquant_pack.kernels.backends import discover
 
-    choose, dispatch._choose = dispatch._choose, lambda *call: dispatch.Choice(backend, route.compute, {})
-    backend = discover()[0][route.backend]
+    choose, backend = dispatch._choose, discover()[0][route.backend]
+    # the mode that the layer asks for: one that streams may ask for another than the route's
+    asked = lambda mode: route.compute if mode == "auto" else mode  # noqa: E731
+    dispatch._choose = lambda spec, device, dtype, mode, rows: dispatch.Choice(backend, asked(mode), {})
     dispatch._chosen.clear()
     if route.arch is not None:
         _pretend(route.arch)

@@ -24,7 +24,8 @@ def weight_of(format: str, n: int, k: int) -> dict[str, torch.Tensor]:
 def expand(format, weight, dtype, device, **arguments):
     weight = {name: tensor.to(device) for name, tensor in weight.items()}
     arguments = {name: part.to(device) if torch.is_tensor(part) else part for name, part in arguments.items()}
-    found = launch_expand.expand(format, weight, dtype, launch.channel_scales_of(weight), **arguments)
+    scales = launch.channel_scales_of(weight) if {"wtscale", "wcscales"} & weight.keys() else None
+    found = launch_expand.expand(format, weight, dtype, scales, **arguments)
     return [None if tensor is None else tensor.cpu() for tensor in found]
 
 

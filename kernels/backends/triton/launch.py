@@ -160,7 +160,9 @@ class Product:
         self.width = self.k // 2 if name in BY_BYTE else self.k
         if "BK" in options:
             flags = {"EVEN": self.k % options["BK"] == 0, **flags}
-        self.dtype, self.launch = x.dtype, Launch(GEMMS[name], {**flags, **epilogue.flags(), **options})
+        # pairs of codes are bytes without a sign
+        words = (torch.uint8, torch.uint8) if name in BY_BYTE else ()
+        self.dtype, self.launch = x.dtype, Launch(GEMMS[name], {**flags, **epilogue.flags(), **options}, words)
 
     def __call__(
         self,
@@ -259,12 +261,7 @@ def multiply_nvfp4(act: CodedActivation, weight: Tensors, epilogue: Epilogue, dt
     n, half = weight["qweight"].shape
     like = act.qact.new_empty(act.qact.shape[0], 0, dtype=dtype)
     product = Product("gemm_nvfp4", like, (n, 2 * half), epilogue, {})
-    return product(nvfp4_codes(act), nvfp4_weight(weight, ones_or_channel_scales_of(weight)), epilogue)
-
-
-def nvfp4_codes(act: CodedActivation) -> CodedActivation:
-    """As gemm_nvfp4 reads them: pairs of codes are bytes without a sign"""
-    return CodedActivation(act.qact.view(torch.uint8), act.ascales)
+    return product(act, nvfp4_weight(weight, channel_scales_of(weight)), epilogue)
 
 
 def nvfp4_weight(weight: Tensors, channel_scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -272,7 +269,7 @@ def nvfp4_weight(weight: Tensors, channel_scales: torch.Tensor) -> tuple[torch.T
     qweight, wscales = weight["qweight"], weight["wscales"]
     if wscales.stride() != (1, -(-qweight.shape[1] // 32) * 4):
         wscales = by_column(wscales, 4)
-    return qweight.view(torch.uint8), wscales, channel_scales
+    return qweight, wscales, channel_scales
 
 
 class Gemv:
@@ -302,16 +299,10 @@ def multiply_gemv(
     return Gemv(x, qweight.shape[0], bias is not None)(x, weight, bias)
 
 
-def channel_scales_of(tensors: Tensors) -> torch.Tensor | None:
-    """wtscale * wcscales, (N,) float32; None when the layer has neither"""
-    scales = [tensors[name].float() for name in ("wtscale", "wcscales") if name in tensors]
-    if not scales:
-        return None
-    n = tensors["qweight"].shape[0]
-    return (scales[0] * scales[1] if len(scales) == 2 else scales[0]).expand(n).contiguous()
-
-
-def ones_or_channel_scales_of(tensors: Tensors) -> torch.Tensor:
-    """The same for a kernel that always multiplies by them"""
-    scales, qweight = channel_scales_of(tensors), tensors["qweight"]
-    return qweight.new_ones(qweight.shape[0], dtype=torch.float32) if scales is None else scales
+def channel_scales_of(tensors: Tensors) -> torch.Tensor:
+    """wtscale * wcscales, (N,) float32; ones for a layer that has neither"""
+    wtscale, wcscales, qweight = tensors.get("wtscale"), tensors.get("wcscales"), tensors["qweight"]
+    if wcscales is not None:
+        return wcscales.float() if wtscale is None else wcscales.float() * wtscale.float()
+    n = qweight.shape[0]
+    return qweight.new_ones(n, dtype=torch.float32) if wtscale is None else wtscale.float().expand(n).contiguous()

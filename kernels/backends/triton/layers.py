@@ -4,7 +4,7 @@ A mode is a function of a `Kind` of call. It looks up what all calls of that kin
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, cast
 
 import torch
 
@@ -16,7 +16,6 @@ from .. import Run
 from . import launch, launch_expand
 from .launch import Epilogue, times
 
-Scales = TypeVar("Scales", bound=torch.Tensor | None)
 KEPT = 0.5  # of a GPU's free memory, for weights that w8a8 keeps expanded
 
 
@@ -77,7 +76,7 @@ def expander(layer: Layer, dtype: torch.dtype) -> Expand:
     return run
 
 
-def _once(layer: Layer, compute: Callable[[Tensors], Scales]) -> Scales:
+def _once(layer: Layer, compute: Callable[[Tensors], torch.Tensor]) -> torch.Tensor:
     sources = [layer[name] for name in ("qweight", "wtscale", "wcscales") if name in layer.tensors]
     return layer.once(compute.__name__, sources, lambda: compute(layer.tensors))
 
@@ -112,8 +111,8 @@ def w4a4(kind: Kind) -> Run:
         act, branch_act = quantize(x, layer)
         end = end_of(x, layer, branch_act, layer.centred_bias(bias), lora, activation)
         if nvfp4:
-            scales = _once(layer, launch.ones_or_channel_scales_of)
-            return product(launch.nvfp4_codes(act), launch.nvfp4_weight(layer.tensors, scales), end)
+            scales = _once(layer, launch.channel_scales_of)
+            return product(act, launch.nvfp4_weight(layer.tensors, scales), end)
         return product(act, (layer["qweight"], layer["wscales"]), end, spec.act_unsigned, None)
 
     return run

@@ -35,7 +35,7 @@ _variants: dict[tuple[Any, ...], Variant] = {}
 class Launch:
     """A kernel with its compile-time arguments and launch options, to be started on tensors of the same types each time
 
-    words  the dtype that the kernel reads a tensor as, for each; None, or none at all: its own
+    words  the dtype that the kernel reads a tensor as, for the first of them; None, and for the rest: its own
 
     Only compiled kernels are kept, no tensor and no address.
     """
@@ -101,10 +101,8 @@ class Launch:
         return None
 
     def _as_words(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        if not self._words:
-            return tensors
-        pairs = zip(tensors, self._words, strict=True)
-        return [tensor if word is None else tensor.view(word) for tensor, word in pairs]
+        words = (*self._words, *[None] * (len(tensors) - len(self._words)))
+        return [tensor if word is None else tensor.view(word) for tensor, word in zip(tensors, words, strict=True)]
 
     def _unlike(self, tensors: Sequence[torch.Tensor], addresses: Sequence[int]) -> tuple[bool, ...]:
         """What sets a launch apart from one on well aligned tensors of usual size."""
