@@ -190,7 +190,7 @@ class Layer:
     spec: LayerSpec
     tensors: Mapping[str, torch.Tensor]
     order: str = ""
-    _made: dict[str, "Made"] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _made: dict[str, "Made"] | None = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.spec.check(self.tensors)
@@ -200,10 +200,15 @@ class Layer:
             raise LayerError(f"{places}: a layer lies on one device, move one of them")
 
     @classmethod
-    def known(cls, spec: LayerSpec, tensors: Mapping[str, torch.Tensor], order: str = "") -> "Layer":
-        """The same without looking: for tensors that a checked layer was taken apart into, once per forward call."""
+    def known(
+        cls, spec: LayerSpec, tensors: Mapping[str, torch.Tensor], order: str = "", passing: bool = False
+    ) -> "Layer":
+        """The same without looking: for tensors that a checked layer was taken apart into, once per forward call.
+
+        passing  for one call alone: `once` keeps nothing for a second
+        """
         layer = object.__new__(cls)
-        layer.__dict__.update(spec=spec, tensors=tensors, order=order, _made={})
+        layer.__dict__.update(spec=spec, tensors=tensors, order=order, _made=None if passing else {})
         return layer
 
     def in_order(self, order: str) -> "Layer":
@@ -230,6 +235,8 @@ class Layer:
         >>> layer.once("sum", [source], source.sum)
         tensor(4.)
         """
+        if self._made is None:
+            return make()
         versions = [(source.data_ptr(), version_of(source)) for source in sources]
         made = self._made.get(name)
         if made is not None and made.versions == versions and all(map(is_, made.sources, sources)):

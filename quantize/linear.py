@@ -68,9 +68,9 @@ class PackedLinear:
         tensors = from_blob(blob, self.views)
         return Layer.known(self.spec, ORDERS[self.order].restore_when_read(tensors) if self.order else tensors)
 
-    def as_it_lies(self, blob: torch.Tensor) -> Layer:
-        """The layer inside `blob` in the order of its bytes, without a copy: for calls."""
-        return Layer.known(self.spec, from_blob(blob, self.views), self.order)
+    def as_it_lies(self, blob: torch.Tensor, passing: bool = False) -> Layer:
+        """The layer inside `blob` in the order of its bytes, without a copy: for calls, or for one if `passing`."""
+        return Layer.known(self.spec, from_blob(blob, self.views), self.order, passing)
 
     def arrange(self, blob: torch.Tensor, order: str, device: torch.device) -> "PackedLinear":
         """The same layer, its numbers moved inside `blob` to another order, on `device`. Inverse: order self.order."""
@@ -90,7 +90,7 @@ class PackedLinear:
             return self._prepared(x, blob, bias, lora)
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
             return packed_linear(x, blob, bias, *(lora or (None, None, None)), self.text)
-        return self._prepared(x, self.as_it_lies(blob), bias, lora)
+        return self._prepared(x, self.as_it_lies(blob, passing=True), bias, lora)
 
     def passing(self) -> "PackedLinear":
         """The same layer for bytes that lie where they do for one call alone: nothing made from them may be kept."""

@@ -142,14 +142,15 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
         """Whether the host's cast would hand out weight and bias as they are, so that it need not be asked."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or comfy.ops.cast_bias_weight is not HOSTS_CAST:
             return False
-        device, bias = x.device, self._parameters.get("bias")
-        if self.blob.device != device or "_v" in self.__dict__ or self.bias_function:  # _v: dynamic VRAM
+        device, own = x.device, self._parameters
+        bias = own.get("bias")
+        if own["weight"].device != device or "_v" in self.__dict__ or self.bias_function:  # _v: dynamic VRAM
             return False
         return bias is None or (bias.dtype == x.dtype and bias.device == device)
 
     def _own_layer(self) -> Layer:
         """The layer in its own bytes, taken apart once for as long as they lie there."""
-        blob, own = self.blob, self._own
+        blob, own = self._parameters["weight"], self._own
         address = blob.data_ptr()
         if own is None or own[0] != address:
             own = self.__dict__["_own"] = address, self.four_bit.as_it_lies(blob)

@@ -273,6 +273,16 @@ def test_what_is_made_of_tensors_is_made_anew_when_they_change():
     assert layer.once("sum", (other,), other.sum) == 15
 
 
+def test_of_a_layer_for_one_call_nothing_is_kept():
+    layer, source = random_layer("int4"), torch.ones(2)
+    passing = Layer.known(layer.spec, layer.tensors, passing=True)
+    first, second = (passing.once("sum", (source,), source.sum) for _ in range(2))
+    assert first == second == 2 and first is not second
+    alive = weakref.ref(first)
+    del first
+    assert alive() is None
+
+
 def test_a_centred_bias_follows_its_bias():
     layer, bias = random_layer("int4", centred=True), torch.randn(96)
     first = layer.centred_bias(bias)

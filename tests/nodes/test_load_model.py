@@ -136,7 +136,7 @@ def test_every_offered_mode_runs_or_is_refused_with_what_can(checkpoints, format
         return
     patcher, exact = (load_model(str(checkpoints[format]), mode) for mode in (compute, "w16"))
     text = SVDQuantModelInfo().describe(patcher)["result"][0]
-    backend = "cpu" if compute == "w8a8" and cpu.exact() is None else "reference"
+    backend = "cpu" if compute in cpu.COMPUTES and cpu.exact() is None else "reference"
     assert f"compute   {compute}\n" in text and f"{backend} {compute} (" in text, text
     assert relative(forward(patcher), forward(exact)) < (0.12 if compute == "w4a4" else 0.05)
 

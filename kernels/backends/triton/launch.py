@@ -304,5 +304,5 @@ def channel_scales_of(tensors: Tensors) -> torch.Tensor:
     wtscale, wcscales, qweight = tensors.get("wtscale"), tensors.get("wcscales"), tensors["qweight"]
     if wcscales is not None:
         return wcscales.float() if wtscale is None else wcscales.float() * wtscale.float()
-    n = qweight.shape[0]
-    return qweight.new_ones(n, dtype=torch.float32) if wtscale is None else wtscale.float().expand(n).contiguous()
+    scales = qweight.new_empty(qweight.shape[0], dtype=torch.float32)
+    return scales.fill_(1.0) if wtscale is None else scales.copy_(wtscale)
