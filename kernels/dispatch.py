@@ -13,12 +13,12 @@ import torch
 from .backends import Backend, KernelCall, Run, discover
 from .formats import FORMATS, format_named
 from .layer import Layer, LayerSpec, Lora
-from .modes import COMPUTES, FEW, SOME
+from .measured import Kind, Measured, find
+from .modes import AUTO, COMPUTES, FEW, MEASURED, SOME, USUAL_ROWS
 from .order import ORDERS
 from .self_test import self_test
 
 log = logging.getLogger("svdquant")
-USUAL_ROWS = 4096  # a 1024 x 1024 image of a transformer
 _tested: dict[tuple[str, KernelCall], str | None] = {}
 _chosen: dict[tuple[Any, ...], "Choice"] = {}
 _turned_off = 0  # how often: a choice from before is none any more
@@ -27,11 +27,15 @@ _by_reference: ContextVar[bool] = ContextVar("svdquant_by_reference", default=Fa
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that runs a layer, the compute mode, and one reason per backend that does not."""
+    """The backend that runs a layer, the compute mode, and one reason per backend that does not.
+
+    measured  what decided it; None for the tables
+    """
 
     backend: Backend
     compute: str
     passed_over: dict[str, str]
+    measured: Measured | None = None
 
 
 @cache
@@ -56,7 +60,7 @@ def candidates(format: str, arch: str, compute: str, rows: int, act_bits: int = 
     Layers that keep 16-bit activations have no other mode than their own, whatever is asked for.
     """
     fmt = FORMATS[format]
-    if compute != "auto" and fmt.low_rank:
+    if compute not in (AUTO, MEASURED) and fmt.low_rank:
         return (compute,)
     tried = [mode for mode in fmt.modes if arch.startswith(mode.arch) and (mode.rows is None or rows <= mode.rows)]
     return tuple(mode.compute for mode in tried if act_bits == 4 or mode.compute != "w4a4")
@@ -77,7 +81,7 @@ def choose(
 ) -> Choice:
     """(backend, mode) = the first mode to try there that a backend claims, and the backend that claims it most
 
-    compute  a mode that is asked for, or auto
+    compute  a mode that is asked for, auto, or measured: what was the fastest for layers of this size, if that is known
     rows     M of the activation
     raises   ValueError with every reason if there is none
 
@@ -87,7 +91,8 @@ def choose(
         >>> choice.passed_over["gluon"]
         'computes w4a4 and w4a8-jit, not w16'
     """
-    key = spec.kind, device, dtype, compute, bucket(rows)
+    size = (spec.n, spec.k) if compute == MEASURED else ()
+    key = spec.kind, device, dtype, compute, bucket(rows), size
     choice = _chosen.get(key)
     if choice is None:
         choice = _chosen[key] = _choose(spec, device, dtype, compute, bucket(rows))
@@ -112,9 +117,15 @@ def order_of(spec: LayerSpec, device: torch.device, dtype: torch.dtype, compute:
 def _choose(spec: LayerSpec, device: torch.device, dtype: torch.dtype, compute: str, rows: int) -> Choice:
     if compute not in COMPUTES:
         raise ValueError(f"compute is {compute!r}, known are {', '.join(COMPUTES)}")
-    arch, capability = arch_of(device)
     backends, absent = discover()
-    reasons, asked = dict(absent), compute != "auto"
+    reasons, asked = dict(absent), compute not in (AUTO, MEASURED)
+    found, faults = find(spec, device, dtype, rows) if compute == MEASURED else None, {}
+    if found is not None:
+        choice = _as_measured(found, device, dtype)
+        if not isinstance(choice, str):
+            return choice
+        faults = {found.backend: f"{found.compute} was the fastest when measured, but: {choice}"}
+    arch, capability = arch_of(device)
     for mode in candidates(spec.format, arch, compute, rows, spec.act_bits):
         call = KernelCall(spec.format, device, dtype, mode, capability, arch, rows, spec.partly_unsigned, asked)
         claims = {backend.name: backend.claims(call) for backend in backends.values()}
@@ -123,10 +134,43 @@ def _choose(spec: LayerSpec, device: torch.device, dtype: torch.dtype, compute: 
         for name in sorted(able, key=able.__getitem__, reverse=True):
             fault = fault_of(backends[name], call)
             if fault is None:
-                return Choice(backends[name], mode, {other: why for other, why in reasons.items() if other != name})
+                reasons = {other: why for other, why in (reasons | faults).items() if other != name}
+                return Choice(backends[name], mode, reasons)
             reasons[name] = fault
     lines = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise ValueError(f"no kernel backend runs {spec.format} on {device} in {dtype} with compute={compute}: {lines}")
+
+
+def _as_measured(found: Measured, device: torch.device, dtype: torch.dtype) -> Choice | str:
+    """What was the fastest, or why it does not run such layers now"""
+    backends, absent = discover()
+    call = measured_call(found.kind, found.compute, device, dtype)
+    claims = {backend.name: backend.claims(call) for backend in backends.values()}
+    claim = claims.get(found.backend, "it is not there")
+    fault = claim if isinstance(claim, str) else fault_of(backends[found.backend], call)
+    if fault is not None:
+        return fault
+    reasons = absent | {name: claim for name, claim in claims.items() if isinstance(claim, str)}
+    reasons |= {name.split()[0]: f"{name.split()[1]} {why}" for name, why in reversed(found.left_out.items())}
+    for way in sorted(found.timed, key=lambda way: -way.seconds):  # the fastest of a backend's ways is said last
+        share = way.seconds / found.chosen.seconds
+        reasons[way.backend] = f"{way.compute} took {share:.2f} of the time of {found.chosen.name}"
+    reasons.pop(found.backend, None)
+    return Choice(backends[found.backend], found.compute, reasons, found)
+
+
+def measured_call(kind: Kind, compute: str, device: torch.device, dtype: torch.dtype) -> KernelCall:
+    """A call for which backends are compared by their times"""
+    arch, capability = arch_of(device)
+    call = KernelCall(kind.format, device, dtype, compute, capability, arch, kind.rows, kind.partly_unsigned)
+    return replace(call, asked=False, measured=True)
+
+
+def forget_choices() -> None:
+    """Choose anew: what was measured is other than it was."""
+    global _turned_off
+    _turned_off += 1
+    _chosen.clear()
 
 
 def computes_of(format: str) -> tuple[str, ...]:
@@ -135,7 +179,7 @@ def computes_of(format: str) -> tuple[str, ...]:
     Layers with 16-bit activations have one way to compute, whatever is asked for.
     """
     fmt = format_named(format)
-    return tuple(each for each in COMPUTES if each == "auto" or each in fmt.computes or not fmt.low_rank)
+    return tuple(each for each in COMPUTES if each in (AUTO, MEASURED) or each in fmt.computes or not fmt.low_rank)
 
 
 def fault_of(backend: Backend, call: KernelCall) -> str | None:

@@ -15,9 +15,12 @@ Every 8-bit mode is closer to the 16-bit model than w4a4: what they round is the
 
 from dataclasses import dataclass
 
-COMPUTES = ("auto", "w4a4", "w4a8", "w8a8", "w4a8-jit", "fp8", "w16")
+AUTO, MEASURED = "auto", "measured"  # by the tables alone; by what was timed on this machine, else by the tables
+COMPUTES = (AUTO, "w4a4", "w4a8", "w8a8", "w4a8-jit", "fp8", "w16", MEASURED)
+KEPT = ("w8a8",)  # takes memory beside the layer: runs only where a table or the user says so
 FEW = 128  # rows up to which reading the weight, not the tensor cores, takes the time
 SOME = 768  # rows up to which expanding the weight for the call costs more than it gains, without wgmma
+USUAL_ROWS = 4096  # a 1024 x 1024 image of a transformer
 
 
 @dataclass(frozen=True)

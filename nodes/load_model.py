@@ -17,7 +17,9 @@ w4a8: activations in 8 bit, closer to the 16-bit model; INT4 files only.
 w8a8: both sides in 8 bit; the expanded weights are kept, which takes half of the 16-bit model's memory more.
 w4a8-jit: the same numbers, the weights are expanded again for each call.
 fp8: both sides in fp8, the weights are expanded for each call.
-w16: activations are not rounded, the weights are expanded to 16 bit for each call: the most exact, and slow."""
+w16: activations are not rounded, the weights are expanded to 16 bit for each call: the most exact, and slow.
+measured: the fastest kernels and modes by the clock of this device. What is not known yet is measured while the model \
+loads, once for each size of layer, and kept in ~/.cache/svdquant/measured.json."""
 FINITE_TOOLTIP = """What to do when a layer gives NaN or Inf although its input has none. Either way the layer is named.
 reference: plain torch computes that layer, its kernel is turned off until ComfyUI restarts, and the run goes on.
 stop: the run ends with an error."""

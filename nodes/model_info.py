@@ -43,6 +43,12 @@ def report(model: dict[str, Any] | None) -> str:
     runs = Counter(f"{layer['backend']} {layer['compute']}" for layer in layers)
     lines.append("compute   " + ", ".join(sorted({layer["asked"] for layer in layers})))
     lines.append("backend   " + ", ".join(f"{name} ({count} layers)" for name, count in runs.items()))
+    counts = Counter(layer["decided"] for layer in layers)
+    lines += [f"decided   {text} ({count} layers)" for text, count in counts.items()]
+    if model["measured_with"]:
+        lines.append(f"measured  with {model['measured_with']}")
+    if model["not_measured"]:
+        lines.append(f"measured  is not used: {model['not_measured']}")
     reasons = {name: reason for layer in layers for name, reason in layer["passed_over"].items()}
     lines += [f"not used  {name}: {reason}" for name, reason in sorted(reasons.items())]
     if model["faster"]:

@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...kernels.dispatch import arch_of, faster_format
+from ...kernels.dispatch import Choice, arch_of, faster_format
+from ...kernels.layer import LayerSpec
+from ...kernels.measured import facts, known
+from ...kernels.modes import MEASURED
 from .patcher import SVDQuantPatcher, layer_name
 
 ATTACHMENT = "svdquant"  # where a patcher keeps `describe` of its file
@@ -18,7 +21,7 @@ def describe_model(patcher: ModelPatcher) -> dict[str, Any] | None:
     if not isinstance(patcher, SVDQuantPatcher):
         return None
     file = dict(patcher.attachments[ATTACHMENT])
-    dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    dtype = dtype_of(patcher)
     device, loras, backends = patcher.load_device, patcher.layer_loras(), {}
     for key, module in patcher.packed_layers().items():
         choice = module.four_bit.choice(device, dtype)
@@ -27,10 +30,33 @@ def describe_model(patcher: ModelPatcher) -> dict[str, Any] | None:
             "compute": choice.compute,
             "asked": module.four_bit.compute,
             "passed_over": choice.passed_over,
+            "decided": decided(module.four_bit.spec, choice),
             "lora_rank": loras[key].rank if key in loras else 0,
         }
     faster = faster_format_of(file["formats"], device)
-    return file | {"device": str(device), "dtype": str(dtype), "faster": faster, "backends": backends}
+    asked = any(layer["asked"] == MEASURED for layer in backends.values())
+    found, unused = known(device) if asked else ({}, "")
+    here = {"device": str(device), "dtype": str(dtype), "faster": faster}
+    versions = [f"{name} {version}" for name, version in facts(device).items() if name != "pack"]
+    measured = {"measured_with": ", ".join(versions) if found else "", "not_measured": unused}
+    return file | here | measured | {"backends": backends}
+
+
+def dtype_of(patcher: ModelPatcher) -> torch.dtype:
+    """What the model computes in"""
+    dtype: torch.dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    return dtype
+
+
+def decided(spec: LayerSpec, choice: Choice) -> str:
+    """What runs layers of a kind, and what decided it: the tables, or what was measured here."""
+    kind = spec.format + ", partly unsigned" * spec.partly_unsigned + ", 8-bit activations" * (spec.act_bits == 8)
+    runs = f"{choice.backend.name} {choice.compute}"
+    if choice.measured is None:
+        return f"{kind}: {runs}, by the tables"
+    chosen, tabled = choice.measured.chosen, choice.measured.tabled
+    gain = "as in the tables" if chosen == tabled else f"{chosen.seconds / tabled.seconds:.2f} of {tabled.name}'s time"
+    return f"{kind}, {spec.n} x {spec.k}: {runs}, {gain}, measured on {choice.measured.date}"
 
 
 def faster_format_of(formats: Iterable[str], device: torch.device) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...kernels.dispatch import order_of
+from ...kernels.modes import MEASURED
 from ...quantize.families import FAMILIES
 from ...quantize.files.checkpoint import CheckpointError
 from ...quantize.files.describe import describe
@@ -19,9 +20,10 @@ from ...quantize.files.open import open_checkpoint
 from ...quantize.files.source import FileSource
 from ...quantize.files.tensor_file import TensorInfo
 from ...quantize.model_config import ConfigError, Extent, check_config
-from .describe import ATTACHMENT, FASTER, faster_format_of
+from .describe import ATTACHMENT, FASTER, dtype_of, faster_format_of
 from .guard import REFERENCE, Guard
 from .linear import SVDQuantLinear, operations
+from .measure import measure_layers
 from .patcher import SVDQuantPatcher, adopt, layer_name
 
 log = logging.getLogger("svdquant")
@@ -68,6 +70,8 @@ def load_model(
             f"{checkpoint.path.name}: {len(unused)} 4-bit layers have no place in the model that ComfyUI built, "
             f"first {min(unused)!r}"
         )
+    if compute == MEASURED:
+        measure_layers(patcher, dtype_of(patcher))
     _arrange(patcher)
     file = describe(checkpoint)
     patcher.set_attachments(ATTACHMENT, file)
@@ -83,7 +87,7 @@ def load_model(
 
 def _arrange(patcher: SVDQuantPatcher) -> None:
     """Put every layer's bytes in the order that this model's device reads fastest: once, wherever they will lie."""
-    device, dtype = patcher.load_device, patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    device, dtype = patcher.load_device, dtype_of(patcher)
     for module in patcher.packed_layers().values():
         packed = module.four_bit
         module.arrange(order_of(packed.spec, device, dtype, packed.compute), device)

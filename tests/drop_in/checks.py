@@ -77,7 +77,7 @@ def activation(layer: Layer) -> torch.Tensor:
 
 def test_all_four_are_listed(capsys):
     assert "dummy" in FORMATS and "dummy" in discover()[0] and "dummy" in DIALECTS and "dummy" in FAMILIES
-    assert "dummy" in TARGETS and computes_of("dummy") == ("auto", "w4a4", "w8a8", "w4a8-jit", "w16")
+    assert "dummy" in TARGETS and computes_of("dummy") == ("auto", "w4a4", "w8a8", "w4a8-jit", "w16", "measured")
     for command, choices in (("quantize", "--format {dummy,"), ("tune", "--format {dummy,"), ("convert", "dummy")):
         with pytest.raises(SystemExit):
             main([command, "--help"])

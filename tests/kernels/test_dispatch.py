@@ -175,7 +175,7 @@ def test_a_cpu_runs_int8_or_the_reference_and_says_why(format, compute):
             choose(LayerSpec(format, 64, 64), CPU, BF16, compute)
         return
     choice, int8 = choose(LayerSpec(format, 64, 64), CPU, BF16, compute), cpu.exact() is None
-    wanted = compute if compute != "auto" else "w8a8" if int8 else "w4a4"
+    wanted = compute if compute not in ("auto", "measured") else "w8a8" if int8 else "w4a4"
     assert choice.compute == wanted
     assert choice.backend.name == ("cpu" if int8 and wanted in cpu.COMPUTES else "reference")
     if compute in ("auto", "w4a4"):

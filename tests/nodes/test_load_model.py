@@ -124,7 +124,7 @@ def test_the_info_node_tells_what_stopped_runs_left(checkpoints, tmp_path, monke
     assert f"leftover  1 unfinished files of stopped runs, 1,234 bytes, in {tmp_path}: `python -m quantize" in text
 
 
-MODES = [(format, compute) for format in ("int4", "nvfp4") for compute in COMPUTES if compute != "auto"]
+MODES = [(format, compute) for format in ("int4", "nvfp4") for compute in COMPUTES[1:-1]]
 
 
 @pytest.mark.parametrize(("format", "compute"), MODES)

@@ -15,7 +15,8 @@ import torch
 
 from ...dispatch import choose
 from ...formats import FORMATS
-from ...layer import Layer, LayerSpec
+from ...layer import LayerSpec
+from ...rivals import dtype_on, random_layer
 from ...self_test import TOLERANCE
 from ...timing import gpu_times
 from ..reference import linear as reference
@@ -75,27 +76,11 @@ class Found:
 def make_job(shape: LayerShape, rows: int, device: torch.device, dtype: torch.dtype, compute: str = "auto") -> Job:
     """A layer of random bytes with `rows` rows, in the mode that would run it there."""
     generator = torch.Generator(device).manual_seed(0)
-    layer = _random_layer(shape, device, dtype, generator)
+    layer = random_layer(LayerSpec(shape.format, shape.n, shape.k, shape.rank), device, dtype, generator)
     x = torch.randn(rows, shape.k, device=device, generator=generator).to(dtype)
     choice = choose(layer.spec, device, dtype, compute, rows)
     run = partial(choice.backend.linear, x, layer, None, None, choice.compute)
     return Job(run, reference(x[-CHECKED:], layer, None, None, choice.compute), shape.count)
-
-
-def _random_layer(shape: LayerShape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Layer:
-    spec = LayerSpec(shape.format, shape.n, shape.k, shape.rank)
-    tensors = {}
-    for name, part in spec.fmt.parts(spec.n, spec.k, spec.rank).items():
-        kind = dtype if dtype in part.dtypes else part.dtypes[0]
-        if part.optional:
-            continue
-        if kind == torch.int8:
-            tensors[name] = torch.randint(-128, 128, part.shape, device=device, generator=generator, dtype=kind)
-            continue
-        numbers = torch.rand(part.shape, device=device, generator=generator)
-        # scales are positive; the branch has no mean, which would drown the rest
-        tensors[name] = (numbers - 0.5 if name.startswith("proj") else numbers + 0.5).to(kind)
-    return Layer(spec, tensors)
 
 
 def search(jobs: Iterable[Job], time: Callable[[Callable[[], Any]], float], say: Say | None = None) -> list[Found]:
@@ -168,8 +153,7 @@ def tune(
     write    puts bytes into a file, all of them or none
     seconds  of a call; by default the median of some runs on the GPU
     """
-    turing = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-    dtype = torch.float16 if turing else torch.bfloat16
+    dtype = dtype_on(device) if device.type == "cuda" else torch.bfloat16
     if seconds is None:
 
         def seconds(run: Callable[[], Any]) -> float:

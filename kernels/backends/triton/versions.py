@@ -37,10 +37,15 @@ def missing() -> str | None:
 @cache
 def too_old(needed: tuple[int, int]) -> str | None:
     """Why the Triton here is not the `needed` one, or None; without a recorded version (a source build) it is."""
-    found = next(filter(None, map(_installed, PACKAGES)), None)
+    found = installed()
     if found is None or _numbers(found) >= needed:
         return None
     return f"needs Triton {_text(needed)} or newer, found {found} ({advice(_installed('torch'))})"
+
+
+def installed() -> str | None:
+    """The version of the Triton that is here, if one is recorded"""
+    return next(filter(None, map(_installed, PACKAGES)), None)
 
 
 def advice(torch: str | None) -> str:
