@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from svdquant_pack.kernels import COMPUTES, LayerSpec, Prepared, choose, dispatch, measured, rivals, svdquant_linear
-from svdquant_pack.kernels.backends import Backend, discover, reference
+from svdquant_pack.kernels.backends import Backend, discover, each_call, reference
 from svdquant_pack.kernels.measured import FACTS, ROWS, Kind, Measured, Timed, facts, find, known, path, save
 from svdquant_pack.kernels.modes import FEW, USUAL_ROWS
 from svdquant_pack.quantize.files.lifecycle import write_whole
@@ -164,7 +164,7 @@ def test_it_says_what_the_others_took():
 
 def lost(backend: str, monkeypatch) -> dict[str, Backend]:
     """All backends, and one more"""
-    found = {**discover()[0], backend: Backend(backend, lambda call: "is out of order", reference.linear)}
+    found = {**discover()[0], backend: Backend(backend, lambda call: "is out of order", reference.BACKEND.prepare)}
     monkeypatch.setattr(dispatch, "discover", lambda: (found, {}))
     return found
 
@@ -185,7 +185,7 @@ def test_a_backend_that_fails_while_it_runs_leaves_it_to_the_tables(monkeypatch)
         raise RuntimeError("no kernel image")
 
     found = lost("rival", monkeypatch)
-    found["rival"] = Backend("rival", lambda call: -1 if call.measured else "waits", broken)
+    found["rival"] = Backend("rival", lambda call: -1 if call.measured else "waits", each_call(broken))
     save([result(backend="rival", rows=FEW)], CPU, write_whole)
     assert chosen(rows=FEW) == ("rival", "w16")
     layer, x = random_layer("int4"), torch.randn(5, 256)

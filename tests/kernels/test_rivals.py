@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from svdquant_pack.kernels import FORMATS, LayerSpec, backends, choose, dispatch, rivals
-from svdquant_pack.kernels.backends import Backend, discover, reference
+from svdquant_pack.kernels.backends import Backend, discover, each_call, reference
 from svdquant_pack.kernels.measured import ROWS, Kind, known
 from svdquant_pack.kernels.modes import FEW
 from svdquant_pack.kernels.self_test import TOLERANCE
@@ -49,7 +49,7 @@ class Track:
         def claims(call):
             return claim if call.compute in modes and (claim > 0 or call.measured) else "not this"
 
-        return Backend(name, claims, linear)
+        return Backend(name, claims, each_call(linear))
 
     def add(self, name: str, **more) -> None:
         self.found[name] = self.backend(name, -1, **more)
@@ -152,9 +152,9 @@ def test_what_takes_much_longer_gets_no_second_look(track):
 def test_a_rival_dropped_into_the_folder_is_compared_and_a_wrong_one_loses(tmp_path, monkeypatch):
     """Two files, as somebody would add them; the real clock, the real reference."""
     source = (
-        "import torch\nfrom . import Backend\n"
+        "import torch\nfrom . import Backend, each_call\n"
         "BACKEND = Backend('NAME', lambda call: -1 if call.measured and call.compute == 'w4a4' else 'no', "
-        "lambda x, layer, *rest: VALUE)\n"
+        "each_call(lambda x, layer, *rest: VALUE))\n"
     )
     folder = tmp_path / "more"
     folder.mkdir()
