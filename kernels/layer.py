@@ -260,6 +260,8 @@ class Layer:
         out_mean = self.tensors.get("out_mean")
         if out_mean is None or bias is None:
             return bias if out_mean is None else out_mean
+        if bias.is_inference():  # torch does not count what is written to it
+            return bias + out_mean
         return self.once("centred_bias", (bias, out_mean), lambda: bias + out_mean)
 
     def nbytes(self) -> int:

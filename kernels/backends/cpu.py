@@ -145,8 +145,8 @@ def prepare(
             scales, acts = quantize(block, layer, factors, coded)
             torch._int_mm(coded, weight.t(), out=product)
             for part, sums, scale, *some in pieces(rows_of(n), out, product, scales, *acts):
-                wide = part if part.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
-                wide.copy_(sums).mul_(scale).mul_(row_scales)
+                wide = part.copy_(sums) if part.dtype == torch.float32 else sums.float()
+                wide.mul_(scale).mul_(row_scales)
                 for act, each in zip(some, factors, strict=True):
                     wide.addmm_(act, each.up)
                 if bias is not None:

@@ -289,3 +289,13 @@ def test_a_centred_bias_follows_its_bias():
     assert layer.centred_bias(bias) is first
     bias.add_(1)
     assert torch.equal(layer.centred_bias(bias), bias + layer["out_mean"])
+
+
+def test_a_centred_bias_of_a_server_follows_its_bias():
+    """A hook of the host's writes into the parameter; in inference mode torch does not count it."""
+    layer = random_layer("int4", centred=True)
+    with torch.inference_mode():
+        bias = torch.nn.Parameter(torch.randn(96), requires_grad=False)
+        for _ in range(2):
+            bias.data.copy_(torch.randn(96))
+            assert torch.equal(layer.centred_bias(bias), bias + layer["out_mean"])

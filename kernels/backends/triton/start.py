@@ -16,6 +16,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 ALIGNMENT = 16  # bytes; of more Triton knows nothing
+address_of = torch.Tensor.data_ptr
 TWO_GB = 1 << 31  # on AMD a variant may count on a tensor that ends before
 
 
@@ -68,7 +69,7 @@ class Launch:
             with torch.cuda.device(first.device):
                 self(grid, tensors, numbers, descriptors)
             return
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        addresses = list(map(address_of, tensors))
         unusual = reduce(or_, addresses) % ALIGNMENT or self._limited
         special = numbers[self._skip :]
         place = (device, special, self._unlike(tensors, addresses)) if unusual else (device, special)
