@@ -95,7 +95,7 @@ class TensorFile(Collection[str]):
         if not _is_text(str(self.path)):
             raise TensorFileError(f"{self.path}: its name is no text in UTF-8, which safetensors asks for: rename it")
         try:
-            with safe_open(self.path, framework="pt", device="cpu") as file:
+            with safe_open(self._opened(), framework="pt", device="cpu") as file:
                 # sorted: the library hands them out in another order in every process, and what is kept is written
                 # again
                 self.metadata: dict[str, str] = dict(sorted((file.metadata() or {}).items()))
@@ -111,6 +111,11 @@ class TensorFile(Collection[str]):
         if strict and self.problems:
             more = f", and {len(self.problems) - 1} more" if len(self.problems) > 1 else ""
             raise TensorFileError(f"{self.path.name}: {self.problems[0]}{more}. {integrity.ADVICE}")
+
+    def _opened(self) -> str | Path:
+        """A name of the file that is open: under its own there may be another one by now."""
+        name = f"/dev/fd/{self._stream.fileno()}"
+        return name if os.path.exists(name) else self.path  # Windows has none, and no open file is replaced there
 
     def _take_manifest(self) -> tuple[integrity.Manifest | None, list[str]]:
         text = self.metadata.pop(integrity.KEY, None)

@@ -258,6 +258,15 @@ def test_what_the_host_only_complains_of_is_an_error(pair):
         patched.layer_loras()
 
 
+def test_a_change_that_widens_a_4bit_weight_is_refused(pair):
+    key, weight = next(iter(dense_weights(*pair).items()))
+    n, k = weight.shape
+    patched = pair[0].clone()
+    patched.add_patches({key: ("diff", (torch.ones(n, 2 * k), {"pad_weight": True}))})
+    with pytest.raises(LoraError, match=rf"changes the weight's shape to \({n}, {2 * k}\); a 4-bit weight is fixed"):
+        patched.layer_loras()
+
+
 @pytest.mark.parametrize("apart", ["w1", "w2", "both", "neither"])
 def test_alpha_of_a_lokr_is_over_the_rank_of_what_is_taken_apart(pair, apart):
     """Of the right factor where both are, and nothing where none is: as the host has it."""

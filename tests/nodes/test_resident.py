@@ -120,6 +120,7 @@ def test_the_host_is_asked_where_it_might_give_other_tensors(asked, monkeypatch)
     wanted = module(x)
     module(x.bfloat16())
     assert len(asked) == 1, "it casts the bias"
+    assert not module._would_stay(x.to("meta")), "it moves both"
     module._v = object()
     assert torch.equal(module(x), wanted) and len(asked) == 2, "dynamic VRAM may copy"
     del module._v
@@ -185,12 +186,15 @@ def test_loras_that_a_call_has_placed_serve_the_next():
 
 
 def test_a_layer_that_is_compiled_leaves_its_loras_where_they_are():
-    module, x = make(), torch.randn(3, K).bfloat16()
-    module.set_loras(lora())
-    wanted = copy.deepcopy(module)(x)
+    """And no strength becomes a constant of the graph."""
+    module, x, first, graphs = make(), torch.randn(3, K).bfloat16(), lora(), []
+    module.set_loras(first)
     module.place_loras(torch.device("cpu"), torch.float32)
-    placed = module._loaded
-    assert torch.equal(torch.compile(module, backend="eager")(x), wanted) and module._loaded is placed
+    placed, compiled = module._loaded, torch.compile(module, backend=lambda graph, _: graphs.append(graph) or graph)
+    for strength in (0.8, -0.3):
+        module.set_loras(LayerLoras(first.deltas, (strength,)))
+        assert torch.equal(compiled(x), copy.deepcopy(module)(x)) and module._loaded is placed
+    assert len(graphs) == 1
 
 
 def test_loras_are_placed_beside_the_weight_unless_the_host_streams_it():

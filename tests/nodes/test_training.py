@@ -332,6 +332,7 @@ def test_a_weight_shows_its_shape_until_the_next_load_and_is_its_bytes_for_every
     saved, size = patcher.model.state_dict(), patcher.model_size()
     other = patcher.clone()
     other.set_model_compute_dtype(torch.float32)  # the node ModelComputeDtype does no more
+    assert other.object_patches["manual_cast_dtype"] == torch.float32
     for layer in patcher.packed_layers().values():
         assert layer.weight.shape == (layer.out_features, layer.in_features)
         assert layer.weight.untyped_storage().nbytes() == 4 and layer.weight.device == layer.blob.device
@@ -344,9 +345,14 @@ def test_a_weight_shows_its_shape_until_the_next_load_and_is_its_bytes_for_every
     assert torch.equal(zoo.forward(patcher, FAMILY), before)
     assert all(layer.weight is layer.blob for layer in patcher.packed_layers().values())
     assert torch.equal(zoo.forward(other, FAMILY), before)
-    other.set_model_compute_dtype(torch.float32)
-    other.partially_unload(torch.device("cpu"), patcher.model_size())  # the host makes room for another model
-    assert all(layer.weight is layer.blob for layer in patcher.packed_layers().values())
+    unloaded = (  # the host makes room for another model
+        lambda: other.partially_unload(torch.device("cpu"), patcher.model_size()),
+        lambda: other.unpatch_model(torch.device("cpu")),
+    )
+    for unload in unloaded:
+        other.set_model_compute_dtype(torch.float32)
+        unload()
+        assert all(layer.weight is layer.blob for layer in patcher.packed_layers().values())
     assert torch.equal(zoo.forward(other, FAMILY), before)
 
 

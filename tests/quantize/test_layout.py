@@ -104,6 +104,14 @@ def test_awq_follows_the_index_formula():
             assert code == natural[row, column // 2].item() >> 4 * (column % 2) & 15
 
 
+@pytest.mark.parametrize("piece", [1, 100, 1000])
+def test_a_large_modulation_weight_is_unpacked_piece_by_piece(piece, monkeypatch):
+    stored = random_bytes((7, 64), torch.int32, 1)
+    whole = layout.unpack_awq(stored)
+    monkeypatch.setattr(layout, "AWQ_PIECE", piece)
+    assert torch.equal(layout.unpack_awq(stored), whole)
+
+
 @pytest.mark.parametrize("first", [0, 1, 2, 4])
 def test_a_weight_may_begin_at_any_byte(first):
     """Tensors of a file lie where the one before ends; words of four bytes cannot be read from every address."""

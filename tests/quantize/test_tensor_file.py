@@ -10,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from svdquant_pack.quantize.files import tensor_file
 from svdquant_pack.quantize.files.dialects import native
 from svdquant_pack.quantize.files.tensor_file import DTYPES, TensorFile, TensorFileError, TensorInfo, TensorWriter
 from svdquant_pack.tests.kernels.layers import random_layer
@@ -149,6 +151,24 @@ def test_a_replaced_file_is_still_the_one_that_was_opened(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve room on a disk")
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no open file is replaced here")
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_the_two(tmp_path, monkeypatch, checksums):
+    """Its header was the new file's and its data the old one's: refused as damaged, or, without checksums, read."""
+    path, new = tmp_path / "x.safetensors", tmp_path / "new"
+    save = write if checksums else lambda path, tensors: save_file(tensors, path)
+    save(path, {"a": torch.zeros(7), "b": torch.ones(3)})
+    save(new, {"a": torch.zeros(3), "b": torch.full((7,), 2.0)})
+
+    def replaced_meanwhile(*arguments, **keywords):
+        new.replace(path)
+        return safe_open(*arguments, **keywords)
+
+    monkeypatch.setattr(tensor_file, "safe_open", replaced_meanwhile)
+    file = TensorFile(path)
+    assert torch.equal(file.read("a"), torch.zeros(7)) and torch.equal(file.read("b"), torch.ones(3))
+
+
 def test_the_room_is_taken_before_the_first_tensor_comes(tmp_path):
     data = torch.arange(1 << 20).to(torch.uint8)
     with TensorWriter(tmp_path / "x.safetensors", {"a": TensorInfo.of(data)}) as writer:
