@@ -15,18 +15,20 @@ from ..quantize.maker.model import QuantizeReport, Target, quantize_model
 from ..quantize.maker.report import summarize, write_report
 from ..quantize.recipe import NAMED, WITH_BRANCH, Recipe, bytes_of
 from .calibrate import STATISTICS
-from .host.changed import WRITTEN, changed, fingerprint_of_model, fingerprint_of_statistics, target_of
+from .host.changed import WRITTEN, changed, fingerprint_of_source, fingerprint_of_statistics, target_of
 from .host.files import (
-    FOLDER,
     NO_FILE,
     find_or_raise,
+    find_source,
     keep_source,
     open_statistics,
     refuse_name,
+    source_choices,
     statistics_files,
     target,
 )
 from .host.model import load_model
+from .host.openable import known_to_host, refuse_unopenable
 from .host.source import ModelSource
 
 MODEL_INPUT = "(model input)"
@@ -52,8 +54,11 @@ class SVDQuantQuantizeModel:
         return {
             "required": {
                 "source": (
-                    [MODEL_INPUT, *folder_paths.get_filename_list(FOLDER)],
-                    {"tooltip": "A 16-bit file, or the connected MODEL. A file is read layer by layer, never whole."},
+                    [MODEL_INPUT, *source_choices()],
+                    {
+                        "tooltip": "A 16-bit, fp8 or GGUF file, a Diffusers folder, or the connected MODEL. A file is "
+                        "read layer by layer, never whole."
+                    },
                 ),
                 "format": (
                     list(WITH_BRANCH),
@@ -86,7 +91,7 @@ class SVDQuantQuantizeModel:
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> str:
-        reads = fingerprint_of_model(inputs["source"]), fingerprint_of_statistics(inputs.get("statistics_file"))
+        reads = fingerprint_of_source(inputs["source"]), fingerprint_of_statistics(inputs.get("statistics_file"))
         return changed(reads, target_of(inputs["file_name"]), inputs)
 
     def quantize(
@@ -110,9 +115,9 @@ class SVDQuantQuantizeModel:
     ) -> dict[str, Any]:
         if source == MODEL_INPUT and model is None:
             raise ValueError(f"source is {MODEL_INPUT} and no MODEL is connected: connect one or choose a file")
-        path, file = target(file_name, overwrite), None if source == MODEL_INPUT else find_or_raise(source)
+        path, file = target(file_name, overwrite), None if source == MODEL_INPUT else find_or_raise(source, find_source)
         keep_source(path, file)
-        weights = ModelSource(model) if file is None else FileSource(file)
+        weights = ModelSource(model) if file is None else FileSource(file, known_to_host)
         known = _statistics(statistics, statistics_file)
         name = recipe if recipe != AUTO else "fast" if known is None else "balanced"
         chosen = Recipe.named(
@@ -125,6 +130,8 @@ class SVDQuantQuantizeModel:
             fallback=fallback,
             act8_share=act8_share,
         )
+        if isinstance(weights, FileSource):
+            refuse_unopenable(weights, chosen)
         device = comfy.model_management.get_torch_device()
         bar = comfy.utils.ProgressBar(1)
 

@@ -11,22 +11,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...quantize.files.sources.folder import COMPONENTS
 from ...quantize.files.tensor_file import folder_files
-from .files import NO_FILE, find, refuse_name, statistics_folder, target
+from .files import NO_FILE, find, find_source, refuse_name, statistics_folder, target
 
 Fingerprint = tuple[tuple[str, int, int], ...]
 """(path, bytes, nanoseconds of the last change) of every file of a model; empty if there is none"""
 
 
 def fingerprint(path: Path | None) -> Fingerprint:
-    """Of a file, or of a folder of the older layout."""
+    """Of a file, or of all files of a model in a folder."""
     if path is None or not path.exists():
         return ()
     found = []
-    for file in folder_files(path) if path.is_dir() else [path]:
+    for file in _files(path) if path.is_dir() else [path]:
         state = file.stat()
         found.append((str(file), state.st_size, state.st_mtime_ns))
     return tuple(found)
+
+
+def _files(folder: Path) -> list[Path]:
+    components = (file for name in COMPONENTS for file in folder.glob(f"{name}*/*"))
+    return folder_files(folder) or sorted(file for file in (*folder.iterdir(), *components) if file.is_file())
+
+
+def fingerprint_of_source(name: str | None) -> Fingerprint:
+    """Of what can be quantized."""
+    return fingerprint(find_source(name)) if name else ()
 
 
 def fingerprint_of_model(model_name: str | None) -> Fingerprint:

@@ -1,5 +1,6 @@
 """Which files a user may choose: models in models/diffusion_models, folders of the older layout, statistics."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
@@ -13,6 +14,8 @@ FOLDER = "diffusion_models"
 SUFFIX = ".statistics.safetensors"
 MODEL_SUFFIX = ".safetensors"
 NO_FILE = "(none)"
+DIFFUSERS = "diffusers"  # the host's other folder
+DIFFUSERS_MARKS = ("model_index.json", "diffusion_pytorch_model*.safetensors", "*.safetensors.index.json")
 
 
 def choices() -> list[str]:
@@ -21,6 +24,33 @@ def choices() -> list[str]:
     parents = {str(Path(name).parent) for name in names if Path(name).name == LEGACY_FOLDER[0]}
     parts = {str(Path(parent) / file) for parent in parents for file in LEGACY_FOLDER}
     return sorted({str(Path(name)) for name in names} - parts | parents - {"."})
+
+
+def source_choices() -> list[str]:
+    """What can be quantized: every file, GGUF included, and folders of Diffusers models."""
+    return sorted({*folder_paths.get_filename_list(FOLDER), *_unlisted()})
+
+
+def _unlisted() -> dict[str, Path]:
+    """{name: path} of what the host does not list: at most one folder down, its own list is not walked again."""
+    roots = [
+        root for kind in (FOLDER, DIFFUSERS) if kind in folder_paths.folder_names_and_paths for root in _roots(kind)
+    ]
+    found = {}
+    for root in roots:
+        folders = [file.parent for mark in DIFFUSERS_MARKS for file in root.glob(f"*/{mark}")]
+        for path in (*root.glob("*.gguf"), *root.glob("*/*.gguf"), *folders):
+            found.setdefault(str(path.relative_to(root)), path)
+    return found
+
+
+def _roots(kind: str) -> list[Path]:
+    return [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
+
+
+def find_source(name: str) -> Path | None:
+    """The path of one of `source_choices`, or None if it is gone."""
+    return find(name) or _unlisted().get(name)
 
 
 def find(model_name: str) -> Path | None:
@@ -32,9 +62,9 @@ def find(model_name: str) -> Path | None:
     return None if first is None else Path(first).parent
 
 
-def find_or_raise(model_name: str) -> Path:
+def find_or_raise(model_name: str, search: Callable[[str], Path | None] = find) -> Path:
     """The path of a choice. Raises FileNotFoundError that says where it should be."""
-    path = find(model_name)
+    path = search(model_name)
     if path is None:
         raise FileNotFoundError(f"{model_name} is not in models/{FOLDER}; put it there and refresh the node list (R)")
     return path

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..families import FAMILIES
 from .checkpoint import Checkpoint, CheckpointError
-from .dialects import detect
+from .dialects import detect, speaking
 from .tensor_file import TensorFileError, open_tensors
 
 
@@ -44,6 +44,14 @@ def open_checkpoint(path: str | Path, as_is: bool = False) -> Checkpoint:
             "A newer version of this pack may know it."
         )
     return _canonical(checkpoint)
+
+
+def is_4bit(path: str | Path) -> bool:
+    """Whether a file or a folder is a 4-bit model of some dialect; one that is damaged, or of no tensors, is none."""
+    try:
+        return bool(speaking(open_tensors(path)))
+    except TensorFileError:
+        return False
 
 
 def _canonical(checkpoint: Checkpoint) -> Checkpoint:

@@ -1,8 +1,6 @@
 """Where 16-bit weights come from: a file here, a loaded model in a host. Both look like a Source."""
 
-import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,14 +8,14 @@ import torch
 
 from ...kernels.bounded_json import JsonError, read_object
 from ..families import detect
-from .dialects import speaking
-from .tensor_file import PREFIXES, TensorFile, TensorFileError, TensorInfo
+from .diffusers import host_names, refuse_foreign
+from .encodings import decoded
+from .sources import open_source
+from .tensor_file import PREFIXES, TensorFile, TensorInfo
+from .tensors import renamed
 
-SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCALES = ("scale_weight", "weight_scale")  # beside an fp8 `weight`: it means weight * scale
-FP8_ONLY = (*SCALES, "scale_input", "input_scale", "comfy_quant")  # what else belongs to such a layer
-FP8_MARKER = "scaled_fp8"  # an empty tensor in ComfyUI's scaled files
+Known = Callable[[TensorFile], bool]
+"""Whether somebody knows a model of these tensors, e.g. the host; asked where no family's table does"""
 
 
 class Source(Protocol):
@@ -49,13 +47,15 @@ class Source(Protocol):
 
 
 class FileSource:
-    """A `.safetensors` model in 16 bit or fp8. A `config` entry in its metadata (JSON) is kept and pinned.
+    """A 16-bit model in a file or a folder. A `config` entry in its metadata (JSON) is kept and pinned.
 
-    One file, or one of several shards `X-00001-of-0000N.safetensors`, which are then all read. fp8 weights appear as
-    bf16, multiplied by the scale that lies beside them.
+    Whatever a kind of `sources/` opens: one file or several, of safetensors, torch or GGUF, alone or in a checkpoint
+    with other models. Weights in fewer bits (`encodings/`) appear decoded, Diffusers' names (`diffusers/`) as
+    ComfyUI's. The same tensors give the same source, in the order of their names, whatever they came in.
 
+    known   asked before the names of another program are refused
     raises  TensorFileError for a damaged file, a missing shard, or one that is 4-bit already; FamilyError for a model
-            of several families or of one that ComfyUI has no class for
+            of several families, of one that ComfyUI has no class for, or of names that no ComfyUI reads
 
         >>> import tempfile
         >>> from safetensors.torch import save_file
@@ -68,82 +68,28 @@ class FileSource:
         ('generic', ['blocks.0.proj.weight'], tensor([1.5000, 1.5000], dtype=torch.bfloat16))
     """
 
-    def __init__(self, path: str | Path) -> None:
-        files = [TensorFile(file) for file in shards(Path(path))]
+    def __init__(self, path: str | Path, known: Known = lambda file: False) -> None:
+        opened = open_source(path)
         self.name = Path(path).name
-        for file in files:
-            self._refuse_4bit(file)
-        self._files = {key: file for file in files for key in file}
-        prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in self._files)), "")
-        keys = {key.removeprefix(prefix): key for key in self._files if key.startswith(prefix)}
-        family = detect(keys)
+        file = host_names(decoded(_diffusion_model(opened)))
+        if not known(file):
+            refuse_foreign(file)
+        family = detect(file)
         self.family = family.name
-        self._keys = {family.canonical(key): full for key, full in keys.items()}  # older names of the same layers
-        stored = {key: self._files[full].infos[full] for key, full in self._keys.items()}
-        self._scales = {key: scale for key in stored if (scale := _scale_of(key, stored)) is not None}
-        for key, scale in self._scales.items():
-            self._check_scale(key, stored[key].shape, stored[scale])
-        dropped = {f"{key.removesuffix('weight')}{suffix}" for key in self._scales for suffix in FP8_ONLY} | {
-            FP8_MARKER
-        }
-        self.infos = {
-            key: TensorInfo(info.shape, torch.bfloat16) if info.dtype in FP8 else info
-            for key, info in stored.items()
-            if key not in dropped
-        }
-        self.unet_config = next((config for file in files if (config := model_config(file))), {})
+        canonical = {family.canonical(key): key for key in file}  # older names of the same layers
+        self._file = renamed(file, {key: canonical[key] for key in sorted(canonical)})
+        self.infos = self._file.infos
+        self.unet_config = model_config(opened)
         self.pinned = tuple(self.unet_config)
 
-    def _refuse_4bit(self, file: TensorFile) -> None:
-        if any(key.endswith(".weight") and info.dtype in FP8 for key, info in file.infos.items()):
-            return  # such files may carry the markers of a 4-bit dialect
-        for dialect in speaking(file):
-            raise TensorFileError(f"{self.name}: is a 4-bit model already ({dialect.name}), needed a 16-bit one")
-
-    def _check_scale(self, key: str, shape: tuple[int, ...], scale: TensorInfo) -> None:
-        count = math.prod(scale.shape)
-        if count not in (1, *shape[:1]) or not scale.dtype.is_floating_point:
-            raise TensorFileError(
-                f"{self.name}: the scale of {key} has shape {scale.shape} and dtype "
-                f"{str(scale.dtype).removeprefix('torch.')}, needed one number, or one for each row of {shape}"
-            )
-
     def tensor(self, key: str) -> torch.Tensor:
-        tensor = self._read(key)
-        if tensor.dtype not in FP8:
-            return tensor
-        wide = tensor.float()
-        if key in self._scales:
-            wide *= _as_column(self._read(self._scales[key]).float())
-        return wide.to(torch.bfloat16)
-
-    def _read(self, key: str) -> torch.Tensor:
-        full = self._keys[key]
-        return self._files[full].read(full)
+        return self._file.read(key)
 
 
-def _scale_of(key: str, stored: Mapping[str, TensorInfo]) -> str | None:
-    if not key.endswith(".weight") or stored[key].dtype not in FP8:
-        return None
-    return next((name for suffix in SCALES if (name := f"{key.removesuffix('weight')}{suffix}") in stored), None)
-
-
-def _as_column(scale: torch.Tensor) -> torch.Tensor:
-    """One scale for all, or one per row."""
-    return scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
-
-
-def shards(path: Path) -> list[Path]:
-    """All files of the model that `path` is one of. Raises TensorFileError that names the first missing one."""
-    match = SHARD.fullmatch(path.name)
-    if match is None:
-        return [path]
-    base, count = match.groups()
-    found = [path.with_name(f"{base}-{i:05d}-of-{count}.safetensors") for i in range(1, int(count) + 1)]
-    for file in found:
-        if not file.is_file():
-            raise TensorFileError(f"{path.name}: is one of {int(count)} files, and {file.name} is not beside it")
-    return found
+def _diffusion_model(file: TensorFile) -> TensorFile:
+    """Of a checkpoint of several models this one, under its own names."""
+    prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in file)), "")
+    return renamed(file, {key.removeprefix(prefix): key for key in file if key.startswith(prefix)})
 
 
 def model_config(file: TensorFile) -> dict[str, Any]:

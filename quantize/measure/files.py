@@ -5,16 +5,13 @@ from pathlib import Path
 
 import torch
 
-from ..files.dialects import speaking
-from ..files.open import open_checkpoint
+from ..files.open import is_4bit, open_checkpoint
 from ..files.source import FileSource
-from ..files.tensor_file import open_tensors
 
 
 def dense_weights(path: str | Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], torch.Tensor]]:
-    """(layer -> shape, layer -> its weight as one float32 matrix), for a 16-bit file or a 4-bit file or folder."""
-    file = open_tensors(path)
-    if speaking(file):
+    """(layer -> shape, layer -> its weight as one float32 matrix), for a 4-bit model or any 16-bit source."""
+    if is_4bit(path):
         checkpoint = open_checkpoint(path)
         infos = checkpoint.weight_infos()
 
