@@ -6,6 +6,7 @@ from .compare_models import SVDQuantCompare
 from .convert_model import SVDQuantConvertModel
 from .demo import SVDQuantDemoDecode, SVDQuantDemoModel, SVDQuantDemoPrompt, SVDQuantDemoVae
 from .download_model import SVDQuantDownloadModel
+from .load_lora import SVDQuantLoadLora
 from .load_model import SVDQuantLoadModel
 from .lora_info import SVDQuantLoraInfo
 from .lora_limits import SVDQuantLoraLimits
@@ -20,6 +21,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "SVDQuantDownloadModel": SVDQuantDownloadModel,
     "SVDQuantConvertModel": SVDQuantConvertModel,
     "SVDQuantModelInfo": SVDQuantModelInfo,
+    "SVDQuantLoadLora": SVDQuantLoadLora,
     "SVDQuantLoraInfo": SVDQuantLoraInfo,
     "SVDQuantLoraLimits": SVDQuantLoraLimits,
     "SVDQuantBakeLora": SVDQuantBakeLora,
@@ -37,6 +39,7 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "SVDQuantDownloadModel": "SVDQuant Download Model",
     "SVDQuantConvertModel": "SVDQuant Convert Model",
     "SVDQuantModelInfo": "SVDQuant Model Info",
+    "SVDQuantLoadLora": "SVDQuant Load LoRA",
     "SVDQuantLoraInfo": "SVDQuant LoRA Info",
     "SVDQuantLoraLimits": "SVDQuant LoRA Limits",
     "SVDQuantBakeLora": "SVDQuant Bake LoRA",

@@ -131,7 +131,11 @@ def _stored_dtype(patcher: SVDQuantPatcher) -> torch.dtype:
 def _provenance(patcher: SVDQuantPatcher, refit: bool) -> Provenance:
     described = patcher.get_attachment(ATTACHMENT) or {}
     config = {key: value for key, value in patcher.model.model_config.unet_config.items() if _is_json(value)}
-    recipe = {**described.get("recipe", {}), "baked_loras": len(patcher.svdquant_groups), "refit": refit}
+    recipe = {
+        **described.get("recipe", {}),
+        "baked_loras": sum(bool(group.keys) for group in patcher.svdquant_groups),
+        "refit": refit,
+    }
     pinned = tuple(key for key in described.get("pinned", ()) if key in config)
     return Provenance(described.get("family", "generic"), config, pinned, recipe, described.get("source_hash", ""))
 

@@ -26,6 +26,10 @@ from .training import beside
 
 LIMITS = "svdquant_lora_limits"  # attachment
 LOGGER = logging.getLogger("svdquant")
+NOTHING = (
+    "%s changes nothing in the diffusion model: none of its keys is one that ComfyUI knows there. It is for a text "
+    "encoder or another model, or of a spelling that SVDQuant Load LoRA may know"
+)
 
 
 class SVDQuantPatcher(ModelPatcher):
@@ -112,11 +116,6 @@ class SVDQuantPatcher(ModelPatcher):
     def add_patches(
         self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0, *args: Any
     ) -> list[Any]:
-        if not patches:
-            raise LoraError(
-                "none of the keys in this LoRA belongs to this model: it was trained for another model, or the file "
-                "is empty (the console lists the keys)"
-            )
         self._refuse_merges(patches)
         added = super().add_patches(patches, strength_patch, strength_model, *args)
         self._record(patches, added, strength_patch, hook=False)
@@ -151,8 +150,10 @@ class SVDQuantPatcher(ModelPatcher):
 
     def _record(self, patches: Mapping[Any, Any], added: list[Any], strength: float, hook: bool) -> None:
         group = group_of(patches, added, strength)
-        if not hook and (group.keys or group.unknown):
+        if not hook:
             self.svdquant_groups += (group,)
+        if not group.keys and not group.unknown:  # of a text encoder alone, too: the host goes on as well
+            LOGGER.warning(NOTHING, group.file or "a LoRA")
         new = [key for key in group.unknown if key not in self._reported]
         if new:
             self._reported |= set(new)

@@ -316,8 +316,20 @@ def test_parts_of_a_four_bit_layer_are_not_patched(plain, weights):
         plain.clone().add_patches({part: ("diff", (torch.ones(2, 2),))})
     with pytest.raises(LoraError, match=f"^{layer_name(key)}: a 4-bit model cannot be merged"):
         plain.clone().add_patches({(key, (0, 0, 4)): [torch.ones(2, 2)]})
-    with pytest.raises(LoraError, match="none of the keys in this LoRA belongs to this model"):
-        plain.clone().add_patches({})
+
+
+def test_a_lora_of_which_nothing_matches_warns_and_the_stack_goes_on(plain, weights, caplog):
+    from svdquant_pack.nodes.host.lora_report import describe_loras
+
+    stacked = plain.clone()
+    with caplog.at_level("WARNING", logger="svdquant"):
+        assert stacked.add_patches({}) == []
+        assert stacked.add_patches({"clip_l.x.weight": ("diff", (torch.ones(2, 2),))}) == []
+    assert caplog.text.count("changes nothing in the diffusion model") == 2
+    key, weight = next(iter(weights.items()))
+    assert stacked.add_patches({key: ("diff", (0.1 * torch.ones_like(weight),))}) == [key]
+    assert [len(row["layers"]) for row in describe_loras(stacked)["rows"]] == [0, 0, 1]
+    assert not torch.equal(forward(stacked), forward(plain))
 
 
 def test_strengths_that_a_node_leaves_out_are_the_hosts(plain, demo_model):
