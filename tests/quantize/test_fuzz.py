@@ -27,8 +27,9 @@ from svdquant_pack.quantize.files.checkpoint import Checkpoint, CheckpointError
 from svdquant_pack.quantize.files.convert import TARGETS, convert_file
 from svdquant_pack.quantize.files.dialects import kitchen, native
 from svdquant_pack.quantize.files.dialects.nunchaku.layers import PARTS
+from svdquant_pack.quantize.files.encodings.fp8 import FP8
 from svdquant_pack.quantize.files.open import open_checkpoint
-from svdquant_pack.quantize.files.source import FP8, FileSource
+from svdquant_pack.quantize.files.source import FileSource
 from svdquant_pack.quantize.files.tensor_file import TensorFileError, TensorInfo
 from svdquant_pack.quantize.maker.work_folder import WorkFolder
 from svdquant_pack.quantize.recipe import NAMED, Recipe

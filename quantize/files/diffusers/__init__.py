@@ -22,8 +22,8 @@ from ..tensors import TensorView
 
 # names of models and text encoders that no ComfyUI reads as they are
 FOREIGN = (
-    "{single,joint}_transformer_blocks.#.*.*",
-    "down_blocks.#.{resnets,attentions}.#.*.*",
+    "{single,joint}_transformer_blocks.#.attn.to_q.weight",
+    "down_blocks.#.resnets.#.conv1.weight",
     "blocks.#.attn1.to_out.0.weight",
     "condition_embedder.time_embedder.linear_1.weight",
     "model.layers.#.self_attn.q_proj.weight",
@@ -130,15 +130,21 @@ def _places(table: NameTable, key: str) -> Iterator[tuple[str, Rule, int]]:
     """(ComfyUI's name, rule, place among the joined): of the whole name, else of the module's with its last part"""
     module, _, suffix = key.rpartition(".")
     for name, end in ((key, ""), (module, f".{suffix}")):
-        for expression, rule, index in _expressions(table.rules):
+        by_end, last = _expressions(table.rules), name.rpartition(".")[2]
+        for expression, rule, index in (*by_end.get(last, ()), *by_end.get("#", ())):
             if match := expression.fullmatch(name):
                 numbers = iter(match.groups())
                 yield re.sub("#", lambda _: next(numbers), rule.host) + end, rule, index  # noqa: B023 - used at once
 
 
 @cache
-def _expressions(table: tuple[Rule, ...]) -> list[tuple[re.Pattern[str], Rule, int]]:
-    return [(pattern(part), rule, i) for rule in table for i, part in enumerate(rule.stored)]
+def _expressions(table: tuple[Rule, ...]) -> Mapping[str, list[tuple[re.Pattern[str], Rule, int]]]:
+    """By their last part: a UNet has a thousand of them, and two thousand tensors"""
+    found: dict[str, list[tuple[re.Pattern[str], Rule, int]]] = defaultdict(list)
+    for rule in table:
+        for index, part in enumerate(rule.stored):
+            found[part.rpartition(".")[2]].append((pattern(part), rule, index))
+    return dict(found)
 
 
 def _joined_info(file: TensorFile, host: str, stored: list[str]) -> TensorInfo:
