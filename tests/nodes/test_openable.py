@@ -36,6 +36,18 @@ def test_a_model_in_diffusers_names_loads_and_paints_what_the_same_model_in_comf
     assert torch.equal(*pictures)
 
 
+def test_a_unet_in_diffusers_names_is_what_the_host_itself_makes_of_it(tmp_path):
+    import comfy.utils
+
+    tensors = load_file(zoo.save("sdxl", tmp_path / "x.safetensors"))
+    names = comfy.utils.unet_to_diffusers(zoo.config_of("sdxl"))
+    stored = {name: tensors[key] for name, key in names.items() if key in tensors and "class_embedding" not in name}
+    save_file(stored, tmp_path / "y.safetensors")
+    source = FileSource(tmp_path / "y.safetensors")
+    assert source.family == "sdxl" and list(source.infos) == sorted(tensors)
+    assert all(torch.equal(source.tensor(key), tensor) for key, tensor in tensors.items())
+
+
 def test_a_model_that_the_host_does_not_have_is_refused_at_once(tmp_path):
     save_file({f"blocks.{i}.proj.weight": torch.ones(128, 128) for i in range(2)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"x.safetensors: this ComfyUI has no model with these layers"):
