@@ -114,7 +114,7 @@ def weighted(columns: torch.Tensor, strength: torch.Tensor | None) -> torch.Tens
 
 
 def weigh_(columns: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
-    """`weighted`, in place of columns (M, R), contiguous
+    """`weighted`, in place of columns (M, R), whose rows may lie apart
 
     >>> weigh_(torch.ones(1, 20), torch.tensor([2.0, 3.0]))[0, 15:17]
     tensor([2., 3.])

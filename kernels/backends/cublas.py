@@ -31,7 +31,7 @@ FP8_GPUS = (8, 9), (10, 3)  # first and last with scales per row
 TILE_ROWS, TILE_GROUPS = 128, 4  # of a tile of scales
 SIDE = 16  # N, and the bytes of a row, are multiples of it
 
-Quantize = Callable[[torch.Tensor, Layer], tuple[stages.CodedActivation, torch.Tensor | None]]
+Quantize = Callable[[torch.Tensor, Layer, Lora | None], tuple[stages.CodedActivation, torch.Tensor | None]]
 
 
 def claims(call: KernelCall) -> int | str:
@@ -110,29 +110,32 @@ def channel_scales(tensors: Tensors) -> torch.Tensor | None:
     return found[0] * found[1] if len(found) == 2 else found[0] if found else None
 
 
-def _quantizer(x: torch.Tensor, layer: Layer, codes: str) -> Quantize:
+def _quantizer(x: torch.Tensor, layer: Layer, codes: str, lora: Lora | None) -> Quantize:
     """Triton's where that can run, else torch's own steps"""
     if codes == layer.spec.format and versions.missing() is None and (x.is_cuda or triton.interpreted()):
         from .triton import layers
 
-        return layers.quantizer(x, layer, codes)
+        return layers.quantizer(x, layer, codes, lora)
     coding = stages.Coding(codes, layer.spec.act_unsigned, layer.spec.act_rule)
 
-    def run(x: torch.Tensor, layer: Layer) -> tuple[stages.CodedActivation, torch.Tensor | None]:
+    def run(x: torch.Tensor, layer: Layer, lora: Lora | None) -> tuple[stages.CodedActivation, torch.Tensor | None]:
         tensors = layer.tensors
         mean = tensors.get("act_mean") if codes == layer.spec.format else None
         smooth, down = tensors["smooth_factor"], tensors.get("proj_down")
-        qact, ascales, branch_act = stages.quantize_activation(x, smooth, down, coding, mean)
-        return stages.CodedActivation(qact, ascales), None if down is None else branch_act
+        qact, ascales, act = stages.quantize_activation(x, smooth, down, coding, mean)
+        if lora is not None:
+            wide = x if x.is_cuda else x.float()
+            act = torch.cat((act, wide @ lora.down.to(wide.dtype)), 1)
+        return stages.CodedActivation(qact, ascales), act if act.shape[1] else None
 
     return run
 
 
-def _nvfp4(x: torch.Tensor, layer: Layer) -> Run:
-    dtype, quantize = getattr(torch, FP4), _quantizer(x, layer, layer.spec.format)
+def _nvfp4(x: torch.Tensor, layer: Layer, lora: Lora | None) -> Run:
+    dtype, quantize = getattr(torch, FP4), _quantizer(x, layer, layer.spec.format, lora)
 
     def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
-        (qact, ascales), branch_act = quantize(x, layer)
+        (qact, ascales), act = quantize(x, layer, lora)
         # Triton leaves the four scales of 64 channels side by side
         words = words_of(ascales) if ascales.dim() == 2 else ascales.view(torch.int32)[..., 0].t()
         y = torch._scaled_mm(
@@ -145,36 +148,32 @@ def _nvfp4(x: torch.Tensor, layer: Layer) -> Run:
         scales = channel_scales(layer.tensors)
         if scales is not None:
             y *= scales
-        return _finished(y.to(x.dtype), x, layer, branch_act, layer.centred_bias(bias), lora)
+        return _finished(y.to(x.dtype), layer, act, layer.centred_bias(bias), lora)
 
     return run
 
 
-def _fp8(x: torch.Tensor, layer: Layer) -> Run:
-    quantize, dtype = _quantizer(x, layer, "fp8_row"), torch.bfloat16 if x.is_cuda else torch.float32
+def _fp8(x: torch.Tensor, layer: Layer, lora: Lora | None) -> Run:
+    quantize, dtype = _quantizer(x, layer, "fp8_row", lora), torch.bfloat16 if x.is_cuda else torch.float32
 
     def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
-        (qact, ascales), branch_act = quantize(x, layer)
+        (qact, ascales), act = quantize(x, layer, lora)
         weight, row_scales = layer.spec.fmt.expand_rows(layer.tensors, torch.float8_e4m3fn)
         y = torch._scaled_mm(qact, weight.t(), scale_a=ascales[:, None], scale_b=row_scales[None], out_dtype=dtype)
-        return _finished(y.to(x.dtype) if x.is_cuda else y, x, layer, branch_act, bias, lora).to(x.dtype)
+        return _finished(y.to(x.dtype) if x.is_cuda else y, layer, act, bias, lora).to(x.dtype)
 
     return run
 
 
 def _finished(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    layer: Layer,
-    branch_act: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    lora: Lora | None,
+    y: torch.Tensor, layer: Layer, act: torch.Tensor | None, bias: torch.Tensor | None, lora: Lora | None
 ) -> torch.Tensor:
-    """y + branch_act @ proj_up.T + (x @ lora.down) @ lora.up.T + bias, in place of y and in its dtype"""
-    if branch_act is not None:
-        y.addmm_(branch_act.to(y.dtype), layer["proj_up"].to(y.dtype).t())
-    if lora is not None:
-        y.addmm_(x.to(y.dtype) @ lora.down.to(y.dtype), lora.up.to(y.dtype).t())
+    """y + act @ [proj_up | lora.up].T + bias, in place of y and in its dtype; act = x @ [proj_down | lora.down]"""
+    first = 0
+    for up in (layer.tensors.get("proj_up"), None if lora is None else lora.up):
+        if act is not None and up is not None:
+            y.addmm_(act[:, first : first + up.shape[1]].to(y.dtype), up.to(y.dtype).t())
+            first += up.shape[1]
     if bias is not None:
         y += bias.to(y.dtype)
     return y
@@ -188,7 +187,7 @@ def prepare(
     four = compute == "w4a4"
     if spec.n % SIDE or (spec.k // 2 if four else spec.k) % SIDE:
         raise ValueError(f"torch._scaled_mm needs N to be a multiple of 16 and K of 32, this is {spec.where}")
-    run = _nvfp4(x, layer) if four else _fp8(x, layer)
+    run = _nvfp4(x, layer, lora) if four else _fp8(x, layer, lora)
 
     def linear(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
         return run(x.contiguous(), layer, bias, lora) if x.shape[0] else x.new_empty(0, layer.spec.n)

@@ -183,11 +183,11 @@ def _steps(data: Data) -> Iterator[Way]:
     for codes in ("int8_row", "int8_group"):
 
         def quantize(codes=codes) -> torch.Tensor:
-            return layers.quantizer(x, layer, codes)(x, layer)[1]
+            return layers.quantizer(x, layer, codes)(x, layer, None)[1]
 
         yield Way("triton", codes, quantize, lambda: data.checked.float() @ down.float(), "quantize+down")
     weight, scales = layers.expander(layer, torch.int8)(layer)
-    coded, branch_act = layers.quantizer(x, layer, "int8_row")(x, layer)
+    coded, branch_act = layers.quantizer(x, layer, "int8_row")(x, layer, None)
     act, act_scales = coded
     epilogue = launch.Epilogue(branch_act, up, bias=data.bias)
 

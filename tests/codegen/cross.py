@@ -163,7 +163,7 @@ def _measure_nvidia(cubin: bytes, metadata: Any, case: CompileCase, target: str)
     each = case.elements / (32 * case.num_warps)
     return replace(
         _measured(code, registers, spills, metadata.shared, expected),
-        narrow=layout.narrow_loads(loop),
+        narrow=sum(map(layout.narrow_loads, machine_code.innermost_loops(code) if each else [loop])),
         early=layout.early_loads(loop),
         resident=layout.resident_blocks(target, registers, metadata.shared, case.num_warps, tensor_memory),
         per_element=layout.instructions_per_element(code, each) if each else None,

@@ -6,7 +6,7 @@ Of NVIDIA code. Needs no GPU and no triton.
 import re
 from dataclasses import dataclass
 
-from .machine_code import TENSOR_CORE, Code, Instruction, innermost_loops
+from .machine_code import TENSOR_CORE, Code, Instruction, innermost_loops, kinds, tensor_core
 
 GLOBAL_LOAD = re.compile(r"(LDG|LD)\.E\b")  # into registers; asynchronous copies (LDGSTS, UTMALDG) have no such reader
 NARROW = re.compile(r"\.[US](8|16)\b")
@@ -98,6 +98,9 @@ def _read(registers: set[int], lines: tuple[Instruction, ...]) -> bool:
 
 
 def instructions_per_element(code: Code, elements: int) -> float:
-    """Of a kernel whose threads handle so many elements in one pass of each of its innermost loops"""
-    found = innermost_loops(code)
+    """Of a kernel whose threads handle so many elements in one pass of each of its innermost loops
+
+    A loop that only multiplies belongs to other programs, which quantize nothing.
+    """
+    found = [loop for loop in innermost_loops(code) if kinds(loop)["float"] or not tensor_core(loop)]
     return (sum(map(len, found)) if found else len(code.instructions)) / elements

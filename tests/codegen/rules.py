@@ -27,20 +27,17 @@ class Known:
 
 
 SCALE_ROWS = "2-byte scales of rows and columns; as words of two, tried on triton 3.6, 12 to 18 loads are waited for"
-WIDEST = "the widest branch that is fused: proj_down's tile takes most of the shared memory and adds 24 products"
 KNOWN = (  # the first that covers a case counts
     Known("narrow", "gemm_w4-*-a4 *", 9, SCALE_ROWS),
     Known("early", "gemm_w4-*-a4 *", 9, SCALE_ROWS),
     Known("narrow", "gemv_w4a16-*", 24, "even and odd channels are read apart, as the nibbles of the weight come"),
     Known("early", "gemv_w4a16-*", 16, "x of one row, from the cache; twelve blocks share an SM and take turns"),
     Known("narrow", "expand_weight-*", 4, "a group's scale is read once by one thread, and nothing waits for it alone"),
-    Known("narrow", "quantize_rows-3-*", 1, "smooth_factor: one of the 128 channels of a pass for each thread"),
     Known("narrow", "gluon-int4-*", 4, "a scale of each row, one group ahead of its use"),
     Known("resident", "gluon-int4-*-128x128 sm_80", 1, "8 warps on a tile that reads each number half as often"),
     Known("resident", "gemm_w8-*", 1, "8 warps, three stages of asynchronous copies, no wait inside a stage"),
     Known("resident", "gluon-int8-async-wide*", 1, "takes the whole shared memory for its ring of copies"),
-    Known("resident", "quantize_rows-*-rank128 *", 1, WIDEST),
-    Known("per_element", "quantize_nvfp4-1-four-six*", 58, "two scales are tried for each group, beside the branch"),
+    Known("per_element", "quantize_nvfp4-1-four-six-columns128*", 48, "two scales are tried, beside the most columns"),
 )
 
 

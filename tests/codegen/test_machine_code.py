@@ -171,3 +171,9 @@ def test_instructions_per_element_count_every_innermost_loop_and_all_without_one
     assert layout.instructions_per_element(mc.parse(loop("1") + loop("2")), 2) == 2
     assert layout.instructions_per_element(mc.parse(loop("1", loop("2"))), 2) == 1
     assert layout.instructions_per_element(mc.parse("        /*0000*/    FADD R0, R1, R2 ;\n"), 2) == 0.5
+
+
+def test_a_loop_that_only_multiplies_is_not_counted_per_element():
+    text = LOADS.format("NOP").replace("OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X", "HMMA.16816.F32.BF16")
+    quantizing = ".L_x_2:\n        /*0080*/    FADD R0, R1, R2 ;\n        /*0090*/  @P0 BRA `(.L_x_2) ;\n"
+    assert layout.instructions_per_element(mc.parse(text + quantizing), 2) == 1

@@ -3,16 +3,17 @@
 from itertools import product
 from typing import Any
 
+from svdquant_pack.kernels.backends.triton.down import COLUMNS
 from svdquant_pack.kernels.backends.triton.expand_weight import expand_weight
 from svdquant_pack.kernels.backends.triton.gemm_nvfp4 import gemm_nvfp4
 from svdquant_pack.kernels.backends.triton.gemm_w4 import gemm_w4
 from svdquant_pack.kernels.backends.triton.gemm_w8 import gemm_w8
 from svdquant_pack.kernels.backends.triton.gemv_w4a16 import gemv_w4a16
-from svdquant_pack.kernels.backends.triton.launch import STEP
+from svdquant_pack.kernels.backends.triton.launch import FUSED_COLUMNS, STEP
 from svdquant_pack.kernels.backends.triton.quantize_groups import quantize_groups
 from svdquant_pack.kernels.backends.triton.quantize_nvfp4 import quantize_nvfp4
 from svdquant_pack.kernels.backends.triton.quantize_rows import quantize_rows
-from svdquant_pack.kernels.backends.triton.tiles import as_shipped, entry, has_asm
+from svdquant_pack.kernels.backends.triton.tiles import as_shipped, entry, has_asm, multiplies_16bit
 
 from .cases import FLOAT, INT8, INT8_TARGETS, NVFP4_TARGETS, TARGETS, CompileCase
 
@@ -41,6 +42,15 @@ def shipped(kernel: str, targets: tuple[str, ...]) -> list[tuple[str, dict[str, 
         for index in sorted({entry(kernel, target, rows) for rows in ROWS}):
             users.setdefault(index, []).append(target)
     return [(f"{kernel}-{index}", dict(as_shipped(kernel, index)), tuple(found)) for index, found in users.items()]
+
+
+def columns_of(in_pass: bool, targets: tuple[str, ...]) -> list[tuple[str, dict[str, int], tuple[str, ...]]]:
+    """[(ending of the name, RANK and COLUMNS, its targets)]: how a quantizer makes columns of x @ down, see down.py"""
+    if in_pass:
+        widths = (("" if size == FUSED_COLUMNS[0] else f"-columns{size}", size) for size in FUSED_COLUMNS)
+        return [(ending, {"RANK": size, "COLUMNS": 0}, targets) for ending, size in widths]
+    parts = [(columns, tuple(t for t in targets if multiplies_16bit(t) is bool(columns))) for columns in (COLUMNS, 0)]
+    return [("", {"RANK": 0, "COLUMNS": columns}, able) for columns, able in parts if able]
 
 
 def split_by_asm(targets: tuple[str, ...]) -> list[tuple[bool, tuple[str, ...]]]:
@@ -93,14 +103,14 @@ def expand_weight_cases() -> list[CompileCase]:
 
 def gemm_nvfp4_cases() -> list[CompileCase]:
     """With and without GELU in every shipped setting"""
-    signature = dict.fromkeys(("branch_act", "proj_up", "lora_act", "lora_up", "bias", "out"), "*bf16")
+    signature = dict.fromkeys(("act", "proj_up", "lora_up", "bias", "out"), "*bf16")
     signature |= {"qact": "*u8", "qweight": "*u8", "ascales": "*fp8e4nv", "wscales": "*fp8e4nv"}
-    signature |= {"channel_scales": "*fp32", "lora_strength": "*fp32"}
+    signature |= {"channel_scales": "*fp32"}
     signature |= dict.fromkeys(("M", "N", "half", "R", "R_LORA"), "i32")
     cases = []
     for name, options, targets in shipped("gemm_nvfp4", NVFP4_TARGETS):
         constexprs, warps, stages = launch_options(options)
-        constexprs |= {"EVEN": True, "STRENGTH": False, "BIAS": True}
+        constexprs |= {"EVEN": True, "BIAS": True}
         for activation in (0, 1):
             cases.append(
                 CompileCase(
@@ -127,14 +137,14 @@ ACTIVATIONS = {  # what changes the kernel, beside the tile
 
 def gemm_w4_cases() -> list[CompileCase]:
     """8- and 4-bit activations, and the requantizing epilogue, in every shipped setting"""
-    signature = dict.fromkeys(("branch_act", "proj_up", "lora_act", "lora_up", "bias", "out", "wscales"), "*bf16")
-    signature |= {"qact": "*i8", "qweight": "*i8", "lora_strength": "*fp32"}
+    signature = dict.fromkeys(("act", "proj_up", "lora_up", "bias", "out", "wscales"), "*bf16")
+    signature |= {"qact": "*i8", "qweight": "*i8"}
     signature |= {"next_smooth": "*bf16", "next_qact": "*i8", "next_ascales": "*bf16"}
     signature |= dict.fromkeys(("M", "N", "K", "R", "R_LORA", "unsigned_start", "unsigned_stop"), "i32")
     cases = []
     for name, options, reached in shipped("gemm_w4", INT8_TARGETS):
         constexprs, warps, stages = launch_options(options)
-        constexprs |= {"FOLD": True, "STRENGTH": False, "BIAS": True}
+        constexprs |= {"FOLD": True, "BIAS": True}
         for flavour, flags in ACTIVATIONS.items():
             for asm, targets in split_by_asm(reached):
                 # a tile of 16 rows is too small for Hopper's instruction of 64
@@ -158,14 +168,14 @@ def gemm_w4_cases() -> list[CompileCase]:
 
 def gemm_w8_cases() -> list[CompileCase]:
     """With and without GELU in every shipped setting"""
-    signature = dict.fromkeys(("branch_act", "proj_up", "lora_act", "lora_up", "bias", "out"), "*bf16")
+    signature = dict.fromkeys(("act", "proj_up", "lora_up", "bias", "out"), "*bf16")
     signature |= {"qact": "*i8", "weight": "*i8"}
-    signature |= dict.fromkeys(("ascales", "row_scales", "lora_strength"), "*fp32")
+    signature |= dict.fromkeys(("ascales", "row_scales"), "*fp32")
     signature |= dict.fromkeys(("M", "N", "K", "R", "R_LORA"), "i32")
     cases = []
     for name, options, targets in shipped("gemm_w8", INT8_TARGETS):
         constexprs, warps, stages = launch_options(options)
-        constexprs |= {"EVEN": True, "STRENGTH": False, "BIAS": True}
+        constexprs |= {"EVEN": True, "BIAS": True}
         for activation in (0, 1):
             cases.append(
                 CompileCase(
@@ -206,33 +216,38 @@ def gemv_w4a16_cases() -> list[CompileCase]:
     return cases
 
 
+QUANTIZER = dict.fromkeys(("x", "smooth_factor", "proj_down", "lora_down", "act"), "*bf16")
+QUANTIZER |= {"strength": "*fp32", "qact": "*i8"}
+QUANTIZER |= dict.fromkeys(("M", "K", "R", "R_LORA", "width", "stride_x", "blocks"), "i32")
+UNEVEN = ("M", "blocks", "groups", "steps", "unsigned_start", "unsigned_stop")
+
+
 def quantize_groups_cases() -> list[CompileCase]:
-    """int4 and int8 codes in every shipped setting; with the branch, at a usual rank and at the widest
+    """int4 and int8 codes in every shipped setting, with a usual number of columns and with the most
 
     Where INT4 tensor cores are, int4 also with both kinds of groups and the longer rule; Turing has no other, in fp16.
     """
-    signature = dict.fromkeys(("x", "smooth_factor", "act_mean", "proj_down", "branch_act"), "*bf16") | {"qact": "*i8"}
-    signature |= dict.fromkeys(("M", "K", "R", "stride_x", "unsigned_start", "unsigned_stop", "groups"), "i32")
+    signature = QUANTIZER | {"act_mean": "*bf16"} | dict.fromkeys(("unsigned_start", "unsigned_stop", "groups"), "i32")
     cases = []
     for name, options, reached in shipped("quantize_groups", TARGETS):
         chunks = options.pop("CHUNKS")
-        cases += _int4_route_cases(name, signature, options | {"RANK": 0 if chunks else 32}, reached)
-        reached = tuple(target for target in reached if target in INT8_TARGETS)
+        cases += _int4_route_cases(name, signature, options, not chunks, reached)
         constexprs, warps, stages = launch_options(options)
         constexprs |= {"SMOOTH": True, "UNSIGNED": False, "SIGNED_EXTREME": False}
-        for eight, rank in product((False, True), (0,) if chunks else (32, 128)):
-            for asm, targets in split_by_asm(reached):
+        able = tuple(target for target in reached if target in INT8_TARGETS)
+        for eight, (ending, flags, some) in product((False, True), columns_of(not chunks, able)):
+            for asm, targets in split_by_asm(some):
                 cases.append(
                     CompileCase(
-                        f"{name}-{'int8' if eight else 'int4'}" + "-rank128" * (rank == 128) + "-amd" * (not asm),
+                        f"{name}-{'int8' if eight else 'int4'}{ending}" + "-amd" * (not asm),
                         quantize_groups,
                         signature | {"ascales": "*fp32" if eight else "*bf16"},
-                        constexprs | {"RANK": rank, "EIGHT": eight, "MEAN": not eight, "ASM": asm},
+                        constexprs | flags | {"EIGHT": eight, "MEAN": not eight, "ASM": asm},
                         warps,
                         stages,
                         targets,
-                        {} if chunks else {target: FLOAT[target] for target in targets},
-                        undivisible=("M", "groups"),
+                        {target: FLOAT[target] for target in targets},
+                        undivisible=UNEVEN,
                         elements=STEP * constexprs["BM"],
                     )
                 )
@@ -240,54 +255,58 @@ def quantize_groups_cases() -> list[CompileCase]:
 
 
 def _int4_route_cases(
-    name: str, signature: dict[str, str], options: dict[str, Any], reached: tuple[str, ...]
+    name: str, signature: dict[str, str], options: dict[str, Any], in_pass: bool, reached: tuple[str, ...]
 ) -> list[CompileCase]:
     """What is in front of the INT4 tensor cores, with everything that a layer may ask of it"""
     constexprs, warps, stages = launch_options(options)
     constexprs |= dict.fromkeys(("SMOOTH", "MEAN", "UNSIGNED", "SIGNED_EXTREME", "ASM"), True) | {"EIGHT": False}
-    turing = dict.fromkeys(("x", "proj_down", "branch_act", "ascales"), "*fp16")
-    return [
-        CompileCase(
-            f"{name}-int4-every-rule" + flavour,
-            quantize_groups,
-            signature | types,
-            constexprs,
-            warps,
-            stages,
-            targets,
-            {target: FLOAT[target] for target in targets} if constexprs["RANK"] else {},
-            undivisible=("M", "groups"),
-        )
+    turing = dict.fromkeys(("x", "proj_down", "lora_down", "act", "ascales"), "*fp16")
+    cases = []
+    for ending, flags, some in columns_of(in_pass, reached)[:2]:
+        if flags["RANK"] == FUSED_COLUMNS[-1]:
+            continue
         for flavour, types, able in (
             ("", {"ascales": "*bf16"}, ("sm_80", "sm_86", "sm_89")),
             ("-turing", turing, ("sm_75",)),
-        )
-        if (targets := tuple(target for target in reached if target in able))
-    ]
+        ):
+            if targets := tuple(target for target in some if target in able):
+                expected = {target: FLOAT[target] for target in targets if target in FLOAT}
+                cases.append(
+                    CompileCase(
+                        f"{name}-int4-every-rule{ending}{flavour}",
+                        quantize_groups,
+                        signature | types,
+                        constexprs | flags,
+                        warps,
+                        stages,
+                        targets,
+                        expected,
+                        undivisible=UNEVEN,
+                    )
+                )
+    return cases
 
 
 def quantize_nvfp4_cases() -> list[CompileCase]:
-    """Both rules in every shipped setting: for few rows without the branch, else with a usual and the widest"""
-    signature = dict.fromkeys(("x", "smooth_factor", "act_mean", "proj_down", "branch_act"), "*bf16")
-    signature |= {"qact": "*i8", "ascales": "*fp8e4nv"}
-    signature |= dict.fromkeys(("M", "K", "R", "stride_x", "steps"), "i32")
+    """Both rules in every shipped setting, with a usual number of columns and with the most"""
+    signature = QUANTIZER | {"act_mean": "*bf16", "ascales": "*fp8e4nv", "steps": "i32"}
     cases = []
-    for name, options, targets in shipped("quantize_nvfp4", NVFP4_TARGETS):
+    for name, options, reached in shipped("quantize_nvfp4", NVFP4_TARGETS):
         chunks = options.pop("CHUNKS")
         constexprs, warps, stages = launch_options(options)
         constexprs |= {"SMOOTH": True, "MEAN": True, "ASM": True, "CONVERTS": True}
-        for four_six, rank in product((False, True), (0,) if chunks else (32, 128)):
+        for four_six, (ending, flags, targets) in product((False, True), columns_of(not chunks, reached)):
             cases.append(
                 CompileCase(
-                    name + "-four-six" * four_six + "-rank128" * (rank == 128),
+                    name + "-four-six" * four_six + ending,
                     quantize_nvfp4,
                     signature,
-                    constexprs | {"RANK": rank, "FOUR_SIX": four_six},
+                    constexprs | flags | {"FOUR_SIX": four_six},
                     warps,
                     stages,
                     targets,
-                    {} if chunks else {target: FLOAT[target] for target in targets},
-                    undivisible=("M", "steps"),
+                    {target: FLOAT[target] for target in targets},
+                    undivisible=UNEVEN,
                     elements=STEP * constexprs["BM"],
                 )
             )
@@ -295,29 +314,29 @@ def quantize_nvfp4_cases() -> list[CompileCase]:
 
 
 def quantize_rows_cases() -> list[CompileCase]:
-    """int8 and fp8 codes in every shipped setting: without the branch for few rows, else with a usual and the widest"""
-    signature = dict.fromkeys(("x", "smooth_factor", "proj_down", "branch_act"), "*bf16") | {"ascales": "*fp32"}
-    signature |= dict.fromkeys(("M", "K", "R", "stride_x", "unsigned_start", "unsigned_stop"), "i32")
+    """int8 and fp8 codes in every shipped setting, with a usual number of columns and with the most"""
+    signature = QUANTIZER | {"ascales": "*fp32"} | dict.fromkeys(("unsigned_start", "unsigned_stop"), "i32")
     cases = []
     for name, options, reached in shipped("quantize_rows", INT8_TARGETS):
         fuse = options.pop("FUSE")
         constexprs, warps, stages = launch_options(options)
         constexprs |= {"SMOOTH": True, "UNSIGNED": False}
         kinds = (False, reached), (True, tuple(t for t in reached if t in ("sm_89", "sm_90", "sm_100")))
-        for (fp8, able), rank in product(kinds, (32, 128) if fuse else (0,)):
-            for asm, targets in split_by_asm(able):
-                cases.append(
-                    CompileCase(
-                        f"{name}-{'fp8' if fp8 else 'int8'}" + "-rank128" * (rank == 128) + "-amd" * (not asm),
-                        quantize_rows,
-                        signature | {"qact": "*fp8e4nv" if fp8 else "*i8"},
-                        constexprs | {"RANK": rank, "FP8": fp8, "ASM": asm},
-                        warps,
-                        stages,
-                        targets,
-                        {target: FLOAT[target] for target in targets} if fuse else {},
-                        undivisible=("M",),
-                        elements=constexprs["BM"] * constexprs["BK"],
+        for fp8, able in kinds:
+            for ending, flags, some in columns_of(fuse, able):
+                for asm, targets in split_by_asm(some):
+                    cases.append(
+                        CompileCase(
+                            f"{name}-{'fp8' if fp8 else 'int8'}{ending}" + "-amd" * (not asm),
+                            quantize_rows,
+                            signature | {"qact": "*fp8e4nv" if fp8 else "*i8"},
+                            constexprs | flags | {"FP8": fp8, "ASM": asm},
+                            warps,
+                            stages,
+                            targets,
+                            {target: FLOAT[target] for target in targets},
+                            undivisible=UNEVEN,
+                            elements=constexprs["BM"] * constexprs["BK"],
+                        )
                     )
-                )
     return cases

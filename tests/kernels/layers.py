@@ -1,12 +1,13 @@
 """Random 4-bit layers for tests."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from svdquant_pack.kernels import FORMATS, Layer, LayerSpec, stages
-from svdquant_pack.kernels.layer import mean_term
+from svdquant_pack.kernels.layer import Lora, mean_term
 
 
 def random_layer(
@@ -45,19 +46,37 @@ def random_layer(
     return Layer(LayerSpec(format, n, k, rank, act_unsigned, act_bits=act_bits), tensors)
 
 
+def quantized(
+    x: torch.Tensor, layer: Layer, codes: str, lora: Lora | None
+) -> tuple[stages.CodedActivation, torch.Tensor | None]:
+    """(x in codes, x @ [proj_down | lora.down * strength]) as a backend's quantizer has them, by their definition"""
+    tensors, spec = layer.tensors, layer.spec
+    coding = stages.Coding(codes, spec.act_unsigned, spec.act_rule)
+    mean = tensors.get("act_mean") if codes == spec.format else None
+    *coded, act = stages.quantize_activation(x, tensors["smooth_factor"], tensors.get("proj_down"), coding, mean)
+    if lora is not None:
+        mine = stages.weighted((x.float() @ lora.down.float()), lora.strength)
+        act = torch.cat((act, mine.to(x.dtype)), 1)
+    return stages.CodedActivation(*coded), act if act.shape[1] else None
+
+
+@contextlib.contextmanager
+def settings_for(rows: int) -> Iterator[None]:
+    """Inside, Triton quantizes few rows with the settings that it has for so many."""
+    from svdquant_pack.kernels.backends.triton import tiles
+
+    names = ("quantize_groups", "quantize_nvfp4", "quantize_rows")
+    chosen = {(name, tiles.entry(name, "", 1)): tiles.as_shipped(name, tiles.entry(name, "", rows)) for name in names}
+    with tiles.trying(chosen):
+        yield
+
+
 class RowSteps:
     """The steps before a product of int8 rows, by their definition."""
 
     @staticmethod
-    def quantizer(x: torch.Tensor, layer: Layer, codes: str) -> Callable[..., Any]:
-        coding = stages.Coding(codes, layer.spec.act_unsigned)
-
-        def quantize(x: torch.Tensor, layer: Layer) -> tuple[stages.CodedActivation, torch.Tensor]:
-            tensors = layer.tensors
-            *act, branch_act = stages.quantize_activation(x, tensors["smooth_factor"], tensors.get("proj_down"), coding)
-            return stages.CodedActivation(*act), branch_act
-
-        return quantize
+    def quantizer(x: torch.Tensor, layer: Layer, codes: str, lora: Lora | None) -> Callable[..., Any]:
+        return lambda x, layer, lora: quantized(x, layer, codes, lora)
 
     @staticmethod
     def expander(layer: Layer, dtype: torch.dtype) -> Callable[[Layer], Any]:

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon", reason="needs a triton with Gluon")
 
-from svdquant_pack.kernels import FORMATS, Lora, stages
+from svdquant_pack.kernels import FORMATS, Lora
 from svdquant_pack.kernels.backends import KernelCall
 from svdquant_pack.kernels.backends import gluon as backend
 from svdquant_pack.kernels.backends.gluon import int4_linear, int4_mma, verify
@@ -16,7 +16,7 @@ from svdquant_pack.kernels.backends.reference import linear as reference_linear
 from svdquant_pack.kernels.packing import pack, sign_extend, unpack
 from svdquant_pack.kernels.stages import CodedActivation
 from svdquant_pack.tests.kernels import gluon_emulator as emulator
-from svdquant_pack.tests.kernels.layers import random_layer
+from svdquant_pack.tests.kernels.layers import quantized, random_layer
 
 
 def random_weight(n: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0):
@@ -62,14 +62,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch, late: bool = True) -> None:
     """Launch the kernel's source in the emulator; the quantizer's part is done by the format it follows."""
     launcher = emulator.Launcher(int4_mma.int4_mma_kernel, partial(emulator.language, late=late))
     monkeypatch.setattr(int4_linear, "int4_mma_kernel", launcher)
-
-    def quantize(x, layer):
-        coding = stages.Coding("int4", layer.spec.act_unsigned, layer.spec.act_rule)
-        down, mean = layer.tensors.get("proj_down"), layer.tensors.get("act_mean")
-        *act, branch_act = stages.quantize_activation(x, layer["smooth_factor"], down, coding, mean)
-        return CodedActivation(*act), None if down is None else branch_act
-
-    monkeypatch.setattr(int4_linear, "quantizer", lambda *like: quantize)
+    quantizer = lambda x, layer, codes, lora: lambda x, layer, lora: quantized(x, layer, codes, lora)  # noqa: E731
+    monkeypatch.setattr(int4_linear, "quantizer", quantizer)
     monkeypatch.setattr(verify, "_right", set())
 
 
@@ -173,7 +167,7 @@ def test_the_emulated_layer_agrees_with_the_reference(
     x = torch.randn(m, 192, generator=generator).to(dtype)
     bias = torch.randn(n, generator=generator) if biased else None
     factors = (torch.randn(192, lora, generator=generator) / 14, torch.randn(n, lora, generator=generator))
-    extra = Lora(*factors) if lora else None
+    extra = Lora(*factors, torch.linspace(0.5, 1.5, -(-lora // 16))) if lora else None
     y = whole(x, layer, bias, extra)
     expected = reference_linear(x, layer, bias, extra, "w4a4")
     arranged = layer.in_order("fragments")

@@ -120,7 +120,7 @@ def test_the_emulated_layer_agrees_with_the_reference(monkeypatch, format, m, n,
     x = torch.randn(m, 192, generator=generator).half()
     factors = torch.randn(192, lora, generator=generator) / 14, torch.randn(n, lora, generator=generator)
     bias = torch.randn(n, generator=generator)
-    extra = Lora(*factors) if lora else None
+    extra = Lora(*factors, torch.linspace(0.5, 1.5, -(-lora // 16))) if lora else None
     y = whole(x, layer, bias, extra)
     expected = reference_linear(x, layer, bias, extra, "w4a8-jit")
     # the branch is rounded to half precision between its factors, which the reference does not do

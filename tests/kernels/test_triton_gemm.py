@@ -29,34 +29,30 @@ def moved(epilogue: Epilogue, device: torch.device) -> Epilogue:
 def finished(product: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     """The epilogue in float64."""
     y = product.double()
-    if epilogue.branch_act is not None:
-        y = y + epilogue.branch_act.double() @ epilogue.proj_up.double().T
-    if epilogue.lora_act is not None:
-        act = epilogue.lora_act.double()
-        if epilogue.lora_strength is not None:
-            act = act * epilogue.lora_strength.double().repeat_interleave(16)[: act.shape[1]]
-        y = y + act @ epilogue.lora_up.double().T
+    ups = [up.double() for up in (epilogue.proj_up, epilogue.lora_up) if up is not None]
+    if ups:
+        y = y + epilogue.act.double() @ torch.cat(ups, 1).T
     if epilogue.bias is not None:
         y = y + epilogue.bias.double()
     return stages.activate(y, epilogue.activation)
 
 
 def make_epilogue(dtype: torch.dtype, kind: str, m: int = M) -> Epilogue:
-    branch_act, proj_up = normal(m, R, seed=1).to(dtype), (normal(N, R, seed=2) / 8).to(dtype)
-    lora_act, lora_up = normal(m, 40, seed=3).to(dtype), (normal(N, 40, seed=4) / 8).to(dtype)
-    strength, bias = torch.tensor([0.5, 0.0, 2.0]), normal(N, seed=5).to(dtype)
+    act, lora_act = normal(m, R, seed=1).to(dtype), normal(m, 40, seed=3).to(dtype)
+    proj_up, lora_up = ((normal(N, rank, seed=2) / 8).to(dtype) for rank in (R, 40))
+    bias = normal(N, seed=5).to(dtype)
     return {
         "nothing": Epilogue(),
         "bias": Epilogue(bias=bias),
-        "branch": Epilogue(branch_act, proj_up),
-        "lora": Epilogue(lora_act=lora_act, lora_up=lora_up, bias=bias),
-        "strength": Epilogue(branch_act, proj_up, lora_act, lora_up, strength, bias),
-        "gelu": Epilogue(branch_act, proj_up, bias=bias, activation="gelu"),
-        "silu": Epilogue(branch_act, proj_up, bias=bias, activation="silu"),
+        "branch": Epilogue(act, proj_up),
+        "lora": Epilogue(lora_act, lora_up=lora_up, bias=bias),
+        "both": Epilogue(torch.cat((act, lora_act), 1), proj_up, lora_up, bias),
+        "gelu": Epilogue(act, proj_up, bias=bias, activation="gelu"),
+        "silu": Epilogue(act, proj_up, bias=bias, activation="silu"),
     }[kind]
 
 
-KINDS = ("nothing", "bias", "branch", "lora", "strength", "gelu", "silu")
+KINDS = ("nothing", "bias", "branch", "lora", "both", "gelu", "silu")
 
 
 def check(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:

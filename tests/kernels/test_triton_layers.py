@@ -64,9 +64,10 @@ def test_a_lora_of_any_width(format, compute, width, device):
 
 def test_a_strength_is_not_rounded_to_the_activation(device):
     """Where no kernel takes the strength, the product alone is rounded."""
-    act, strength = torch.randn(9, 40).bfloat16().to(device), torch.tensor([0.7, -1.3, 0.1]).to(device)
-    found = triton_layers.Epilogue(lora_act=act, lora_strength=strength).weighted_lora()
-    assert torch.equal(found, (act.float() * strength.repeat_interleave(16)[:40]).bfloat16())
+    x, down = torch.randn(9, 64).bfloat16().to(device), torch.randn(64, 40).bfloat16().to(device)
+    strength, act = torch.tensor([0.7, -1.3, 0.1]).to(device), x.new_empty(9, 56)
+    triton_layers.launch.columns_by_torch(x, act, None, Lora(down, down, strength))
+    assert torch.equal(act[:, 16:], ((x @ down).float() * strength.repeat_interleave(16)[:40]).bfloat16())
 
 
 @pytest.mark.parametrize(("format", "compute"), [*CASES, ("awq_w4a16", "w4a16"), ("awq_w4a16", "w16")])

@@ -1,12 +1,16 @@
 """Triton's quantization kernels make the codes that kernels/stages.py defines."""
 
+from itertools import product
+
 import pytest
 import torch
 
 from svdquant_pack.kernels import stages
 from svdquant_pack.kernels.formats.nvfp4 import from_e2m1
+from svdquant_pack.kernels.layer import Lora
 from svdquant_pack.kernels.packing import sign_extend, unpack
 from svdquant_pack.kernels.stages import Coding
+from svdquant_pack.tests.kernels.layers import settings_for
 
 launch = pytest.importorskip("svdquant_pack.kernels.backends.triton.launch")
 CODES = ("int4", "int8_group", "int8_row", "fp8_row", "nvfp4")
@@ -64,6 +68,46 @@ def inputs(m: int, k: int, rank: int, dtype: torch.dtype):
 def test_codes_scales_and_branch(codes, dtype, m, k, rank, device):
     x, smooth, down = inputs(m, k, rank, dtype)
     compare(x, smooth, down, codes, (0, 0), device)
+
+
+RANKS = [(0, 16), (32, 16), (32, 48), (16, 128), (48, 40), (160, 16), (128, 0)]  # 128 are made in the kernel
+CLOSE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-6}
+
+
+@pytest.mark.parametrize("rows", [33, 4096])
+@pytest.mark.parametrize(
+    ("codes", "dtype", "ranks"),
+    [*product(("int4", "int8_row", "nvfp4"), DTYPES[:1], RANKS), *product(CODES, DTYPES[1:], [(48, 40)])],
+)
+def test_columns_of_a_lora_lie_beside_the_branch(codes, dtype, rows, ranks, device):
+    """x itself times both factors, not what is rounded: that has its mean taken off and is smoothed."""
+    have(codes, device)
+    k, (rank, lora_rank) = 208 if codes == "nvfp4" else 192, ranks
+    x, smooth, down = inputs(33, k, rank, dtype)
+    mean = None if codes.endswith("_row") else torch.ones(k, dtype=dtype).to(device)
+    lora_down = torch.randn(k, lora_rank).to(dtype)
+    strength = torch.linspace(-1.5, 1.5, -(-lora_rank // 16))
+    lora = Lora(lora_down.to(device), None, strength.to(device)) if lora_rank else None
+    proj_down = down.to(device) if rank else None
+    with settings_for(rows):
+        act = launch.quantize(x.to(device), smooth.to(device), proj_down, Coding(codes), mean, lora)[2].cpu()
+    wanted = x.double() @ torch.cat((down, lora_down), 1).double()
+    wanted[:, rank:] *= strength.repeat_interleave(16)[:lora_rank]
+    assert act.shape == wanted.shape and act.is_contiguous()
+    torch.testing.assert_close(act.double(), wanted, rtol=CLOSE[dtype], atol=CLOSE[dtype] * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("rows", [33, 4096])
+def test_a_lora_of_another_type_and_one_without_strength(rows, device):
+    x, smooth, down = inputs(33, 128, 32, torch.bfloat16)
+    lora_down = torch.randn(128, 32)
+    wanted = x.float() @ torch.cat((down.float(), lora_down.bfloat16().float()), 1)
+    for kind in (torch.float32, torch.bfloat16):
+        lora = Lora(lora_down.to(device, kind), None)
+        moved = [tensor.to(device) for tensor in (x, smooth, down)]
+        with settings_for(rows):
+            act = launch.quantize(*moved, Coding("int4"), lora=lora)[2].cpu().float()
+        torch.testing.assert_close(act, wanted, rtol=1e-2, atol=1e-2 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("codes", ["int4", "int8_group", "int8_row", "fp8_row"])

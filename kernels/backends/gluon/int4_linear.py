@@ -137,7 +137,7 @@ def prepare(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora
     spec, dtype, scales = layer.spec, x.dtype, layer["wscales"].dtype
     variant = (x.device, dtype, x.shape[0] <= SMALL_ROWS, scales, _kind(layer))
     verify.once(variant, lambda: _check(*variant))
-    quantize, factors = quantizer(x, layer, spec.format), beside(layer, lora, dtype)
+    quantize, factors = quantizer(x, layer, spec.format, lora), beside(layer, lora, dtype)
     tiling, has_bias = tiling_of(x.device, x.shape[0]), layer.centred_bias(bias) is not None
     gemm = Int4Gemm(tiling, spec.k, spec.act_unsigned, scales, has_bias)
     n, odd, in_order = spec.n, spec.n % 2, layer.order == FRAGMENTS
@@ -145,8 +145,8 @@ def prepare(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora
     def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
         if not x.shape[0]:
             return x.new_empty(0, n)
-        act, branch_act = quantize(x, layer)
-        low_rank = factors(x, layer, branch_act, lora)
+        coded, act = quantize(x, layer, lora)
+        low_rank = factors(act, layer, lora)
         bias = layer.centred_bias(bias)
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
@@ -154,7 +154,7 @@ def prepare(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora
             low_rank = None if low_rank is None else low_rank._replace(up=_one_row_more(low_rank.up))
             bias = None if bias is None else _one_row_more(bias)
         weight = layer.tensors["qweight"], layer.tensors["wscales"]
-        y = gemm(act, weight if in_order else in_fragments(*weight), low_rank, bias, x.new_empty(x.shape[0], n + odd))
+        y = gemm(coded, weight if in_order else in_fragments(*weight), low_rank, bias, x.new_empty(x.shape[0], n + odd))
         y = y[:, :n] if odd else y
         return activate(y, activation) if activation else y
 

@@ -17,8 +17,8 @@ class RowSteps(Protocol):
     """What is done before the product: codes with one scale per row, of the activation and of the weight."""
 
     def quantizer(
-        self, x: torch.Tensor, layer: Layer, codes: str
-    ) -> Callable[[torch.Tensor, Layer], tuple[CodedActivation, torch.Tensor | None]]: ...
+        self, x: torch.Tensor, layer: Layer, codes: str, lora: Lora | None
+    ) -> Callable[[torch.Tensor, Layer, Lora | None], tuple[CodedActivation, torch.Tensor | None]]: ...
 
     def expander(self, layer: Layer, dtype: torch.dtype) -> Callable[[Layer], Any]: ...
 
@@ -31,13 +31,13 @@ def prepare(
     has_low_rank = layer.spec.rank + (0 if lora is None else lora.down.shape[1]) > 0
     variant = (x.device, dtype, tiling_of(n), has_low_rank, kind)
     verify.once(variant, lambda: check(x.device, dtype, n, has_low_rank, kind))
-    quantize, expand = steps.quantizer(x, layer, "int8_row"), steps.expander(layer, torch.int8)
+    quantize, expand = steps.quantizer(x, layer, "int8_row", lora), steps.expander(layer, torch.int8)
     factors, gemm = beside(layer, lora, dtype), Int8Gemm(x.device, dtype, n, has_low_rank, bias is not None)
 
     def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
-        act, branch_act = quantize(x, layer)
-        low_rank = factors(x, layer, branch_act, lora)
-        y = gemm(act, expand(layer), low_rank, bias, x.new_empty(x.shape[0], n))
+        coded, act = quantize(x, layer, lora)
+        low_rank = factors(act, layer, lora)
+        y = gemm(coded, expand(layer), low_rank, bias, x.new_empty(x.shape[0], n))
         return activate(y, activation) if activation else y
 
     return run

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 
 from ...layer import RANK_TILE, Layer, Lora
-from ...stages import weigh_
 
 
 class LowRank(NamedTuple):
@@ -16,42 +15,27 @@ class LowRank(NamedTuple):
     up: torch.Tensor
 
 
-Beside = Callable[[torch.Tensor, Layer, torch.Tensor | None, Lora | None], LowRank | None]
-
-
-def side_by_side(pairs: list[LowRank], dtype: torch.dtype) -> LowRank:
-    """act @ up.T = the sum over `pairs` of act (M, R_i) @ up (N, R_i).T, of which there is at least one
-
-    Ranks are padded with zeros to a multiple of RANK_TILE together.
-    """
-    acts, ups = (
-        [each if each.dtype == dtype else each.to(dtype) for each in side] for side in zip(*pairs, strict=True)
-    )
-    act, up = (acts[0], ups[0]) if len(pairs) == 1 else (torch.cat(acts, 1), torch.cat(ups, 1))
-    if missing := -up.shape[1] % RANK_TILE:
-        act, up = (torch.nn.functional.pad(factor, (0, missing)) for factor in (act, up))
-    return LowRank(act, up)
+Beside = Callable[[torch.Tensor | None, Layer, Lora | None], LowRank | None]
 
 
 def beside(layer: Layer, lora: Lora | None, dtype: torch.dtype) -> Beside:
-    """(x, layer, x @ proj_down, lora) -> the layer's branch and the LoRA as one pair of factors, for calls like this
+    """(x @ [proj_down | lora.down * strength], layer, lora) -> it with proj_up and lora.up, for calls like this one
 
-    The branch is rounded to `dtype`, that of x, between its two factors, as a 16-bit branch is everywhere.
+    A rank that is no multiple of RANK_TILE is padded with zeros. The sums are rounded to `dtype`, that of x, between
+    the factors, as those of a 16-bit branch are everywhere.
     """
     rank, width = layer.spec.rank, 0 if lora is None else lora.up.shape[1]
-    if not width:
-        if rank and rank % RANK_TILE == 0 and layer["proj_up"].dtype == dtype:  # as it is
-            return lambda x, layer, act, lora: None if act is None else LowRank(act, layer.tensors["proj_up"])
-        return lambda x, layer, act, lora: (
-            side_by_side([LowRank(act, layer["proj_up"])], dtype) if rank and act is not None else None
-        )
+    if rank and not width and rank % RANK_TILE == 0 and layer["proj_up"].dtype == dtype:  # as it is
+        return lambda act, layer, lora: None if act is None else LowRank(act, layer.tensors["proj_up"])
 
-    def run(x: torch.Tensor, layer: Layer, act: torch.Tensor | None, lora: Lora | None) -> LowRank:
-        assert lora is not None  # calls are alike
-        down, up, strength = lora
-        mine = LowRank(weigh_(x @ (down if down.dtype == dtype else down.to(dtype)), strength), up)
-        return side_by_side(
-            [LowRank(act, layer.tensors["proj_up"]), mine] if rank and act is not None else [mine], dtype
-        )
+    def run(act: torch.Tensor | None, layer: Layer, lora: Lora | None) -> LowRank | None:
+        if act is None:
+            return None
+        ups = [layer.tensors.get("proj_up"), None if lora is None else lora.up]
+        found = [up if up.dtype == dtype else up.to(dtype) for up in ups if up is not None]
+        up = found[0] if len(found) == 1 else torch.cat(found, 1)
+        if missing := -up.shape[1] % RANK_TILE:
+            act, up = (torch.nn.functional.pad(factor, (0, missing)) for factor in (act, up))
+        return LowRank(act, up)
 
     return run

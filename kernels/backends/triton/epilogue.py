@@ -1,15 +1,12 @@
 """What every matrix product ends with: low-rank branch, the user's LoRA, bias, activation function.
 
-y = act(acc + branch_act @ proj_up.T + (lora_act * strength) @ lora_up.T + bias)
+y = activation(acc + act @ [proj_up | lora_up].T + bias), act as down.py makes it
 """
 
 import triton
 import triton.language as tl
 
-from ... import layer
 from .codes import gelu, silu
-
-RANK_TILE = tl.constexpr(layer.RANK_TILE)
 
 
 @triton.jit
@@ -24,15 +21,12 @@ def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GM: tl.constexpr):
 
 
 @triton.jit
-def add_low_rank(acc, act, up, strength, rows, columns, R, SLICE: tl.constexpr, STRENGTH: tl.constexpr):
-    """acc + (act * strength of RANK_TILE columns) @ up.T, SLICE columns of act at a time; act (M, R), up (N, R)"""
+def add_low_rank(acc, act, up, rows, columns, R, width, SLICE: tl.constexpr):
+    """acc + act[:, :R] @ up.T, SLICE columns of act at a time; act (M, width), up (N, R)"""
     for start in tl.range(0, R, SLICE, num_stages=1):
         rr = start + tl.arange(0, SLICE)
         inside = rr < R
-        left = tl.load(act + rows[:, None].to(tl.int64) * R + rr[None, :], mask=inside[None, :], other=0.0)
-        if STRENGTH:
-            factor = tl.load(strength + rr // RANK_TILE, mask=inside, other=0.0)
-            left = (left.to(tl.float32) * factor[None, :]).to(left.dtype)
+        left = tl.load(act + rows[:, None].to(tl.int64) * width + rr[None, :], mask=inside[None, :], other=0.0)
         right = tl.load(up + columns[None, :].to(tl.int64) * R + rr[:, None], mask=inside[:, None], other=0.0)
         acc = tl.dot(left, right.to(left.dtype), acc, input_precision="ieee")
     return acc
@@ -41,24 +35,21 @@ def add_low_rank(acc, act, up, strength, rows, columns, R, SLICE: tl.constexpr, 
 @triton.jit
 def finish(
     acc,
-    branch_act,
+    act,
     proj_up,
-    lora_act,
     lora_up,
-    lora_strength,
     bias,
     rows,
     columns,
     R,
     R_LORA,
     SLICE: tl.constexpr,
-    STRENGTH: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
     """The formula of this module on one tile; `rows` and `columns` lie inside the matrix"""
-    acc = add_low_rank(acc, branch_act, proj_up, lora_strength, rows, columns, R, SLICE, False)
-    acc = add_low_rank(acc, lora_act, lora_up, lora_strength, rows, columns, R_LORA, SLICE, STRENGTH)
+    acc = add_low_rank(acc, act, proj_up, rows, columns, R, R + R_LORA, SLICE)
+    acc = add_low_rank(acc, act + R, lora_up, rows, columns, R_LORA, R + R_LORA, SLICE)
     if BIAS:
         acc += tl.load(bias + columns).to(tl.float32)[None, :]
     if ACTIVATION == 1:

@@ -4,14 +4,16 @@ Every kernel has a class. Making an object of it looks up what does not change b
 the rest. Objects keep no tensor: those of the layer come with each call, as they may lie elsewhere the next time.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
 from ...formats import E2M1_CODE, FORMATS, GROUP_SIZE, Tensors
-from ...layer import RANK_TILE
+from ...layer import RANK_TILE, Lora
 from ...packing import by_column
-from ...stages import CodedActivation, Coding, Range, weighted
+from ...stages import CodedActivation, Coding, Range, weigh_
+from .down import COLUMNS
 from .gemm_nvfp4 import gemm_nvfp4
 from .gemm_w4 import gemm_w4
 from .gemm_w8 import gemm_w8
@@ -20,72 +22,101 @@ from .quantize_groups import quantize_groups
 from .quantize_nvfp4 import quantize_nvfp4
 from .quantize_rows import quantize_rows
 from .start import Launch
-from .tiles import arch_of, converts_e2m1, has_asm, settings
+from .tiles import arch_of, converts_e2m1, has_asm, multiplies_16bit, settings
 
 ACTIVATIONS = {"": 0, "gelu": 1, "silu": 2}
-FUSED_RANK = 128  # wider branches go through torch.mm: their sums would not stay in registers
+# Columns of the branch and of a LoRA together that are made while x is quantized; of more torch makes the LoRA's, by a
+# second reading of x. For int4 codes on sm_89, 8 warps a block:
+#   columns  registers  shared  blocks on an SM  instructions per number of x
+#   32       48         16 KiB  5                26.2
+#   64       58         24 KiB  3                27.6
+#   128      64         40 KiB  2                29.9
+#   256      124        72 KiB  1                34.2
+# With 64 a layer of rank 32 runs the same kernel without a LoRA and with one of rank 32, for 5% more instructions
+FUSED_COLUMNS = 64, 128
 STEP = 64  # input channels that a program of a quantizing kernel reads at a time
 
 
 class Epilogue(NamedTuple):
-    """act(product + branch_act @ proj_up.T + (lora_act * strength of RANK_TILE columns) @ lora_up.T + bias)
+    """activation(product + act @ [proj_up | lora_up].T + bias)
 
-    branch_act, lora_act  (M, R) and (M, R') contiguous, or None
-    lora_strength         (ceil(R' / RANK_TILE),) float32, or None
-    activation            a key of ACTIVATIONS
+    act         (M, R + R') contiguous as Quantizer and Columns make it, or None
+    proj_up     (N, R), lora_up (N, R'), or None
+    activation  a key of ACTIVATIONS
     """
 
-    branch_act: torch.Tensor | None = None
+    act: torch.Tensor | None = None
     proj_up: torch.Tensor | None = None
-    lora_act: torch.Tensor | None = None
     lora_up: torch.Tensor | None = None
-    lora_strength: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     activation: str = ""
 
-    def weighted_lora(self) -> torch.Tensor | None:
-        """lora_act * strength of RANK_TILE columns, for products that have no place for the strength"""
-        return None if self.lora_act is None else weighted(self.lora_act, self.lora_strength)
-
     def flags(self) -> dict[str, Any]:
-        return {
-            "STRENGTH": self.lora_strength is not None,
-            "BIAS": self.bias is not None,
-            "ACTIVATION": ACTIVATIONS[self.activation],
-        }
+        return {"BIAS": self.bias is not None, "ACTIVATION": ACTIVATIONS[self.activation]}
 
 
-def times(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """x @ factor in the dtype of x"""
-    return x @ (factor if factor.dtype == x.dtype else factor.to(x.dtype))
+@cache
+def no_strength(device: torch.device) -> torch.Tensor:
+    """Strengths of a LoRA that has none; also where there is no LoRA, so that no other kernel is compiled for it"""
+    return torch.ones(FUSED_COLUMNS[-1] // RANK_TILE, device=device)
+
+
+def multiply_into(out: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> None:
+    """out = x @ factor in the dtype of x, by torch"""
+    torch.mm(x, factor if factor.dtype == x.dtype else factor.to(x.dtype), out=out)
+
+
+def columns_by_torch(x: torch.Tensor, act: torch.Tensor, proj_down: torch.Tensor | None, lora: Lora | None) -> None:
+    """Those columns of act = x @ [proj_down | lora.down * strength] whose factors are given; the LoRA's are the last"""
+    if proj_down is not None:
+        multiply_into(act[:, : proj_down.shape[1]], x, proj_down)
+    if lora is not None:
+        mine = act[:, act.shape[1] - lora.down.shape[1] :]
+        multiply_into(mine, x, lora.down)
+        weigh_(mine, lora.strength)
 
 
 class Quantizer:
-    """(qact, ascales, branch_act) of activations like x (M, K), see stages.quantize_activation
+    """(qact, ascales, act) of activations like x (M, K), see stages.quantize_activation
 
-    rank   of the layer's branch, 0 for none: then branch_act is None
+    act    x @ [proj_down | lora.down * strength of RANK_TILE columns], rounded once; None without either
+    downs  proj_down and lora_down like those of the calls, or None
     means  whether calls come with an act_mean. It and the rule of `coding` count for 4-bit codes alone
 
     ascales of NVFP4 are (ceil(K/64), M, 4): the four scales of 64 channels are one word
     """
 
-    def __init__(self, x: torch.Tensor, rank: int, coding: Coding, smooth: bool = True, means: bool = False) -> None:
+    def __init__(
+        self,
+        x: torch.Tensor,
+        downs: tuple[torch.Tensor | None, torch.Tensor | None],
+        coding: Coding,
+        smooth: bool = True,
+        means: bool = False,
+    ) -> None:
         (m, self.k), (codes, unsigned, rule) = x.shape, coding
         fmt, by_rows = FORMATS.get(codes), codes.endswith("_row")
         nvfp4 = fmt is not None and fmt.code == E2M1_CODE
         kernel = quantize_rows if by_rows else quantize_nvfp4 if nvfp4 else quantize_groups
         name = "quantize_rows" if by_rows else "quantize_nvfp4" if nvfp4 else "quantize_groups"
-        options = settings(name, x.device, m)
+        options, arch = settings(name, x.device, m), arch_of(x.device)
         chunks = 0 if by_rows else options.pop("CHUNKS")
-        fuse = options.pop("FUSE") if by_rows else not chunks
-        self.rank, self.fused = rank, bool(rank) and fuse and rank <= FUSED_RANK
-        padded = max(RANK_TILE, 1 << (rank - 1).bit_length()) if self.fused else 0
-        flags = {"RANK": padded, "SMOOTH": smooth, "ASM": has_asm(arch_of(x.device)), **options}
+        in_pass = options.pop("FUSE") if by_rows else not chunks
+        self._share(downs, in_pass or multiplies_16bit(arch))
+        made = sum(self.ranks)
+        flags = {
+            "RANK": next(size for size in FUSED_COLUMNS if made <= size) if in_pass else 0,
+            "COLUMNS": COLUMNS if not in_pass and multiplies_16bit(arch) else 0,
+            "SMOOTH": smooth,
+            "ASM": has_asm(arch),
+            **options,
+        }
         self.block, self.programs = options["BM"], 1
+        blocks = 0 if in_pass else -(-made // COLUMNS)
         if by_rows:
             flags |= {"FP8": codes == "fp8_row", "UNSIGNED": unsigned[0] != unsigned[1]}
-            self.behind: tuple[int, ...] = unsigned
-            self.width = self.k
+            self.behind: tuple[int, ...] = (*unsigned, blocks)
+            self.codes = self.k
             self.scales: tuple[int, ...] = ()
             self.kinds = torch.float8_e4m3fn if codes == "fp8_row" else torch.int8, torch.float32
         else:
@@ -93,17 +124,31 @@ class Quantizer:
             self.programs = -(-steps // (chunks or steps)) if steps else 1
             eight = fmt is None
             flags["MEAN"] = means and not eight
-            self.behind = (chunks or steps,) if nvfp4 else (*unsigned, chunks or steps)
+            self.behind = (*(() if nvfp4 else unsigned), chunks or steps, blocks)
             if nvfp4:
-                flags |= {"FOUR_SIX": rule == "four_six", "CONVERTS": converts_e2m1(arch_of(x.device))}
+                flags |= {"FOUR_SIX": rule == "four_six", "CONVERTS": converts_e2m1(arch)}
             else:
                 flags |= {"EIGHT": eight, "UNSIGNED": unsigned[0] != unsigned[1]}
                 flags["SIGNED_EXTREME"] = rule == "signed_extreme" and not eight
-            self.width = self.k if eight else self.k // 2
+            self.codes = self.k if eight else self.k // 2
             self.scales = (steps,)
             self.kinds = torch.int8, torch.float8_e4m3fn if nvfp4 else torch.float32 if eight else x.dtype
+        self.programs += blocks
         self.word = (4,) if nvfp4 else ()  # the scales of 64 channels
         self.by_rows, self.launch = by_rows, Launch(kernel, flags)
+
+    def _share(self, downs: tuple[torch.Tensor | None, torch.Tensor | None], able: bool) -> None:
+        """Who makes which columns: `ranks` are the kernel's, of the branch and of the LoRA"""
+        proj_down, lora_down = downs
+        rank, lora_rank = (0 if down is None else down.shape[1] for down in downs)
+        self.width = rank + lora_rank
+        # the kernel reads both as one matrix
+        alike = proj_down is None or lora_down is None or proj_down.dtype == lora_down.dtype
+        if not able or rank > FUSED_COLUMNS[-1]:
+            self.ranks = 0, 0
+        else:
+            self.ranks = rank, lora_rank if alike and self.width <= FUSED_COLUMNS[-1] else 0
+        self.left = rank > self.ranks[0], lora_rank > self.ranks[1]
 
     def __call__(
         self,
@@ -111,25 +156,41 @@ class Quantizer:
         smooth_factor: torch.Tensor | None,
         proj_down: torch.Tensor | None,
         act_mean: torch.Tensor | None = None,
+        lora: Lora | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         m, stride = x.shape[0], x.stride()
         if stride[1] != 1:
             x = x.contiguous()
             stride = x.stride()
         codes, scales = self.kinds
-        qact, ascales = x.new_empty(m, self.width, dtype=codes), x.new_empty(*self.scales, m, *self.word, dtype=scales)
-        branch_act, down, smooth = None, x, x if smooth_factor is None else smooth_factor
-        if proj_down is not None and self.fused:
-            branch_act, down = x.new_empty(m, self.rank), proj_down
-        elif proj_down is not None and self.rank:
-            branch_act = times(x, proj_down)
+        qact, ascales = x.new_empty(m, self.codes, dtype=codes), x.new_empty(*self.scales, m, *self.word, dtype=scales)
+        act = x.new_empty(m, self.width) if self.width else None
         if m:
-            into = branch_act if self.fused and branch_act is not None else x
-            middle = (down,) if self.by_rows else (x if act_mean is None else act_mean, down)
-            numbers = (m, self.k, self.rank if self.fused else 0, stride[0], *self.behind)
-            grid = (-(-m // self.block), self.programs, 1)
-            self.launch(grid, (x, smooth, *middle, qact, ascales, into), numbers)
-        return qact, ascales, branch_act
+            rank, lora_rank = self.ranks
+            strength = None if lora is None else lora.strength
+            if strength is None:
+                strength = no_strength(x.device)
+            elif strength.dtype != torch.float32:
+                strength = strength.float()
+            # where there is nothing to read stands x, and for one of the factors the other, which is of its type
+            lora_down = lora.down if lora_rank and lora is not None else None
+            down = proj_down if rank and proj_down is not None else x if lora_down is None else lora_down
+            tensors = (
+                x,
+                x if smooth_factor is None else smooth_factor,
+                *(() if self.by_rows else (x if act_mean is None else act_mean,)),
+                down,
+                down if lora_down is None else lora_down,
+                strength,
+                qact,
+                ascales,
+                x if act is None else act,
+            )
+            numbers = (m, self.k, rank, lora_rank, self.width, stride[0], *self.behind)
+            self.launch((-(-m // self.block), self.programs, 1), tensors, numbers)
+            if act is not None and any(self.left):
+                columns_by_torch(x, act, proj_down if self.left[0] else None, lora if self.left[1] else None)
+        return qact, ascales, act
 
 
 def quantize(
@@ -138,11 +199,12 @@ def quantize(
     proj_down: torch.Tensor | None,
     coding: Coding,
     act_mean: torch.Tensor | None = None,
+    lora: Lora | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Quantizer, for one call"""
-    rank = 0 if proj_down is None else proj_down.shape[1]
-    quantizer = Quantizer(x, rank, coding, smooth_factor is not None, act_mean is not None)
-    return quantizer(x, smooth_factor, proj_down, act_mean)
+    downs = proj_down, None if lora is None else lora.down
+    quantizer = Quantizer(x, downs, coding, smooth_factor is not None, act_mean is not None)
+    return quantizer(x, smooth_factor, proj_down, act_mean, lora)
 
 
 class Product:
@@ -176,7 +238,7 @@ class Product:
         requantized  what it writes beside y; None for a kernel that could, and does not
         """
         qact, ascales = act
-        branch_act, proj_up, lora_act, lora_up, strength, bias, _ = epilogue
+        low_rank, proj_up, lora_up, bias, _ = epilogue
         m = qact.shape[0]
         y = qact.new_empty(m, self.n, dtype=self.dtype)
         if m:
@@ -185,16 +247,14 @@ class Product:
                 weight[0],
                 ascales,
                 *weight[1:],
-                y if branch_act is None else branch_act,  # y stands where there is nothing to read
+                y if low_rank is None else low_rank,  # y stands where there is nothing to read
                 y if proj_up is None else proj_up,
-                y if lora_act is None else lora_act,
                 y if lora_up is None else lora_up,
-                y if strength is None else strength,
                 y if bias is None else bias,
                 y,
                 *((y, y, y) if requantized is None else requantized),
             )
-            widths = (0 if branch_act is None else branch_act.shape[1], 0 if lora_act is None else lora_act.shape[1])
+            widths = (0 if proj_up is None else proj_up.shape[1], 0 if lora_up is None else lora_up.shape[1])
             grid = (-(-m // self.block) * self.columns, 1, 1)
             self.launch(grid, tensors, (m, self.n, self.width, *widths, *unsigned))
         return y

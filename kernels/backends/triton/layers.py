@@ -14,7 +14,7 @@ from ...stages import CodedActivation, Coding, activate
 from ...weight_cache import WeightCache
 from .. import Run
 from . import launch, launch_expand
-from .launch import Epilogue, times
+from .launch import Epilogue
 
 KEPT = 0.5  # of a GPU's free memory, for weights that w8a8 keeps expanded
 
@@ -35,25 +35,28 @@ class Kind(NamedTuple):
     @property
     def end(self) -> Epilogue:
         """An epilogue like those of such calls"""
-        strength = None if self.lora is None else self.lora.strength
-        return Epilogue(lora_strength=strength, bias=self.bias, activation=self.activation)
+        return Epilogue(bias=self.bias, activation=self.activation)
 
 
-Quantize = Callable[[torch.Tensor, Layer], tuple[CodedActivation, torch.Tensor | None]]
+Quantize = Callable[[torch.Tensor, Layer, Lora | None], tuple[CodedActivation, torch.Tensor | None]]
 Expand = Callable[[Layer], tuple[torch.Tensor, torch.Tensor | None]]
 
 
-def quantizer(x: torch.Tensor, layer: Layer, codes: str) -> Quantize:
-    """(x, layer) -> (x in codes, x @ proj_down), for calls like this one; codes as in stages.quantize_activation"""
-    spec, means = layer.spec, "act_mean" in layer.tensors
-    coding = Coding(codes, spec.act_unsigned, spec.act_rule)
-    quantize = launch.Quantizer(x, spec.rank, coding, means=means)
+def quantizer(x: torch.Tensor, layer: Layer, codes: str, lora: Lora | None = None) -> Quantize:
+    """(x, layer, lora) -> (x in codes, act), for calls like this one; codes as in stages.quantize_activation
 
-    def run(x: torch.Tensor, layer: Layer) -> tuple[CodedActivation, torch.Tensor | None]:
+    act  x @ [proj_down | lora.down * strength], see launch.Quantizer
+    """
+    spec, tensors = layer.spec, layer.tensors
+    coding = Coding(codes, spec.act_unsigned, spec.act_rule)
+    downs = tensors.get("proj_down"), None if lora is None else lora.down
+    quantize = launch.Quantizer(x, downs, coding, means="act_mean" in tensors)
+
+    def run(x: torch.Tensor, layer: Layer, lora: Lora | None) -> tuple[CodedActivation, torch.Tensor | None]:
         tensors = layer.tensors
         proj_down, act_mean = tensors.get("proj_down"), tensors.get("act_mean")
-        qact, ascales, branch_act = quantize(x, tensors["smooth_factor"], proj_down, act_mean)
-        return CodedActivation(qact, ascales), branch_act
+        qact, ascales, act = quantize(x, tensors["smooth_factor"], proj_down, act_mean, lora)
+        return CodedActivation(qact, ascales), act
 
     return run
 
@@ -82,25 +85,15 @@ def _once(layer: Layer, compute: Callable[[Tensors], torch.Tensor]) -> torch.Ten
 
 
 def end_of(
-    x: torch.Tensor,
-    layer: Layer,
-    branch_act: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    lora: Lora | None,
-    activation: str,
+    layer: Layer, act: torch.Tensor | None, bias: torch.Tensor | None, lora: Lora | None, activation: str
 ) -> Epilogue:
-    """What follows the product of a call, with x @ lora_down, which is torch's product"""
-    proj_up = layer["proj_up"] if branch_act is not None else None
-    if lora is None:
-        return Epilogue(branch_act, proj_up, None, None, None, bias, activation)
-    down, up, strength = lora
-    strength = None if strength is None else strength.float()
-    return Epilogue(branch_act, proj_up, times(x, down), up, strength, bias, activation)
+    """What follows the product of a call"""
+    return Epilogue(act, layer.tensors.get("proj_up"), None if lora is None else lora.up, bias, activation)
 
 
 def w4a4(kind: Kind) -> Run:
     spec, nvfp4 = kind.layer.spec, kind.layer.spec.fmt.code == E2M1_CODE
-    quantize, activation = quantizer(kind.x, kind.layer, spec.format), kind.activation
+    quantize, activation = quantizer(kind.x, kind.layer, spec.format, kind.lora), kind.activation
     end = kind.end._replace(bias=kind.layer.centred_bias(kind.bias))
     if nvfp4:
         product = launch.Product("gemm_nvfp4", kind.x, kind.shape, end, {})
@@ -108,37 +101,37 @@ def w4a4(kind: Kind) -> Run:
         product = launch.product_w4(kind.x, kind.shape, False, end)
 
     def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
-        act, branch_act = quantize(x, layer)
-        end = end_of(x, layer, branch_act, layer.centred_bias(bias), lora, activation)
+        coded, act = quantize(x, layer, lora)
+        end = end_of(layer, act, layer.centred_bias(bias), lora, activation)
         if nvfp4:
             scales = _once(layer, launch.channel_scales_of)
-            return product(act, launch.nvfp4_weight(layer.tensors, scales), end)
-        return product(act, (layer["qweight"], layer["wscales"]), end, spec.act_unsigned, None)
+            return product(coded, launch.nvfp4_weight(layer.tensors, scales), end)
+        return product(coded, (layer["qweight"], layer["wscales"]), end, spec.act_unsigned, None)
 
     return run
 
 
 def w4a8(kind: Kind) -> Run:
-    quantize, activation = quantizer(kind.x, kind.layer, "int8_group"), kind.activation
+    quantize, activation = quantizer(kind.x, kind.layer, "int8_group", kind.lora), kind.activation
     product = launch.product_w4(kind.x, kind.shape, True, kind.end)
 
     def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
-        act, branch_act = quantize(x, layer)
-        end = end_of(x, layer, branch_act, bias, lora, activation)
+        coded, act = quantize(x, layer, lora)
+        end = end_of(layer, act, bias, lora, activation)
         # 8-bit codes have a sign bit to spare: the shift is in them, unsigned codes are not needed
-        return product(act, (layer["qweight"], layer["wscales"]), end, (0, 0), None)
+        return product(coded, (layer["qweight"], layer["wscales"]), end, (0, 0), None)
 
     return run
 
 
 def _by_rows(kind: Kind, weight_of: Callable[[Layer], tuple[torch.Tensor, torch.Tensor]]) -> Run:
-    quantize, activation = quantizer(kind.x, kind.layer, "int8_row"), kind.activation
+    quantize, activation = quantizer(kind.x, kind.layer, "int8_row", kind.lora), kind.activation
     product = launch.Product("gemm_w8", kind.x, kind.shape, kind.end, {})
 
     def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
         weight = weight_of(layer)
-        act, branch_act = quantize(x, layer)
-        return product(act, weight, end_of(x, layer, branch_act, bias, lora, activation))
+        coded, act = quantize(x, layer, lora)
+        return product(coded, weight, end_of(layer, act, bias, lora, activation))
 
     return run
 
@@ -173,11 +166,11 @@ def _may_keep(device: torch.device) -> int:
 
 def fp8(kind: Kind) -> Run:
     """The product by torch, which has its own row scales; the epilogue follows it"""
-    quantize, expand = quantizer(kind.x, kind.layer, "fp8_row"), expander(kind.layer, torch.float8_e4m3fn)
+    quantize, expand = quantizer(kind.x, kind.layer, "fp8_row", kind.lora), expander(kind.layer, torch.float8_e4m3fn)
     activation = kind.activation
 
     def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
-        (qact, ascales), branch_act = quantize(x, layer)
+        (qact, ascales), act = quantize(x, layer, lora)
         if not x.shape[0]:
             return x.new_empty(0, layer.spec.n)
         weight, row_scales = expand(layer)
@@ -185,21 +178,20 @@ def fp8(kind: Kind) -> Run:
         y = torch._scaled_mm(
             qact, weight.t(), scale_a=ascales[:, None], scale_b=row_scales[None], out_dtype=torch.bfloat16
         )
-        return finished(y.to(x.dtype), end_of(x, layer, branch_act, bias, lora, activation))
+        return finished(y.to(x.dtype), end_of(layer, act, bias, lora, activation))
 
     return run
 
 
 def w16(kind: Kind) -> Run:
     """x @ (decode(qweight) / smooth_factor).T: smoothing goes into the expanded weight, the shift into the bias"""
-    expand, rank, activation = expander(kind.layer, kind.x.dtype), kind.layer.spec.rank, kind.activation
+    expand, activation = expander(kind.layer, kind.x.dtype), kind.activation
 
     def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
         weight, shift = expand(layer)
         if shift is not None:
             bias = (shift if bias is None else bias.float() + shift).to(x.dtype)
-        branch_act = times(x, layer["proj_down"]) if rank else None
-        return finished(x @ weight.t(), end_of(x, layer, branch_act, bias, lora, activation))
+        return finished(x @ weight.t(), end_of(layer, columns(x, layer, lora), bias, lora, activation))
 
     return run
 
@@ -208,18 +200,28 @@ def w4a16(kind: Kind) -> Run:
     gemv, activation = launch.Gemv(kind.x, kind.layer.spec.n, kind.bias is not None), kind.activation
 
     def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
-        return finished(gemv(x, layer.tensors, bias), end_of(x, layer, None, None, lora, activation))
+        return finished(gemv(x, layer.tensors, bias), end_of(layer, columns(x, layer, lora), None, lora, activation))
 
     return run
 
 
+def columns(x: torch.Tensor, layer: Layer, lora: Lora | None) -> torch.Tensor | None:
+    """x @ [proj_down | lora.down * strength] where nothing is quantized, by torch"""
+    width = layer.spec.rank + (0 if lora is None else lora.down.shape[1])
+    if not width:
+        return None
+    act = x.new_empty(x.shape[0], width)
+    launch.columns_by_torch(x, act, layer.tensors.get("proj_down"), lora)
+    return act
+
+
 def finished(y: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     """epilogue(y), what the kernels do in registers, by torch in place of y"""
-    if epilogue.branch_act is not None and epilogue.proj_up is not None:
-        y.addmm_(epilogue.branch_act, epilogue.proj_up.to(y.dtype).t())
-    lora_act = epilogue.weighted_lora()
-    if lora_act is not None and epilogue.lora_up is not None:
-        y.addmm_(lora_act, epilogue.lora_up.to(y.dtype).t())
+    act, first = epilogue.act, 0
+    for up in (epilogue.proj_up, epilogue.lora_up):
+        if act is not None and up is not None:
+            y.addmm_(act[:, first : first + up.shape[1]], up.to(y.dtype).t())
+            first += up.shape[1]
     if epilogue.bias is not None:
         y += epilogue.bias.to(y.dtype)
     return activate(y, epilogue.activation)

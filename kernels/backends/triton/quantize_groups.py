@@ -1,7 +1,7 @@
 """int4: code = round(y / scale), scale = absmax(y of 64 channels) / 7 or max / 15;  int8: scale = absmax / 127
 
 SIGNED_EXTREME: scale of signed int4 groups = -(element of largest magnitude) / 8.
-y = (x - act_mean + shift) / smooth_factor, and in the same pass branch_act = x @ proj_down.
+y = (x - act_mean + shift) / smooth_factor. What else is made of x, act, is said in down.py.
 """
 
 import triton
@@ -17,6 +17,7 @@ from .codes import (
     round_up_12_bits,
     smoothing,
 )
+from .down import add_columns, down_of, make_columns, row_of, store_columns
 
 
 @triton.jit
@@ -47,24 +48,30 @@ def encode_group(
     return round_bits(code), scale
 
 
-@triton.jit(do_not_specialize=["M", "unsigned_start", "unsigned_stop", "groups"])
+@triton.jit(do_not_specialize=["M", "unsigned_start", "unsigned_stop", "groups", "blocks"])
 def quantize_groups(
     x,
     smooth_factor,
     act_mean,
     proj_down,
+    lora_down,
+    strength,
     qact,
     ascales,
-    branch_act,
+    act,
     M,
     K,
     R,
+    R_LORA,
+    width,
     stride_x,
     unsigned_start,
     unsigned_stop,
     groups,
+    blocks,
     BM: tl.constexpr,
     RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SMOOTH: tl.constexpr,
     MEAN: tl.constexpr,
     EIGHT: tl.constexpr,
@@ -72,27 +79,36 @@ def quantize_groups(
     SIGNED_EXTREME: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """One program: BM rows, `groups` groups of 64 channels. RANK is R padded to a power of two, 0 leaves the branch out
+    """One program: BM rows, `groups` groups of 64 channels; or some columns of act, see down.py, for the first `blocks`
 
     qact (M, K/2), low nibble = even column; or EIGHT: (M, K), in each group the even columns, then the odd ones, which
     is how the nibbles of a weight come apart
     """
+    if COLUMNS:  # known when it is compiled
+        tile, block = tl.program_id(0), tl.program_id(1)
+        if block < blocks:
+            make_columns(
+                x, proj_down, lora_down, strength, act, tile, block, M, K, R, R_LORA, width, stride_x, BM, COLUMNS
+            )
+            return
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = (rm < M)[:, None]
     rows = rm[:, None].to(tl.int64)
     kk = tl.arange(0, 64)
     half = tl.arange(0, 32)
-    first = tl.program_id(1) * groups
+    first = (tl.program_id(1) - blocks) * groups
     last = min(first + groups, K // 64)
     if RANK:
-        rr = tl.arange(0, RANK)
+        column = tl.arange(0, RANK)
         acc = tl.zeros((BM, RANK), tl.float32)
+        down = down_of(proj_down, lora_down, first * 64 + kk, column, R, R_LORA)
+        row = row_of(column, R, R_LORA)
     for g in range(first, last):
         k = g * 64 + kk
         v = tl.load(x + rows * stride_x + k[None, :], mask=inside, other=0.0)
         if RANK:
-            down = tl.load(proj_down + k[:, None] * R + rr[None, :], mask=(rr < R)[None, :], other=0.0)
-            acc = tl.dot(v, down.to(v.dtype), acc, input_precision="ieee")
+            acc = add_columns(acc, v, down, k, K, column, R + R_LORA, True)
+            down += row * 64
         unsigned = (g * 64 >= unsigned_start) & (g * 64 < unsigned_stop)
         y = v.to(tl.float32)
         if MEAN:
@@ -112,5 +128,4 @@ def quantize_groups(
             tl.store(qact + rows * (K // 2) + (g * 32 + half)[None, :], packed.to(tl.int8), mask=inside)
         tl.store(ascales + g * M + rm, scale.to(ascales.dtype.element_ty), mask=rm < M)
     if RANK:
-        target = branch_act + rows * R + rr[None, :]
-        tl.store(target, acc.to(branch_act.dtype.element_ty), mask=inside & (rr < R)[None, :])
+        store_columns(act, acc, strength, rows, inside, column, R, R_LORA, width)

@@ -1,13 +1,14 @@
 """code = e2m1(y / scale), scale = min(absmax(y of 16 channels) / 6, 448), stored as E4M3
 
 FOUR_SIX: or min(absmax / 4, 448), group by group whichever has the smaller squared error.
-y = (x - act_mean) / smooth_factor, and in the same pass branch_act = x @ proj_down.
+y = (x - act_mean) / smooth_factor. What else is made of x, act, is said in down.py.
 """
 
 import triton
 import triton.language as tl
 
 from .codes import extreme_or_nan, magnitude_bits, reciprocal, smoothing, to_e2m1_pairs
+from .down import add_columns, down_of, make_columns, row_of, store_columns
 
 
 @triton.jit
@@ -25,50 +26,66 @@ def encode(y, extreme, top, BM: tl.constexpr, CONVERTS: tl.constexpr):
     return packed, scale, tl.sum(difference * difference, axis=2)
 
 
-@triton.jit(do_not_specialize=["M", "steps"])
+@triton.jit(do_not_specialize=["M", "steps", "blocks"])
 def quantize_nvfp4(
     x,
     smooth_factor,
     act_mean,
     proj_down,
+    lora_down,
+    strength,
     qact,
     ascales,
-    branch_act,
+    act,
     M,
     K,
     R,
+    R_LORA,
+    width,
     stride_x,
     steps,
+    blocks,
     BM: tl.constexpr,
     RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SMOOTH: tl.constexpr,
     MEAN: tl.constexpr,
     FOUR_SIX: tl.constexpr,
     ASM: tl.constexpr,
     CONVERTS: tl.constexpr,
 ):
-    """One program: BM rows, `steps` times 64 channels. qact (M, K/2), ascales (ceil(K/64), M, 4) e4m3
+    """One program: BM rows, `steps` times 64 channels; or some columns of act, for the first `blocks`
+
+    qact (M, K/2), ascales (ceil(K/64), M, 4) e4m3
 
     With CONVERTS the GPU has cvt to E2M1: the same codes, but in a group with NaN or Inf, whose scale is NaN either way
     """
+    if COLUMNS:  # known when it is compiled
+        tile, block = tl.program_id(0), tl.program_id(1)
+        if block < blocks:
+            make_columns(
+                x, proj_down, lora_down, strength, act, tile, block, M, K, R, R_LORA, width, stride_x, BM, COLUMNS
+            )
+            return
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = (rm < M)[:, None]
     rows = rm[:, None].to(tl.int64)
     kk = tl.arange(0, 64)
     half = tl.arange(0, 32)
     quarter = tl.arange(0, 4)
-    first = tl.program_id(1) * steps
+    first = (tl.program_id(1) - blocks) * steps
     last = min(first + steps, tl.cdiv(K, 64))
     if RANK:
-        rr = tl.arange(0, RANK)
+        column = tl.arange(0, RANK)
         acc = tl.zeros((BM, RANK), tl.float32)
+        down = down_of(proj_down, lora_down, first * 64 + kk, column, R, R_LORA)
+        row = row_of(column, R, R_LORA)
     for step in range(first, last):
         k = step * 64 + kk
         v = tl.load(x + rows * stride_x + k[None, :], mask=inside & (k < K)[None, :], other=0.0)
         if RANK:
-            valid = (k < K)[:, None] & (rr < R)[None, :]
-            down = tl.load(proj_down + k[:, None] * R + rr[None, :], mask=valid, other=0.0)
-            acc = tl.dot(v, down.to(v.dtype), acc, input_precision="ieee")
+            acc = add_columns(acc, v, down, k, K, column, R + R_LORA, False)
+            down += row * 64
         y = v.to(tl.float32)
         if MEAN:
             y -= tl.load(act_mean + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
@@ -88,5 +105,4 @@ def quantize_nvfp4(
         target = ascales + 4 * (step * M + rows) + quarter[None, :]
         tl.store(target, scale.to(tl.float8e4nv), mask=inside)  # beyond K they are zero
     if RANK:
-        target = branch_act + rows * R + rr[None, :]
-        tl.store(target, acc.to(branch_act.dtype.element_ty), mask=inside & (rr < R)[None, :])
+        store_columns(act, acc, strength, rows, inside, column, R, R_LORA, width)

@@ -1,12 +1,13 @@
 """int8: code = round(y / scale), scale = absmax(y of a row) / 127;  fp8: code = e4m3(y / scale), scale = absmax / 448
 
-y = (x + shift) / smooth_factor, and in the same pass branch_act = x @ proj_down.
+y = (x + shift) / smooth_factor. What else is made of x, act, is said in down.py.
 """
 
 import triton
 import triton.language as tl
 
 from .codes import GELU_SHIFT, extreme_or_nan, magnitude_bits, reciprocal, round_bits, smoothing
+from .down import add_columns, down_of, make_columns, row_of, store_columns
 
 
 @triton.jit
@@ -30,52 +31,68 @@ def smoothed(
     return y
 
 
-@triton.jit(do_not_specialize=["M", "unsigned_start", "unsigned_stop"])
+@triton.jit(do_not_specialize=["M", "unsigned_start", "unsigned_stop", "blocks"])
 def quantize_rows(
     x,
     smooth_factor,
     proj_down,
+    lora_down,
+    strength,
     qact,
     ascales,
-    branch_act,
+    act,
     M,
     K,
     R,
+    R_LORA,
+    width,
     stride_x,
     unsigned_start,
     unsigned_stop,
+    blocks,
     BM: tl.constexpr,
     BK: tl.constexpr,
     RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SMOOTH: tl.constexpr,
     FP8: tl.constexpr,
     UNSIGNED: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """One program: BM rows, twice over K; the second time they are still in the cache. qact (M, K)"""
+    """One program: BM rows, twice over K; the second time they are still in the cache. qact (M, K)
+
+    Or some columns of act, for the first `blocks`
+    """
+    if COLUMNS:  # known when it is compiled
+        tile, block = tl.program_id(0), tl.program_id(1)
+        if block < blocks:
+            make_columns(
+                x, proj_down, lora_down, strength, act, tile, block, M, K, R, R_LORA, width, stride_x, BM, COLUMNS
+            )
+            return
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = (rm < M)[:, None]
     rows = rm[:, None].to(tl.int64)
     kk = tl.arange(0, BK)
     largest = tl.zeros((BM,), tl.int32)
     if RANK:
-        rr = tl.arange(0, RANK)
+        column = tl.arange(0, RANK)
         acc = tl.zeros((BM, RANK), tl.float32)
+        down = down_of(proj_down, lora_down, kk, column, R, R_LORA)
+        row = row_of(column, R, R_LORA)
     for start in range(0, K, BK):
         k = start + kk
         v = tl.load(x + rows * stride_x + k[None, :], mask=inside & (k < K)[None, :], other=0.0)
         if RANK:
-            valid = (k < K)[:, None] & (rr < R)[None, :]
-            down = tl.load(proj_down + k[:, None] * R + rr[None, :], mask=valid, other=0.0)
-            acc = tl.dot(v, down.to(v.dtype), acc, input_precision="ieee")
+            acc = add_columns(acc, v, down, k, K, column, R + R_LORA, False)
+            down += row * BK
         y = smoothed(v, smooth_factor, k, K, unsigned_start, unsigned_stop, SMOOTH, UNSIGNED, ASM)
         largest = tl.maximum(largest, tl.max(magnitude_bits(y), axis=1))
     scale = extreme_or_nan(largest) / (448.0 if FP8 else 127.0)
     factor = reciprocal(scale)
     tl.store(ascales + rm, scale, mask=rm < M)
     if RANK:
-        target = branch_act + rows * R + rr[None, :]
-        tl.store(target, acc.to(branch_act.dtype.element_ty), mask=inside & (rr < R)[None, :])
+        store_columns(act, acc, strength, rows, inside, column, R, R_LORA, width)
     for start in range(0, K, BK):
         k = start + kk
         valid = inside & (k < K)[None, :]

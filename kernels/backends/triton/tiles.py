@@ -45,6 +45,11 @@ def has_asm(arch: str) -> bool:
     return arch.startswith("sm_")
 
 
+def multiplies_16bit(arch: str) -> bool:
+    """Whether Triton has tensor cores for 16 bit there: not on Turing"""
+    return arch != "sm_75"
+
+
 def converts_e2m1(arch: str) -> bool:
     """Whether PTX has cvt.e2m1x2 there: on all of Blackwell"""
     return arch.startswith(("sm_10", "sm_11", "sm_12"))
