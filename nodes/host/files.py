@@ -36,7 +36,7 @@ def _unlisted() -> dict[str, Path]:
     roots = [
         root for kind in (FOLDER, DIFFUSERS) if kind in folder_paths.folder_names_and_paths for root in _roots(kind)
     ]
-    found = {}
+    found: dict[str, Path] = {}
     for root in roots:
         folders = [file.parent for mark in DIFFUSERS_MARKS for file in root.glob(f"*/{mark}")]
         for path in (*root.glob("*.gguf"), *root.glob("*/*.gguf"), *folders):

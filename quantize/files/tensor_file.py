@@ -115,7 +115,7 @@ class TensorFile(Collection[str]):
     def _opened(self) -> str | Path:
         """A name of the file that is open: under its own there may be another one by now."""
         name = f"/dev/fd/{self._stream.fileno()}"
-        return name if os.path.exists(name) else self.path  # Windows has none, and no open file is replaced there
+        return name if Path(name).exists() else self.path  # Windows has none, and no open file is replaced there
 
     def _take_manifest(self) -> tuple[integrity.Manifest | None, list[str]]:
         text = self.metadata.pop(integrity.KEY, None)

@@ -151,7 +151,7 @@ def test_a_replaced_file_is_still_the_one_that_was_opened(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve room on a disk")
-@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no open file is replaced here")
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no open file is replaced here")
 @pytest.mark.parametrize("checksums", [True, False])
 def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_the_two(tmp_path, monkeypatch, checksums):
     """Its header was the new file's and its data the old one's: refused as damaged, or, without checksums, read."""

@@ -8,7 +8,7 @@ Source of every table: the names of Diffusers' classes, recorded in tests/golden
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -64,13 +64,13 @@ class NameTable:
         return all(map(found, self.markers)) and not any(map(found, self.absent))
 
 
-def rules(stored: str, host: str, table: Mapping[str, str | tuple[str, ...]], swap: bool = False) -> tuple[Rule, ...]:
+def rules(stored: str, host: str, table: Mapping[str, str | Sequence[str]], swap: bool = False) -> tuple[Rule, ...]:
     """Rules below two prefixes: {name in ComfyUI: name stored, or several that are joined}.
 
     >>> rules("transformer_blocks.#.", "blocks.#.", {"qkv": ("to_q", "to_k")})
     (Rule(host='blocks.#.qkv', stored=('transformer_blocks.#.to_q', 'transformer_blocks.#.to_k'), swap=False),)
     """
-    parts = {name: (found,) if isinstance(found, str) else found for name, found in table.items()}
+    parts = {name: (found,) if isinstance(found, str) else tuple(found) for name, found in table.items()}
     return tuple(Rule(host + name, tuple(stored + part for part in found), swap) for name, found in parts.items())
 
 
