@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..bounded_json import MARKER, JsonError, Kind, read_object
+from ....kernels.bounded_json import MARKER, JsonError, Kind, read_object
 from ..tensor_file import TensorFile, TensorFileError, TensorInfo
 from ..tensors import TensorView
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..bounded_json import JsonError, read_object
+from ....kernels.bounded_json import JsonError, read_object
 from ..names import refuse_file
 from ..tensor_file import TensorFile, TensorFileError
 from . import SourceKind

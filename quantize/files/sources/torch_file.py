@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from ....kernels.bounded_json import HEADER, JsonError, read_json
 from .. import unpickle
-from ..bounded_json import HEADER, JsonError, read_json
 from ..raw_file import RawFile
 from ..tensor_file import DTYPE_NAMES, TensorFile, TensorFileError, TensorInfo
 from ..tensors import TensorView
