@@ -16,7 +16,7 @@ ENTRY_POINT = ROOT / "quantize" / "__main__.py"  # above all layers: it puts the
 FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 ALLOWED = {
     "kernels": {"torch", "psutil"},
-    "quantize": {"torch", "safetensors", "einops", "huggingface_hub", "matplotlib", "numpy", "torchmetrics"},
+    "quantize": {"torch", "safetensors", "einops", "huggingface_hub", "matplotlib", "numpy", "gguf", "torchmetrics"},
     "nodes": {"torch", "comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server"},
 }
 BACKENDS = {"triton", "comfy_kitchen"}  # only inside kernels/backends
