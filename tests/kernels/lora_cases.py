@@ -29,7 +29,7 @@ def main() -> None:
             lora = Lora(x.new_zeros(128, width), x.new_zeros(64, width)) if width else None
             for strength in (None, torch.ones(width // 16)):
                 like = None if lora is None else lora._replace(strength=strength)
-                layers.prepare(x, layer, None, like, "w4a4")(x, layer, None, like)
+                layers.prepare(x, layer, None, like, "w4a4", "")(x, layer, None, like)
         print(width, len({id(variant.compiled) for variant in start._variants.values()}))
 
 

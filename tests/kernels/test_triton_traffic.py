@@ -53,7 +53,8 @@ def reads(format: str, compute: str, rows: int, lora_rank: int, monkeypatch: pyt
     layer, x = random_layer(format, rank=32, dtype=torch.bfloat16), torch.randn(45, K).bfloat16()
     lora = Lora(*(torch.randn(n, lora_rank).bfloat16() for n in (K, 96)), torch.ones(-(-lora_rank // 16)))
     with settings_for(rows), reads_of(x, monkeypatch) as found:
-        triton_layers.linear(x, layer, None, lora if lora_rank else None, compute)
+        like = x, layer, None, lora if lora_rank else None
+        triton_layers.prepare(*like, compute, "")(*like)
     return found.elements / x.numel(), found.products
 
 
