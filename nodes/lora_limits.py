@@ -4,6 +4,7 @@ from typing import Any
 
 from ..kernels.layer import RANK_TILE
 from ..quantize.lora.fit import LoraLimits
+from .host.patcher import BAKE, REFUSE
 
 
 class SVDQuantLoraLimits:
@@ -43,12 +44,23 @@ class SVDQuantLoraLimits:
                         "refused. 1 refuses nothing.",
                     },
                 ),
-            }
+            },
+            "optional": {
+                "when_saved": (
+                    [BAKE, REFUSE],
+                    {
+                        "default": BAKE,
+                        "tooltip": "What ComfyUI's save nodes do with LoRAs on this model. bake: the file has them "
+                        "inside, its low-rank branches grow by their columns. refuse: saving stops and says so.",
+                    },
+                ),
+            },
         }
 
-    def limit(self, model: Any, max_rank: int, max_lost: float) -> tuple[Any]:
+    def limit(self, model: Any, max_rank: int, max_lost: float, when_saved: str = BAKE) -> tuple[Any]:
         if not hasattr(model, "set_lora_limits"):
             raise ValueError("the model is not 4-bit: it has no limits")
         limited = model.clone()
         limited.set_lora_limits(LoraLimits(max_rank, max_lost))
+        limited.set_when_saved(when_saved)
         return (limited,)

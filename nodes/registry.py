@@ -6,6 +6,7 @@ from .compare_models import SVDQuantCompare
 from .convert_model import SVDQuantConvertModel
 from .demo import SVDQuantDemoDecode, SVDQuantDemoModel, SVDQuantDemoPrompt, SVDQuantDemoVae
 from .download_model import SVDQuantDownloadModel
+from .load_checkpoint import SVDQuantLoadCheckpoint
 from .load_lora import SVDQuantLoadLora
 from .load_model import SVDQuantLoadModel
 from .lora_info import SVDQuantLoraInfo
@@ -15,6 +16,7 @@ from .quantize_model import SVDQuantQuantizeModel
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
     "SVDQuantLoadModel": SVDQuantLoadModel,
+    "SVDQuantLoadCheckpoint": SVDQuantLoadCheckpoint,
     "SVDQuantCalibrate": SVDQuantCalibrate,
     "SVDQuantQuantizeModel": SVDQuantQuantizeModel,
     "SVDQuantCompare": SVDQuantCompare,
@@ -33,6 +35,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
 
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "SVDQuantLoadModel": "SVDQuant Load Model",
+    "SVDQuantLoadCheckpoint": "SVDQuant Load Checkpoint",
     "SVDQuantCalibrate": "SVDQuant Calibrate",
     "SVDQuantQuantizeModel": "SVDQuant Quantize Model",
     "SVDQuantCompare": "SVDQuant Compare",

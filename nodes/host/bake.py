@@ -1,10 +1,8 @@
 """Bridge: a 4-bit MODEL with its active LoRAs -> a native checkpoint that has them inside."""
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import comfy.lora
 import torch
@@ -18,9 +16,9 @@ from ...quantize.files.lifecycle import naming_a_full_disk
 from ...quantize.files.tensor_file import TensorInfo, TensorWriter
 from ...quantize.lora.bake import BakedLayer, bake_layer
 from ...quantize.lora.deltas import LoraError
-from .describe import ATTACHMENT
 from .linear import SVDQuantLinear
 from .patcher import PREFIX, SVDQuantPatcher, layer_name
+from .save import stored_dtype
 
 Progress = Callable[[int, int, str], None]
 
@@ -57,7 +55,7 @@ def bake(
         return taken or packed[name].four_bit.layer(packed[name].blob.detach())
 
     specs = {name: layer_of(name).spec for name in packed if name not in dense}
-    dtype = _stored_dtype(patcher)
+    dtype = stored_dtype(patcher.packed_layers())
     rest = _rest(patcher, packed, dtype)
     plan = {name: TensorInfo.of(tensor) for name, tensor in rest.items()}
     plan |= {
@@ -107,7 +105,8 @@ def _bake_layers(
 def _rest(patcher: SVDQuantPatcher, packed: dict[str, SVDQuantLinear], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every tensor that is no part of a 4-bit layer, as sampling sees it; 16-bit wherever that loses nothing."""
     rest = {}
-    for name, tensor in patcher.model.diffusion_model.state_dict().items():
+    everything = patcher.model.state_dict()
+    for name, tensor in ((key.removeprefix(PREFIX), everything[key]) for key in everything if key.startswith(PREFIX)):
         layer, _, suffix = name.rpartition(".")
         if layer in packed and suffix != "bias":
             continue
@@ -122,27 +121,7 @@ def _rest(patcher: SVDQuantPatcher, packed: dict[str, SVDQuantLinear], dtype: to
     return rest
 
 
-def _stored_dtype(patcher: SVDQuantPatcher) -> torch.dtype:
-    """The 16-bit dtype of the 4-bit layers."""
-    views = (view for module in patcher.packed_layers().values() for view in module.four_bit.views)
-    return next((view.dtype for view in views if view.name == "smooth_factor"), torch.bfloat16)
-
-
 def _provenance(patcher: SVDQuantPatcher, refit: bool) -> Provenance:
-    described = patcher.get_attachment(ATTACHMENT) or {}
-    config = {key: value for key, value in patcher.model.model_config.unet_config.items() if _is_json(value)}
-    recipe = {
-        **described.get("recipe", {}),
-        "baked_loras": sum(bool(group.keys) for group in patcher.svdquant_groups),
-        "refit": refit,
-    }
-    pinned = tuple(key for key in described.get("pinned", ()) if key in config)
-    return Provenance(described.get("family", "generic"), config, pinned, recipe, described.get("source_hash", ""))
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
+    known = patcher.model.svdquant.provenance
+    recipe = {**known.recipe, "baked_loras": sum(bool(group.keys) for group in patcher.svdquant_groups), "refit": refit}
+    return replace(known, recipe=recipe)

@@ -11,6 +11,7 @@ from ...quantize.files.names import FileNameError, inside
 from ...quantize.files.tensor_file import LEGACY_FOLDER
 
 FOLDER = "diffusion_models"
+CHECKPOINTS = "checkpoints"  # of whole ones
 SUFFIX = ".statistics.safetensors"
 MODEL_SUFFIX = ".safetensors"
 NO_FILE = "(none)"
@@ -18,9 +19,9 @@ DIFFUSERS = "diffusers"  # the host's other folder
 DIFFUSERS_MARKS = ("model_index.json", "diffusion_pytorch_model*.safetensors", "*.safetensors.index.json")
 
 
-def choices() -> list[str]:
+def choices(folder: str = FOLDER) -> list[str]:
     """Every file, and a folder of two tensor files as one entry in place of its parts."""
-    names = folder_paths.get_filename_list(FOLDER)
+    names = folder_paths.get_filename_list(folder)
     parents = {str(Path(name).parent) for name in names if Path(name).name == LEGACY_FOLDER[0]}
     parts = {str(Path(parent) / file) for parent in parents for file in LEGACY_FOLDER}
     return sorted({str(Path(name)) for name in names} - parts | parents - {"."})
@@ -53,20 +54,27 @@ def find_source(name: str) -> Path | None:
     return find(name) or _unlisted().get(name)
 
 
-def find(model_name: str) -> Path | None:
+def find_checkpoint(name: str) -> Path | None:
+    """The path of a whole checkpoint, or None if it is gone."""
+    return find(name, CHECKPOINTS)
+
+
+def find(model_name: str, folder: str = FOLDER) -> Path | None:
     """The path of a choice, or None if it is gone."""
-    path = folder_paths.get_full_path(FOLDER, model_name)
+    path = folder_paths.get_full_path(folder, model_name)
     if path is not None:
         return Path(path)
-    first = folder_paths.get_full_path(FOLDER, str(Path(model_name) / LEGACY_FOLDER[0]))
+    first = folder_paths.get_full_path(folder, str(Path(model_name) / LEGACY_FOLDER[0]))
     return None if first is None else Path(first).parent
 
 
-def find_or_raise(model_name: str, search: Callable[[str], Path | None] = find) -> Path:
+def find_or_raise(
+    model_name: str, search: Callable[[str], Path | None] = find, folder: str = FOLDER
+) -> Path:
     """The path of a choice. Raises FileNotFoundError that says where it should be."""
     path = search(model_name)
     if path is None:
-        raise FileNotFoundError(f"{model_name} is not in models/{FOLDER}; put it there and refresh the node list (R)")
+        raise FileNotFoundError(f"{model_name} is not in models/{folder}; put it there and refresh the node list (R)")
     return path
 
 

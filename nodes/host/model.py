@@ -3,7 +3,7 @@
 import inspect
 import logging
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.model_detection
@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from ...kernels.dispatch import order_of
 from ...kernels.modes import MEASURED
 from ...quantize.families import FAMILIES
-from ...quantize.files.checkpoint import CheckpointError
+from ...quantize.files.checkpoint import Checkpoint, CheckpointError
 from ...quantize.files.describe import describe
 from ...quantize.files.open import open_checkpoint
 from ...quantize.files.source import FileSource
@@ -25,8 +25,18 @@ from .guard import REFERENCE, Guard
 from .linear import SVDQuantLinear, operations
 from .measure import measure_layers
 from .patcher import SVDQuantPatcher, adopt, layer_name
+from .save import provenance_of, save_as_native
 
 log = logging.getLogger("svdquant")
+COMPLAINTS = (
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+    RuntimeError,
+)  # of a host
 # modules of LTX-2 that the host also reads from text encoder files
 ELSEWHERE = ("audio_embeddings_connector.", "video_embeddings_connector.")
 
@@ -47,9 +57,7 @@ def load_model(
     state_dict = {name: checkpoint.tensor(name) for name in checkpoint.rest}
     for name, spec in checkpoint.specs.items():  # stand-ins without memory: detection and LoRA names look at them
         state_dict[f"{name}.weight"] = torch.empty(spec.n, spec.k, dtype=checkpoint.dtype, device="meta")
-    provenance = checkpoint.provenance
-    pinned = {key: provenance.unet_config[key] for key in provenance.pinned if key in provenance.unet_config}
-    _check_config(checkpoint.path.name, pinned, checkpoint.weight_infos(), provenance.family)
+    provenance, pinned = checkpoint.provenance, pinned_config(checkpoint)
     missing: list[list[str]] = []
     options = {"custom_operations": _noting_missing(operations(checkpoint, compute), missing)}
     bare = _build(checkpoint.path.name, state_dict, options, pinned, disable_dynamic)
@@ -60,6 +68,8 @@ def load_model(
         )
     patcher = adopt(bare)
     patcher.model.svdquant.path = checkpoint.path
+    patcher.model.svdquant.provenance = provenance_of(provenance, patcher.model)
+    save_as_native(patcher.model)
     for module in patcher.model.diffusion_model.modules():
         if isinstance(module, SVDQuantLinear):
             module.__class__ = SVDQuantLinear  # those that load are of this file, hold it open, and cannot be pickled
@@ -103,6 +113,14 @@ def load_pinned_model(path: str, disable_dynamic: bool = False) -> ModelPatcher:
         raise CheckpointError(f"{source.name}: this ComfyUI does not know a model with these layers")
     patcher.cached_patcher_init = (load_pinned_model, (path,))  # as above
     return patcher
+
+
+def pinned_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the file pins of the host's configuration. Raises CheckpointError for what no file may say."""
+    known = checkpoint.provenance
+    pinned = {key: known.unet_config[key] for key in known.pinned if key in known.unet_config}
+    _check_config(checkpoint.path.name, pinned, checkpoint.weight_infos(), known.family)
+    return pinned
 
 
 def _check_config(file: str, pinned: Mapping[str, Any], infos: Mapping[str, TensorInfo], family: str | None) -> None:
@@ -152,21 +170,36 @@ def _build(
     pinned: Mapping[str, Any],
     disable_dynamic: bool,
 ) -> ModelPatcher | None:
-    """What the host makes of the tensors and of what is pinned; its complaint about the latter as a CheckpointError."""
-    load = comfy.sd.load_diffusion_model_state_dict
+    """What the host makes of the tensors and of what is pinned."""
+    load = pinned_loader(comfy.sd.load_diffusion_model_state_dict, file, pinned, disable_dynamic)
+    return load(state_dict, model_options=options)
+
+
+def pinned_loader(
+    load: Callable[..., Any], file: str, pinned: Mapping[str, Any], disable_dynamic: bool
+) -> Callable[..., Any]:
+    """One of the host's loaders of tensors, told what is pinned; its complaint becomes a CheckpointError."""
     keywords = {"disable_dynamic": disable_dynamic} if "disable_dynamic" in inspect.signature(load).parameters else {}
     if pinned:
+        assert isinstance(load, types.FunctionType)
         load = _with_pinned_detection(load, pinned)
-    try:
-        return load(state_dict, model_options=options, **keywords)
-    except (ValueError, TypeError, ArithmeticError, LookupError, AssertionError, AttributeError, RuntimeError) as error:
-        other_runtime_error = isinstance(error, RuntimeError) and "state_dict" not in str(error)  # of memory, say
-        if isinstance(error, CheckpointError) or other_runtime_error:
-            raise
-        said = ", ".join(f"{key} {value!r:.40}" for key, value in pinned.items())
-        raise CheckpointError(
-            f"{file}: ComfyUI cannot build a model as the header of the file says, with {said or 'nothing'}: {error}"
-        ) from error
+
+    def told(state_dict: dict[str, torch.Tensor], **arguments: Any) -> Any:
+        try:
+            return load(state_dict, **arguments, **keywords)
+        except COMPLAINTS as error:
+            other_runtime_error = isinstance(error, RuntimeError) and "state_dict" not in str(error)  # of memory, say
+            if isinstance(error, CheckpointError) or other_runtime_error:
+                raise
+            said = ", ".join(f"{key} {value!r:.40}" for key, value in pinned.items())
+            what = (
+                f"cannot build a model as the header of the file says, with {said}"
+                if pinned
+                else "cannot build a model of these tensors, and the file says nothing of the model's configuration"
+            )
+            raise CheckpointError(f"{file}: ComfyUI {what}: {error}") from error
+
+    return told
 
 
 def _with_pinned_detection(load: types.FunctionType, pinned: Mapping[str, Any]) -> types.FunctionType:

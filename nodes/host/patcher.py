@@ -24,7 +24,9 @@ from .patch import MERGE, Patch, known_loras, loras_of
 from .state import LoadSnapshot, ModelState
 from .training import beside
 
-LIMITS = "svdquant_lora_limits"  # attachment
+LIMITS = "svdquant_lora_limits"  # attachments
+WHEN_SAVED = "svdquant_when_saved"
+BAKE, REFUSE = "bake", "refuse"
 LOGGER = logging.getLogger("svdquant")
 NOTHING = (
     "%s changes nothing in the diffusion model: none of its keys is one that ComfyUI knows there. It is for a text "
@@ -100,6 +102,7 @@ class SVDQuantPatcher(ModelPatcher):
         return loras
 
     def _show(self, loras: Mapping[str, LayerLoras]) -> None:
+        self._state.limits = self.lora_limits() if self.get_attachment(WHEN_SAVED) != REFUSE else None
         streamed = getattr(self, "is_dynamic", bool)()  # then every weight stays off the device, the LoRAs must not
         for key, module in self.packed_layers().items():
             module.set_loras(loras.get(key))
@@ -177,11 +180,6 @@ class SVDQuantPatcher(ModelPatcher):
 
     def load(self, device_to: Any = None, lowvram_model_memory: float = 0, *args: Any, **kwargs: Any) -> Any:
         loras, state = self.layer_loras(), self._state  # may refuse: before anything has changed
-        if loras and kwargs.get("force_patch_weights"):
-            LOGGER.warning(
-                "LoRAs of 4-bit layers are not part of the weights: a file saved by ComfyUI will not have them. "
-                "SVDQuant Bake LoRA writes a file that has."
-            )
         room = self.lora_bytes()
         before = {key: module.loras for key, module in self.packed_layers().items()}
         state.show_shapes(False)
@@ -257,6 +255,32 @@ class SVDQuantPatcher(ModelPatcher):
             self._state.snapshot = None
             self._show({})
         return result
+
+    # -- saving
+
+    def model_state_dict_for_saving(self, model: torch.nn.Module | None = None, prefix: str = "") -> dict[str, Any]:
+        """Newer hosts fetch and patch each weight when it is written; the bytes of a 4-bit layer are not their weight.
+
+        What the layers list of themselves is final, so they say that it is. A patched bias is not.
+        """
+        waiting = {
+            key: layer
+            for key, layer in self.packed_layers().items()
+            if not getattr(layer, "comfy_patched_weights", False)
+        }
+        for layer in waiting.values():
+            layer.comfy_patched_weights = True
+        try:
+            saved = super().model_state_dict_for_saving(model, prefix)
+        finally:
+            for layer in waiting.values():
+                layer.comfy_patched_weights = False
+        for key in waiting:
+            bias = f"{key.removesuffix('weight')}bias"
+            if bias in self.patches:
+                bare = super().patch_weight_to_device(bias, device_to=self.load_device, return_weight=True)
+                saved[bias.removeprefix(prefix)] = bare.to("cpu")
+        return saved
 
     # -- hooks
 
@@ -345,6 +369,11 @@ class SVDQuantPatcher(ModelPatcher):
     def set_lora_limits(self, limits: LoraLimits) -> None:
         """How far patches without an exact form may be approximated, from now on."""
         self.set_attachments(LIMITS, limits)
+        self.patches_uuid = uuid.uuid4()
+
+    def set_when_saved(self, choice: str) -> None:
+        """What a save node of the host does with LoRAs of 4-bit layers: BAKE or REFUSE, from now on."""
+        self.set_attachments(WHEN_SAVED, choice)
         self.patches_uuid = uuid.uuid4()
 
 

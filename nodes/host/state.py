@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ...quantize.files.checkpoint import Provenance
+from ...quantize.lora.fit import LoraLimits
 from ...quantize.lora.loras import LayerLoras
 from ...quantize.lora.store import FactorStore
 from .linear import SVDQuantLinear
@@ -35,6 +37,8 @@ class ModelState:
     store     factored terms of the LoRAs
     snapshot  of the last load; None while nothing is loaded
     unhooked  weight key -> what a layer had before a hook's LoRAs took its place
+    provenance  of the file, as far as it still holds for the model that was built from it
+    limits    for LoRAs that a save node puts into the weights; None where it is to be refused
     shapes_shown  whether the layers' weights read as tensors (N, K): from a call that announces training until a load
     """
 
@@ -43,6 +47,8 @@ class ModelState:
     store: FactorStore = field(default_factory=FactorStore)
     snapshot: LoadSnapshot | None = None
     unhooked: dict[str, LayerLoras | None] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
+    limits: LoraLimits | None = field(default_factory=LoraLimits)
     shapes_shown: bool = False
 
     @classmethod

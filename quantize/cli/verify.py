@@ -12,6 +12,7 @@ from ..calibration.file import Statistics
 from ..files.dialects import speaking
 from ..files.integrity import ADVICE
 from ..files.open import open_checkpoint
+from ..files.part import model_part
 from ..files.tensor_file import TensorFile, open_tensors
 from . import show
 
@@ -77,7 +78,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> Verdict:
     try:
         if "statistics" in file.metadata:
             kind, reads = _statistics(file)
-        elif speaking(file):
+        elif speaking(model_part(file)):
             kind, reads = _model(file)
     except ValueError as error:
         kind = "4-bit" if kind == "16-bit" else kind
@@ -112,7 +113,8 @@ def _model(file: TensorFile) -> tuple[str, Reads]:
     if file.has_checksums:
         return kind, _all_tensors(file)
     layers = {name: partial(checkpoint.layer, name) for name in checkpoint.specs}
-    return kind, layers | {name: partial(checkpoint.tensor, name) for name in checkpoint.rest}
+    reads = layers | {name: partial(checkpoint.tensor, name) for name in checkpoint.rest}
+    return kind, reads | {name: partial(_read_tensor, file, name) for name in model_part(file).others}
 
 
 def _statistics(file: TensorFile) -> tuple[str, Reads]:

@@ -6,11 +6,14 @@ from pathlib import Path
 from ..families import FAMILIES
 from .checkpoint import Checkpoint, CheckpointError
 from .dialects import detect, speaking
+from .part import model_part
 from .tensor_file import TensorFileError, open_tensors
 
 
 def open_checkpoint(path: str | Path, as_is: bool = False) -> Checkpoint:
     """Open a 4-bit model of any dialect, a file or a folder of files; only the header and a few vectors are read.
+
+    Of a whole checkpoint it is the diffusion model.
 
     as_is   keep the file's own layer names, each layer on its own: what no model family is needed for
     raises  CheckpointError for a file that is damaged, not a 4-bit model, or of an unknown family or format
@@ -32,7 +35,7 @@ def open_checkpoint(path: str | Path, as_is: bool = False) -> Checkpoint:
         ('int4 at N=256, K=128, rank 16', 29952)
     """
     try:
-        file = open_tensors(path)
+        file = model_part(open_tensors(path))
         dialect = detect(file)
         checkpoint = (dialect.open_as_is or dialect.open)(file) if as_is else dialect.open(file)
     except TensorFileError as error:
@@ -49,7 +52,7 @@ def open_checkpoint(path: str | Path, as_is: bool = False) -> Checkpoint:
 def is_4bit(path: str | Path) -> bool:
     """Whether a file or a folder is a 4-bit model of some dialect; one that is damaged, or of no tensors, is none."""
     try:
-        return bool(speaking(open_tensors(path)))
+        return bool(speaking(model_part(open_tensors(path))))
     except TensorFileError:
         return False
 

@@ -42,7 +42,8 @@ METADATA_ROOM_PER_TENSOR = 24  # ... and more for what is said of each layer; a 
 ROOM_PER_EXTRA_TENSOR = 240  # its entry and its checksum, with a long name
 COPY_BYTES = 1 << 26
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of whole checkpoints, and of some exports
+# of whole checkpoints, of some exports, and of what ComfyUI saves of HunyuanVideo
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.")
 
 
 class TensorFileError(ValueError):

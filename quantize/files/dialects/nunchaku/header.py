@@ -77,7 +77,7 @@ def shape_hints(file: TensorFile) -> dict[str, tuple[int, int]]:
     return {layer: (shape[0], shape[1]) for layer, shape in shapes.items()}
 
 
-def check_stated(file: TensorFile, keys: Iterable[str], specs: Mapping[str, LayerSpec]) -> None:
+def check_stated(file: TensorFile, specs: Mapping[str, LayerSpec]) -> None:
     """Raise CheckpointError if the header states a precision or a rank that no layer has."""
     stated = entry(file, "quantization_config")
     lite, weight = stated.get("svdq_w4a4"), stated.get("weight")
@@ -95,10 +95,10 @@ def check_stated(file: TensorFile, keys: Iterable[str], specs: Mapping[str, Laye
             "The header was edited or belongs to another file."
         )
     rank = (lite if isinstance(lite, dict) else stated).get("rank")
-    ranks = _stored_ranks(file, keys)
+    ranks = _stored_ranks(file)
     if rank is None or not ranks:
         return
-    habit = rank == WRITERS_DEFAULT_RANK and not any(key.endswith(".lora_down") for key in keys)
+    habit = rank == WRITERS_DEFAULT_RANK and not any(key.endswith(".lora_down") for key in file)
     if type(rank) is not int or (up_to(rank, RANK_TILE) not in ranks and not habit):
         raise CheckpointError(
             f"{file.path.name}: layer {name!r}: the header says rank {rank}, the tensors have "
@@ -106,7 +106,7 @@ def check_stated(file: TensorFile, keys: Iterable[str], specs: Mapping[str, Laye
         )
 
 
-def _stored_ranks(file: TensorFile, keys: Iterable[str]) -> set[int]:
+def _stored_ranks(file: TensorFile) -> set[int]:
     infos = (info for key, info in file.infos.items() if key.endswith((".lora_down", ".proj_down")))
     return {info.shape[1] for info in infos if len(info.shape) == 2}
 

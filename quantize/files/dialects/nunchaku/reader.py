@@ -24,8 +24,8 @@ from .tables import LinearRow, Sizes, StoredName
 def open_file(file: TensorFile) -> Checkpoint:
     """A Nunchaku or Nunchaku Lite file under ComfyUI's names. Raises CheckpointError naming layer and reason."""
     stored = group(file)
-    names = header.detect_names(stored.keys, file.path.name)
-    assignment = assign(names, stored.keys, file.path.name)
+    names = header.detect_names(stored.file, file.path.name)
+    assignment = assign(names, stored.file, file.path.name)
     lite = _is_lite(stored, assignment.linears)
     draft = Draft(stored, lite, Sizes(names.mlp_ratio), header.shape_hints(file))
     plain.bind_sizes(draft, assignment.linears)
@@ -70,8 +70,8 @@ def open_as_is(file: TensorFile) -> Checkpoint:
 def _unsigned_layers(stored: StoredFile) -> set[str]:
     """Layers whose bias holds a shift, where the file is a whole model of a known family; else none can be known."""
     try:
-        names = header.detect_names(stored.keys, "")
-        lite = _is_lite(stored, assign(names, stored.keys, "").linears)
+        names = header.detect_names(stored.file, "")
+        lite = _is_lite(stored, assign(names, stored.file, "").linears)
     except CheckpointError:
         return set()
     return set() if lite else set(header.unsigned_layers(names, stored.layers))
@@ -228,7 +228,7 @@ def _add_split(draft: Draft, hosts: tuple[str, ...], layer: StoredLayer, spec: L
 
 def _checkpoint(draft: Draft, as_is: bool) -> Checkpoint:
     file = draft.stored.file
-    header.check_stated(file, draft.stored.keys, draft.specs)
+    header.check_stated(file, draft.specs)
     weights = [*draft.rest, *(f"{name}.weight" for name in draft.specs)]
     try:
         family = "generic" if as_is else detect_family(weights).name

@@ -9,7 +9,7 @@ import torch
 
 from .....kernels.layer import LayerSpec
 from ...checkpoint import CheckpointError
-from ...tensor_file import PREFIXES, TensorFile, TensorInfo
+from ...tensor_file import TensorFile, TensorInfo
 from .header import foreign_format
 from .layers import PARTS, StoredLayer, read_layer
 from .tables import Sizes
@@ -19,16 +19,14 @@ Reader = Callable[[], Any]
 
 @dataclass
 class StoredFile:
-    """A file by stored name without prefix, its tensors grouped into 4-bit layers and the rest.
+    """A file, its tensors grouped into 4-bit layers and the rest.
 
-    keys     name without prefix -> key in the file
     layers   layer name -> {our part name: TensorInfo}
-    parts    layer name -> {our part name: name without prefix}
+    parts    layer name -> {our part name: name in the file}
     plain    module name -> {suffix: TensorInfo} of everything else
     """
 
     file: TensorFile
-    keys: dict[str, str] = field(default_factory=dict)
     layers: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)
     parts: dict[str, dict[str, str]] = field(default_factory=dict)
     plain: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)
@@ -36,7 +34,7 @@ class StoredFile:
     _buffers: threading.local = field(default_factory=threading.local)
 
     def read(self, name: str) -> torch.Tensor:
-        return self.file.read(self.keys[name])
+        return self.file.read(name)
 
     def part_reader(self, layer: str) -> Callable[[str], torch.Tensor]:
         """our part name -> the tensor as stored; codes are valid until the next codes are read"""
@@ -48,7 +46,7 @@ class StoredFile:
         buffer = getattr(self._buffers, "codes", None)
         if buffer is None or buffer.nbytes < info.nbytes:
             buffer = self._buffers.codes = torch.empty(info.nbytes, dtype=torch.uint8)
-        return self.file.read(self.keys[self.parts[layer]["qweight"]], buffer)
+        return self.file.read(self.parts[layer]["qweight"], buffer)
 
     def read_cached(self, layer: StoredLayer, chunks: int) -> dict[str, torch.Tensor]:
         """A stored layer; the last one is kept, because ComfyUI asks for q, k and v one after the other."""
@@ -64,31 +62,23 @@ def group(file: TensorFile, as_is: bool = False) -> StoredFile:
     as_is  such parts are ordinary tensors
     """
     stored, name = StoredFile(file), file.path.name
-    prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in file)), "")
-    for key in file:
-        if not key.startswith(prefix):
-            raise CheckpointError(
-                f"{name}: {key} stands beside keys that start with {prefix!r}: a checkpoint of several models. "
-                "Extract the diffusion model first."
-            )
-        stored.keys[key.removeprefix(prefix)] = key
-    layers = [key.removesuffix(".qweight") for key in stored.keys if key.endswith(".qweight")]
+    layers = [key.removesuffix(".qweight") for key in file if key.endswith(".qweight")]
     stored.layers, stored.parts = {layer: {} for layer in layers}, {layer: {} for layer in layers}
-    for key, original in stored.keys.items():
+    for key in file:
         layer, _, suffix = key.rpartition(".")
         part = PARTS.get(suffix)
         if layer in stored.layers:
             if part is None or part in stored.parts[layer]:
                 problem = "is not part of a 4-bit layer of Nunchaku" if part is None else "is there in two spellings"
                 raise CheckpointError(f"{name}: layer {layer!r}: {suffix} {problem}. {foreign_format(suffix)}".rstrip())
-            stored.parts[layer][part], stored.layers[layer][part] = key, file.infos[original]
+            stored.parts[layer][part], stored.layers[layer][part] = key, file.infos[key]
         elif part is not None and part != "bias" and not as_is:
             raise CheckpointError(
                 f"{name}: {key} belongs to a 4-bit layer, but {layer}.qweight is missing. "
                 "The file is not whole: download it again."
             )
         else:
-            stored.plain.setdefault(layer, {})[suffix] = file.infos[original]
+            stored.plain.setdefault(layer, {})[suffix] = file.infos[key]
     return stored
 
 
