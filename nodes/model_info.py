@@ -53,6 +53,7 @@ def report(model: dict[str, Any] | None) -> str:
     lines += [f"not used  {name}: {reason}" for name, reason in sorted(reasons.items())]
     if model["faster"]:
         lines.append(f"faster    {FASTER.format(model['faster'])}")
+    lines += [f"note      {note}" for note in model["notes"]]
     loras = [layer["lora_rank"] for layer in layers if layer["lora_rank"]]
     if loras:
         lines.append(f"lora      {len(loras)} layers, {max(loras)} columns at most")

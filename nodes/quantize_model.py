@@ -17,6 +17,8 @@ from ..quantize.recipe import NAMED, WITH_BRANCH, Recipe, bytes_of
 from .calibrate import STATISTICS
 from .host.changed import WRITTEN, changed, fingerprint_of_source, fingerprint_of_statistics, target_of
 from .host.files import (
+    CHECKPOINTS,
+    FOLDER,
     NO_FILE,
     find_or_raise,
     find_source,
@@ -30,6 +32,7 @@ from .host.files import (
 from .host.model import load_model
 from .host.openable import known_to_host, refuse_unopenable
 from .host.source import ModelSource
+from .host.whole import beside_of
 
 MODEL_INPUT = "(model input)"
 AUTO = "auto"
@@ -45,7 +48,7 @@ class SVDQuantQuantizeModel:
     FUNCTION = "quantize"
     RETURN_TYPES = ("MODEL", "STRING")
     RETURN_NAMES = ("MODEL", "file_name")
-    OUTPUT_TOOLTIPS = ("The 4-bit model.", "Name of the written file in models/diffusion_models.")
+    OUTPUT_TOOLTIPS = ("The 4-bit model.", "Name of the written file.")
     OUTPUT_NODE = True
     SEARCH_ALIASES = ("4bit", "int4", "nvfp4", "compress model")
 
@@ -92,7 +95,8 @@ class SVDQuantQuantizeModel:
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> str:
         reads = fingerprint_of_source(inputs["source"]), fingerprint_of_statistics(inputs.get("statistics_file"))
-        return changed(reads, target_of(inputs["file_name"]), inputs)
+        kind = CHECKPOINTS if inputs.keys() & {"clip", "vae"} else FOLDER
+        return changed(reads, target_of(inputs["file_name"], kind), inputs)
 
     def quantize(
         self,
@@ -112,10 +116,16 @@ class SVDQuantQuantizeModel:
         fallback: float = 0.0,
         resume: bool = True,
         act8_share: float = 0.1,
+        clip: Any = None,
+        vae: Any = None,
     ) -> dict[str, Any]:
         if source == MODEL_INPUT and model is None:
             raise ValueError(f"source is {MODEL_INPUT} and no MODEL is connected: connect one or choose a file")
-        path, file = target(file_name, overwrite), None if source == MODEL_INPUT else find_or_raise(source, find_source)
+        whole = clip is not None or vae is not None
+        if whole and model is None:
+            raise ValueError("a CLIP or VAE is connected and no MODEL, which knows their names in a checkpoint")
+        path = target(file_name, overwrite, CHECKPOINTS if whole else FOLDER)
+        file = None if source == MODEL_INPUT else find_or_raise(source, find_source)
         keep_source(path, file)
         weights = ModelSource(model) if file is None else FileSource(file, known_to_host)
         known = _statistics(statistics, statistics_file)
@@ -139,8 +149,9 @@ class SVDQuantQuantizeModel:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, total)
 
+        goal = Target(path, resume, beside_of(model, clip, vae) if whole else None)
         with WRITTEN.writing(path):
-            report = quantize_model(weights, Target(path, resume), chosen, progress, str(device), known)
+            report = quantize_model(weights, goal, chosen, progress, str(device), known)
         folder = Path(folder_paths.get_output_directory()) / "svdquant" / f"{path.stem}.report"
         write_report(report, folder)
         return {"ui": {"text": [_text(report, folder)]}, "result": (load_model(str(path)), path.name)}
@@ -213,6 +224,11 @@ _OPTIONAL: dict[str, Any] = {
             "bytes, and time where a GPU is faster with 4-bit ones.",
         },
     ),
+    "clip": (
+        "CLIP",
+        {"tooltip": "Goes into the file as well, as it is. The file is then written to models/checkpoints."},
+    ),
+    "vae": ("VAE", {"tooltip": "The same."}),
 }
 
 

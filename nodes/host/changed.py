@@ -13,7 +13,7 @@ from typing import Any
 
 from ...quantize.files.sources.folder import COMPONENTS
 from ...quantize.files.tensor_file import folder_files
-from .files import NO_FILE, find, find_source, refuse_name, statistics_folder, target
+from .files import FOLDER, NO_FILE, find, find_source, refuse_name, statistics_folder, target
 
 Fingerprint = tuple[tuple[str, int, int], ...]
 """(path, bytes, nanoseconds of the last change) of every file of a model; empty if there is none"""
@@ -50,9 +50,9 @@ def fingerprint_of_statistics(name: str | None) -> Fingerprint:
     return fingerprint(statistics_folder() / Path(name).name) if name and name != NO_FILE else ()
 
 
-def target_of(file_name: str | None) -> Path | None:
+def target_of(file_name: str | None, kind: str = FOLDER) -> Path | None:
     """Where a node of this `file_name` writes; None where another node names it, and for what is no name."""
-    return None if file_name is None or refuse_name(file_name) else target(file_name, overwrite=True)
+    return None if file_name is None or refuse_name(file_name) else target(file_name, overwrite=True, kind=kind)
 
 
 @dataclass(frozen=True)

@@ -78,17 +78,17 @@ def find_or_raise(
     return path
 
 
-def write_folder() -> Path:
-    """Where new models go: of ComfyUI's folders for diffusion models the one of that name."""
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
-    return next((folder for folder in folders if folder.name == FOLDER), folders[0])
+def write_folder(kind: str = FOLDER) -> Path:
+    """Where new models go: of ComfyUI's folders of that kind the one of that name."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
+    return next((folder for folder in folders if folder.name == kind), folders[0])
 
 
-def target(file_name: str, overwrite: bool) -> Path:
-    """models/diffusion_models/<file_name>.safetensors. Raises ValueError if it exists and may not be replaced, or for a
+def target(file_name: str, overwrite: bool, kind: str = FOLDER) -> Path:
+    """models/<kind>/<file_name>.safetensors. Raises ValueError if it exists and may not be replaced, or for a
     name that leaves the folder.
     """
-    path = inside(write_folder(), file_name, MODEL_SUFFIX)
+    path = inside(write_folder(kind), file_name, MODEL_SUFFIX)
     if path.is_dir():
         raise ValueError(f"{path.name} in {path.parent} is a folder: choose another name")
     if path.exists() and not overwrite:
@@ -115,7 +115,7 @@ def refuse_name(file_name: str | None) -> str | None:
 
 def leftover_text() -> str:
     """What stopped runs left in the folders that the pack writes to, in one line; empty where there is nothing."""
-    folders = [folder for folder in (write_folder(), statistics_folder()) if folder.is_dir()]
+    folders = [folder for folder in (write_folder(), write_folder(CHECKPOINTS), statistics_folder()) if folder.is_dir()]
     found = [each for folder in folders for each in leftovers(folder) if not each.in_use or each.elsewhere]
     if not found:
         return ""

@@ -85,6 +85,8 @@ def load_model(
     _arrange(patcher)
     file = describe(checkpoint)
     patcher.set_attachments(ATTACHMENT, file)
+    for note in checkpoint.notes:
+        log.info("%s: %s", checkpoint.path.name, note)
     if faster := faster_format_of(file["formats"], patcher.load_device):
         log.info("%s: %s", file["file"], FASTER.format(faster))
     guard.watch(patcher)

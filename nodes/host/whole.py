@@ -1,7 +1,8 @@
-"""Bridge: a whole 4-bit checkpoint -> MODEL, CLIP and VAE, the last two by ComfyUI's own code from its own names."""
+"""Bridge: a whole 4-bit checkpoint <-> MODEL, CLIP and VAE, the last two by ComfyUI's own code and names."""
 
 from typing import Any
 
+import comfy.model_management
 import comfy.ops
 import comfy.sd
 import folder_paths
@@ -10,12 +11,10 @@ from comfy.model_patcher import ModelPatcher
 
 from ...quantize.files.checkpoint import CheckpointError
 from ...quantize.files.open import open_checkpoint
-from ...quantize.files.part import model_part
-from ...quantize.files.tensor_file import open_tensors
+from ...quantize.files.part import PREFIX, Beside, model_part
+from ...quantize.files.tensor_file import TensorInfo, open_tensors
 from .guard import REFERENCE
 from .model import load_model, pinned_config, pinned_loader
-
-PREFIX = "model.diffusion_model."  # of the model in whatever ComfyUI reads
 
 
 def load_whole(path: str, compute: str = "auto", if_not_finite: str = REFERENCE) -> tuple[ModelPatcher, Any, Any]:
@@ -68,3 +67,16 @@ def _clip_patcher(path: str, disable_dynamic: bool = False) -> ModelPatcher:
 
 def _vae_patcher(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     return _beside(path, False, True, disable_dynamic)[1].patcher
+
+
+def beside_of(model: ModelPatcher, clip: Any, vae: Any) -> Beside | None:
+    """CLIP and VAE, patches included, as ComfyUI's checkpoints of this MODEL name their tensors; None without both."""
+    config, tensors = model.model.model_config, {}
+    if clip is not None:
+        lazy = hasattr(clip, "state_dict_for_saving")  # newer hosts patch a weight when it is asked for
+        comfy.model_management.load_models_gpu([clip.load_model()], **({} if lazy else {"force_patch_weights": True}))
+        tensors |= config.process_clip_state_dict_for_saving(clip.state_dict_for_saving() if lazy else clip.get_sd())
+    if vae is not None:
+        tensors |= config.process_vae_state_dict_for_saving(vae.get_sd())
+    infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
+    return Beside(infos, lambda name: tensors[name].to("cpu")) if tensors else None

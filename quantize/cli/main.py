@@ -85,6 +85,7 @@ def _inspect(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"layers  {formats}; rank {ranks}",
         f"size    {found['bytes']:,} bytes, 16 bit would be {found['bytes_16bit']:,} ({found['ratio']:.2f}x)",
         f"recipe  {json.dumps(found['recipe'])}",
+        *(f"note    {note}" for note in found["notes"]),
     ]
     return found, "\n".join(lines)
 

@@ -10,6 +10,7 @@ import torch
 from ...kernels.formats import DEFAULT
 from ..calibration.file import Statistics
 from ..calibration.several import describe, merge
+from ..files.part import Beside
 from ..files.source import FileSource
 from ..maker.model import Target, quantize_model
 from ..maker.report import summarize, write_report
@@ -36,6 +37,7 @@ def add_commands(commands: Any) -> None:
         "--act8-share", type=float, default=0.1, metavar="SHARE", help="most multiply-adds with 8-bit activations"
     )
     command.add_argument("--resume", action="store_true", help="keep finished layers if stopped, and take them up")
+    command.add_argument("--whole", action="store_true", help="keep the VAE and text encoders that IN has as well")
     command.add_argument("--seed", type=int, default=0, help="of the randomized SVD")
     command.add_argument("--report", metavar="FOLDER", help="write report.json, report.md and pictures there")
     command.set_defaults(run=_quantize)
@@ -94,7 +96,7 @@ def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     report = quantize_model(
         FileSource(arguments.source),
-        Target(target, arguments.resume),
+        Target(target, arguments.resume, Beside.of_file(arguments.source) if arguments.whole else None),
         recipe,
         None if arguments.json else show,
         _usable(arguments.device),

@@ -6,6 +6,7 @@ FAMILY = Family(
     name="chroma",
     title="Chroma",
     models="Chroma, Chroma Radiance",
+    published="community int4 and fp4, in the names of tonera/nunchaku and spooknik/nunchaku-chroma",
     markers=(
         "distilled_guidance_layer.in_proj.weight",
         "double_blocks.#.img_attn.qkv.weight",

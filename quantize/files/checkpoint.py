@@ -48,6 +48,7 @@ class Checkpoint:
     specs       layer name -> LayerSpec of every 4-bit layer, under ComfyUI's layer names
     rest        tensor name -> TensorInfo of everything else, biases of 4-bit layers included
     metadata    header strings that mean nothing to us; they are kept when the model is written again
+    notes       what a user should know of how the file was read
     raises      CheckpointError for a weight, bias or scale of integers
     """
 
@@ -60,6 +61,7 @@ class Checkpoint:
     _read_layer: Callable[[str], Mapping[str, torch.Tensor]]
     _read_rest: Callable[[str], torch.Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, info in self.rest.items():

@@ -36,6 +36,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "recipe": dict(checkpoint.provenance.recipe),
         "source_hash": checkpoint.provenance.source_hash,
         "pinned": list(checkpoint.provenance.pinned),
+        "notes": list(checkpoint.notes),
     }
 
 

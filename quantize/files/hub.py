@@ -90,13 +90,21 @@ class PublishedFile:
         return f"{self.repo}/{self.file}"
 
 
-def _nunchaku(model: str, family: str, **ranks: tuple[int, ...]) -> list[PublishedFile]:
+def _nunchaku(model: str, family: str, variant: str = "", **ranks: tuple[int, ...]) -> list[PublishedFile]:
     """The files of one model, by the ranks of each precision, as file names call it; 32 where none is given."""
+    name = f"{model}{variant}.safetensors"
     return [
-        PublishedFile(f"nunchaku-tech/nunchaku-{model}", f"svdq-{tag}_r{rank}-{model}.safetensors", family, fmt.name)
+        PublishedFile(f"nunchaku-tech/nunchaku-{model}", f"svdq-{tag}_r{rank}-{name}", family, fmt.name)
         for tag, fmt in formats_of("published").items()
         for rank in ranks.get(tag, (32,))
     ]
+
+
+def _lightning(model: str, *variants: str) -> list[PublishedFile]:
+    """Qwen-Image with a LoRA for few steps inside."""
+    ranks = (32, 128)
+    files = [_nunchaku(model, "qwen_image", f"-{each}", int4=ranks, fp4=ranks) for each in variants]
+    return [file for several in files for file in several]
 
 
 PUBLISHED: tuple[PublishedFile, ...] = (
@@ -110,6 +118,9 @@ PUBLISHED: tuple[PublishedFile, ...] = (
     *_nunchaku("qwen-image", "qwen_image", int4=(32, 128), fp4=(32, 128)),
     *_nunchaku("qwen-image-edit", "qwen_image", int4=(32, 128), fp4=(32, 128)),
     *_nunchaku("qwen-image-edit-2509", "qwen_image", int4=(32, 128), fp4=(32, 128)),
+    *_lightning("qwen-image", "lightningv1.0-4steps", "lightningv1.1-8steps"),
+    *_lightning("qwen-image-edit", "lightningv1.0-4steps", "lightningv1.0-8steps"),
+    *_lightning("qwen-image-edit-2509", "lightningv2.0-4steps", "lightningv2.0-8steps"),
     *_nunchaku("z-image-turbo", "z_image", int4=(32, 128, 256), fp4=(32, 128)),
     *_nunchaku("sdxl", "sdxl", fp4=()),
     *_nunchaku("sdxl-turbo", "sdxl", fp4=()),

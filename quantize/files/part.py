@@ -10,14 +10,17 @@ Files that the pack writes itself have a header and never this tensor.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from .bounded_json import JsonError, read_object
-from .tensor_file import PREFIXES, TensorFile, TensorFileError
+from .tensor_file import PREFIXES, TensorFile, TensorFileError, TensorInfo, open_tensors
 
 HEADER = "svdquant_header"
+PREFIX = PREFIXES[0]  # of the diffusion model in a whole checkpoint that the pack writes
 LARGEST = 1 << 24  # bytes of that tensor: a name and a format for each layer
 
 
@@ -50,6 +53,23 @@ class ModelPart(TensorFile):
     def read_other(self, name: str) -> torch.Tensor:
         """One of `others`."""
         return self._file.read(name)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What goes into a whole checkpoint with the diffusion model: VAE and text encoders, under their own names."""
+
+    infos: Mapping[str, TensorInfo]
+    read: Callable[[str], torch.Tensor]
+
+    @classmethod
+    def of_file(cls, path: str | Path) -> "Beside":
+        """Everything in a 16-bit checkpoint but its diffusion model. Raises TensorFileError where that is nothing."""
+        file = open_tensors(path)
+        part = model_part(file)
+        if not part.others:
+            raise TensorFileError(f"{file.path.name}: holds a diffusion model alone, no VAE and no text encoder")
+        return cls({name: file.infos[name] for name in part.others}, part.read_other)
 
 
 def model_part(file: TensorFile) -> ModelPart:

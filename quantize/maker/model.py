@@ -19,6 +19,7 @@ from ..files.dialects import native
 from ..files.header import metadata_of
 from ..files.integrity import bytes_of
 from ..files.lifecycle import naming_a_full_disk
+from ..files.part import PREFIX, Beside
 from ..files.source import Source
 from ..maths.layer import Dense, Making
 from ..recipe import Recipe
@@ -51,10 +52,12 @@ class Target:
     """Where the file goes.
 
     resume  keep finished layers beside `path` until the file is whole, and take up those of a stopped run
+    beside  what makes it a whole checkpoint, or None
     """
 
     path: Path
     resume: bool = False
+    beside: Beside | None = None
 
     @cached_property
     def work(self) -> WorkFolder | None:
@@ -121,7 +124,7 @@ def quantize_model(
         reader, making = SourceReader(source), Making(recipe, plan.dtype, device)
         maker = GroupMaker(reader, decisions, statistics, making, target.work)
         with naming_a_full_disk(target.path, "; the finished layers are kept for it" if target.resume else ""):
-            outcome = write(target.path, reader, decisions, recipe, maker.make_all(progress))
+            outcome = write(target, reader, decisions, recipe, maker.make_all(progress))
         WorkFolder.beside(target.path).clear() if target.work is None else target.work.clear()
         if progress is not None:
             progress(len(plan.specs), len(plan.specs), "")
@@ -312,24 +315,29 @@ class RunOutcome:
 
 
 def write(
-    path: Path, reader: SourceReader, decisions: Decisions, recipe: Recipe, groups: Iterable[GroupResult]
+    target: Target, reader: SourceReader, decisions: Decisions, recipe: Recipe, groups: Iterable[GroupResult]
 ) -> RunOutcome:
     """Everything into one file, which gets its name when it is whole; groups are asked for one by one."""
-    source, resumed = reader.source, 0
+    source, beside, resumed = reader.source, target.beside, 0
+    prefix = PREFIX if beside else ""
     records: dict[str, Mapping[str, Any]] = {}
     made = {f"{layer}.{part}" for layer in decisions.specs for part in ("weight", "bias")}
     others = [info for key, info in source.infos.items() if key not in made or key.endswith(".bias")]
-    with new_checkpoint(path, decisions.specs.values(), others) as writer:
+    others += beside.infos.values() if beside else ()
+    with new_checkpoint(target.path, decisions.specs.values(), others) as writer:
         for group in groups:
             # sorted: layers from the work folder come in another order
             for key in sorted(group.tensors):
-                writer.add(key, group.tensors[key])
+                writer.add(f"{prefix}{key}", group.tensors[key])
             records |= group.records
             resumed += len(group.records) if group.resumed else 0
             del group  # while the next one is made
         for key in source.infos:
             if key not in made:
-                writer.add(key, reader.read(key))
+                writer.add(f"{prefix}{key}", reader.read(key))
+        if beside:
+            for key in beside.infos:
+                writer.add(key, beside.read(key))
         outcome = RunOutcome(decisions, records, resumed)
         family = decisions.plan.family.name
         provenance = Provenance(family, source.unet_config, source.pinned, recipe.as_dict(), reader.hash())

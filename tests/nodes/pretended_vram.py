@@ -7,6 +7,7 @@ patched and saved is decided by ComfyUI's code. Nothing here says anything about
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 DEVICE = torch.device("cpu", 0)  # "the GPU"; the CPU has no index
 
@@ -65,6 +66,7 @@ def pretend(monkeypatch: Any, budget: int) -> None:
     import comfy.model_management
     import comfy.model_patcher
     import comfy.ops
+    import comfy.utils
     import comfy_aimdo.host_buffer
     import comfy_aimdo.model_vbar
     import comfy_aimdo.torch
@@ -89,6 +91,7 @@ def pretend(monkeypatch: Any, budget: int) -> None:
     put(comfy.model_management, unet_offload_device=lambda: torch.device("cpu"))
     put(comfy.model_patcher, CoreModelPatcher=comfy.model_patcher.ModelPatcherDynamic)
     put(comfy.memory_management, aimdo_enabled=True)
+    put(comfy.utils, load_safetensors=lambda path: (load_file(path), {}))  # else through a mapping of the driver's
     cast = comfy.ops.cast_bias_weight
 
     def on_the_device(layer: Any, input: Any = None, dtype: Any = None, **more: Any) -> Any:

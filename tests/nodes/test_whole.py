@@ -11,11 +11,15 @@ import folder_paths
 
 from svdquant_pack.nodes.host.model import load_model
 from svdquant_pack.nodes.load_checkpoint import SVDQuantLoadCheckpoint
+from svdquant_pack.nodes.quantize_model import SVDQuantQuantizeModel
+from svdquant_pack.quantize.cli.verify import verify
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.source import FileSource
+from svdquant_pack.quantize.files.tensor_file import TensorFile
 from svdquant_pack.quantize.maker.model import quantize_model
 from svdquant_pack.quantize.recipe import Recipe
 from svdquant_pack.tests.nodes import zoo
+from svdquant_pack.tests.nodes.sampling import forward
 
 ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 3}
 SMALL = {f"clip_{letter}_model_config": ENCODER for letter in "lg"}
@@ -82,7 +86,19 @@ def test_what_comfyui_saves_whole_is_opened_whole(four_bit, small_encoders, chec
     assert found.specs == stored.specs and found.rest.keys() == stored.rest.keys()
 
 
+def test_what_the_quantizer_writes_whole_is_opened_whole(demo_model, small_encoders, checkpoints_folder):
+    """The demo's model, which pins its configuration; its encoders would be T5, so this file has a VAE alone."""
+    done = SVDQuantQuantizeModel().quantize("(model input)", "int4", 16, "made", model=demo_model, vae=pixels())
+    file = TensorFile(checkpoints_folder / "made.safetensors")
+    assert file.has_checksums and "svdquant" in file.metadata and done["result"][1] == "made.safetensors"
+    assert {name for name in file if not name.startswith("model.diffusion_model.")} == {"vae.pixel_space_vae"}
+    again, clip, vae = SVDQuantLoadCheckpoint().load("made.safetensors", "auto")
+    assert torch.equal(forward(again), forward(done["result"][0])) and clip is None
+    assert torch.equal(vae.decode(torch.ones(1, 3, 8, 8)), pixels().decode(torch.ones(1, 3, 8, 8)))
+    assert verify(file.path).text.startswith("whole")
+
+
 def test_a_model_alone_is_sent_to_the_other_node(four_bit, checkpoints_folder):
     (checkpoints_folder / "alone.safetensors").write_bytes(four_bit.read_bytes())
-    with pytest.raises(ValueError, match="a diffusion model alone.*SVDQuant Load Model"):
+    with pytest.raises(ValueError, match=r"a diffusion model alone.*SVDQuant Load Model"):
         SVDQuantLoadCheckpoint().load("alone.safetensors", "auto")

@@ -15,6 +15,7 @@ SYMBOLS = {"h": 128, "mlp": 256}
 ANY = 128  # a size that the table leaves open
 QUANTIZED = {  # what the published files quantize, by stored name; everything else is 16 bit
     "flux": ("qkv", "out_proj", "mlp", "norm1", "norm.linear", "attn.", "ff", "proj_mlp", "proj_out"),
+    "chroma": ("qkv", "out_proj", "mlp", "attn.", "ff", "proj_mlp", "proj_out"),
     "flux2": ("qkv", "out_proj", "mlp", "attn.", "ff"),
     "qwen_image": ("attn.", "img_m", "txt_m"),
     "z_image": ("attention.", "feed_forward"),

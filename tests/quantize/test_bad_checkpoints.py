@@ -9,6 +9,7 @@ import torch
 from svdquant_pack.kernels.layer import LayerError, LayerSpec
 from svdquant_pack.quantize.files import tiles
 from svdquant_pack.quantize.files.checkpoint import CheckpointError
+from svdquant_pack.quantize.files.describe import describe
 from svdquant_pack.quantize.files.dialects import native
 from svdquant_pack.quantize.files.dialects.nunchaku.layers import inspect_layer, read_layer, write_layer
 from svdquant_pack.quantize.files.open import open_checkpoint
@@ -35,7 +36,11 @@ def edited(**changes):
 
 SINGLE = "single_transformer_blocks.0"
 BAD = {  # what is wrong -> (how, what the message must say)
-    "a leftover key": (lambda s: s | {"transformer_blocks.0.extra.weight": torch.ones(2)}, "no place in flux.*extra"),
+    "a leftover layer": (
+        lambda s: s | {f"transformer_blocks.0.extra.{k}": v for k, v in _v1(w4a4(128, 128, torch.Generator())).items()},
+        "no place in flux.*extra",
+    ),
+    "leftover integers": (lambda s: s | {"extra": torch.ones(2, dtype=torch.int32)}, "'extra' has no place"),
     "a missing layer": (
         lambda s: {key: tensor for key, tensor in s.items() if ".0.out_proj_context." not in key},
         "out_proj_context' is missing",
@@ -47,10 +52,6 @@ BAD = {  # what is wrong -> (how, what the message must say)
     ),
     "a missing part": (edited(**{f"{SINGLE}.mlp_fc1.smooth": None}), "mlp_fc1.*smooth.* is missing"),
     "a missing bias": (edited(**{f"{SINGLE}.mlp_fc1.bias": None}), "bias is missing"),
-    "a missing branch": (
-        edited(**{f"{SINGLE}.mlp_fc1.lora_up": None, f"{SINGLE}.mlp_fc1.lora_down": None}),
-        "mlp_fc1' has no low-rank branch",
-    ),
     "half a branch": (edited(**{f"{SINGLE}.mlp_fc1.lora_up": None}), "mlp_fc1': proj_up is missing"),
     "a layer of another size": (
         lambda s: s | {f"{SINGLE}.out_proj.{k}": v for k, v in _v1(w4a4(256, 128, torch.Generator())).items()},
@@ -169,11 +170,24 @@ def test_nvfp4_scales_that_end_early_are_refused(tmp_path):
         open_checkpoint(path, as_is=True)
 
 
-def test_a_layer_that_lacks_its_scale_is_refused(tmp_path):
+def test_what_nunchaku_reads_as_nothing_is_read_so_with_a_note(tmp_path):
+    """Its loaders make up an empty branch and a scale of 1, and leave out what their model does not have."""
     stored = stored_model("flux", "nvfp4")
-    del stored["transformer_blocks.0.out_proj.wtscale"]
-    with pytest.raises(CheckpointError, match=r"out_proj' has no scale per tensor"):
-        open_checkpoint(save_model(tmp_path / "x.safetensors", stored))
+    whole = open_checkpoint(save_model(tmp_path / "whole.safetensors", stored))
+    assert whole.notes == ()
+    scale = stored.pop("transformer_blocks.0.out_proj.wtscale")
+    for part in ("lora_up", "lora_down"):
+        del stored[f"transformer_blocks.0.mlp_fc1.{part}"]
+    stored["transformer_blocks.0.extra.weight"] = torch.ones(2, dtype=torch.bfloat16)
+    found = open_checkpoint(save_model(tmp_path / "x.safetensors", stored))
+    branch, scales, extra = found.notes
+    assert "'transformer_blocks.0.mlp_fc1', have no low-rank branch" in branch
+    assert "'transformer_blocks.0.out_proj', have no scale per tensor or channel: it counts as 1" in scales
+    assert extra.endswith("transformer_blocks.0.extra.weight") and set(found.rest) == set(whole.rest)
+    assert found.specs["double_blocks.0.img_mlp.0"].rank == 0
+    with_scale, without = (each.layer("double_blocks.0.img_attn.proj") for each in (whole, found))
+    assert torch.allclose(with_scale.decode_weight(), without.decode_weight() * scale.float(), rtol=1e-6)
+    assert describe(found)["notes"] == list(found.notes)
 
 
 INTEGERS = {"b.0.bias": torch.ones(128, dtype=torch.int16), "head.weight": torch.ones(4, 4, dtype=torch.int8)}

@@ -45,6 +45,10 @@ from y, out_mean = W @ (act_mean / smooth_factor), is added again. A reader may 
                 kernels/formats; absent for the stock rule. A reader may ignore it
     act_bits    8 for a layer whose activations should be rounded to 8 bit where there is a choice; absent for 4
 
+A whole checkpoint, which has VAE and text encoders as well, names the diffusion model's tensors
+`model.diffusion_model.X...`, as ComfyUI does; everything else has the names that ComfyUI's checkpoints give it. What
+ComfyUI's own save nodes write is that without a header and without checksums: see files/part.py.
+
 The header's metadata (strings) carries
     svdquant     JSON {"version": 1, "family", "pinned", "rank", "formats": {layer: format}, "source_hash"}
     unet_config  JSON, ComfyUI's model configuration as the writing host had it

@@ -30,19 +30,24 @@ class Placement:
 
 @dataclass(frozen=True)
 class Assignment:
-    """linears, {ComfyUI's tensor name: stored name} of everything that is no linear, and the stored modules used"""
+    """linears, {ComfyUI's tensor name: stored name} of everything that is no linear, and 16-bit tensors of no place
+
+    Nunchaku's loaders leave out what their model does not have.
+    """
 
     linears: list[Placement]
     tensors: dict[str, str]
+    extras: tuple[str, ...] = ()
 
 
 def assign(names: NameMap, keys: Iterable[str], file: str) -> Assignment:
     """Give every stored tensor its place in the model.
 
     keys    stored tensor names without prefix
-    raises  CheckpointError for names that have no place, for places that stay empty and for two spellings at once
+    raises  CheckpointError for 4-bit layers that have no place, places that stay empty and two spellings at once
     """
     keys = list(keys)
+    stored_keys = set(keys)
     modules = {key.rpartition(".")[0] for key in keys}
     found: list[Placement] = []
     tensors: dict[str, str] = {}
@@ -67,12 +72,13 @@ def assign(names: NameMap, keys: Iterable[str], file: str) -> Assignment:
                     )
     taken = set(tensors.values())
     left = sorted(key for key in keys if key not in taken and key.rpartition(".")[0] not in used)
-    if left:
+    packed = [key for key in left if f"{key.rpartition('.')[0]}.qweight" in stored_keys]
+    if packed:
         raise CheckpointError(
-            f"{file}: {len(left)} tensors have no place in {names.name}, first {left[0]!r}. "
+            f"{file}: {len(packed)} tensors of 4-bit layers have no place in {names.name}, first {packed[0]!r}. "
             "The file is of another model, or of a variant that this version does not know."
         )
-    return Assignment(found, tensors)
+    return Assignment(found, tensors, tuple(left))
 
 
 def _by_number(block: Block, modules: set[str], keys: list[str]) -> dict[int | None, tuple[set[str], set[str]]]:

@@ -18,7 +18,7 @@ from ...header import entry
 from ...tensor_file import TensorFile
 from .layers import up_to
 from .names import NAME_MAPS
-from .tables import NameMap, split_name
+from .tables import NameMap
 
 PRECISIONS = {  # what headers call a format with a low-rank branch
     word: fmt.name
@@ -109,24 +109,6 @@ def check_stated(file: TensorFile, specs: Mapping[str, LayerSpec]) -> None:
 def _stored_ranks(file: TensorFile) -> set[int]:
     infos = (info for key, info in file.infos.items() if key.endswith((".lora_down", ".proj_down")))
     return {info.shape[1] for info in infos if len(info.shape) == 2}
-
-
-def unsigned_layers(names: NameMap, layers: Iterable[str]) -> list[str]:
-    """The stored layers whose bias holds the shift of unsigned activations."""
-    unsigned = []
-    for block in names.blocks:
-        parts = {
-            part.name
-            for linear in block.linears
-            for spelling in (linear.stored, *linear.also)
-            for part in spelling
-            if part.unsigned
-        }
-        for layer in layers:
-            split = split_name(block.stored, layer)
-            if split is not None and split[1] in parts:
-                unsigned.append(layer)
-    return unsigned
 
 
 def unet_config(file: TensorFile) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Nunchaku file -> Checkpoint: every stored layer checked from the header, joined or split as ComfyUI has it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from .....kernels.formats import SIXTEEN_BIT
 from .....kernels.layer import LayerError, LayerSpec
 from ....families import FamilyError
 from ....families import detect as detect_family
@@ -16,7 +17,7 @@ from ...tensor_file import TensorFile, TensorInfo
 from ...tiles import TILE
 from . import header, joins, plain
 from .assign import Placement, assign, is_lite_only
-from .layers import StoredLayer, inspect_layer, read_bias, read_layer, stored_size
+from .layers import IGNORED, StoredLayer, inspect_layer, read_bias, read_layer, stored_size
 from .stored_file import Draft, StoredFile, group
 from .tables import LinearRow, Sizes, StoredName
 
@@ -29,7 +30,8 @@ def open_file(file: TensorFile) -> Checkpoint:
     lite = _is_lite(stored, assignment.linears)
     draft = Draft(stored, lite, Sizes(names.mlp_ratio), header.shape_hints(file))
     plain.bind_sizes(draft, assignment.linears)
-    _check_alike(stored)
+    _take_calibrated(stored, assignment.linears)
+    notes = (*names.variant(stored.file), *_unalike(stored), *_left_out(stored, assignment.extras))
     for placement in assignment.linears:
         quantized = [name in stored.layers for name in placement.stored]
         with _named(file, placement.stored[0]):
@@ -42,7 +44,7 @@ def open_file(file: TensorFile) -> Checkpoint:
     for host, key in assignment.tensors.items():
         with _named(file, key):
             plain.add_tensor(draft, host, key)
-    return _checkpoint(draft, as_is=False)
+    return replace(_checkpoint(draft, as_is=False), notes=notes)
 
 
 def open_as_is(file: TensorFile) -> Checkpoint:
@@ -71,10 +73,39 @@ def _unsigned_layers(stored: StoredFile) -> set[str]:
     """Layers whose bias holds a shift, where the file is a whole model of a known family; else none can be known."""
     try:
         names = header.detect_names(stored.file, "")
-        lite = _is_lite(stored, assign(names, stored.file, "").linears)
+        linears = assign(names, stored.file, "").linears
+        lite = _is_lite(stored, linears)
     except CheckpointError:
         return set()
-    return set() if lite else set(header.unsigned_layers(names, stored.layers))
+    return set() if lite else {name for name, part in _parts(linears) if part.unsigned}
+
+
+def _parts(linears: list[Placement]) -> Iterator[tuple[str, StoredName]]:
+    """Every stored linear and what the table says of it."""
+    for placement in linears:
+        yield from zip(placement.stored, placement.linear.spellings[placement.spelling], strict=True)
+
+
+def _take_calibrated(stored: StoredFile, linears: list[Placement]) -> None:
+    for name, part in _parts(linears):
+        infos, names = stored.layers.get(name, {}), stored.parts.get(name, {})
+        if part.calibrated and IGNORED in infos and infos.get("wscales") and infos["wscales"].dtype in SIXTEEN_BIT:
+            infos["smooth_factor"], names["smooth_factor"] = infos[IGNORED], names[IGNORED]
+
+
+def _left_out(stored: StoredFile, extras: tuple[str, ...]) -> list[str]:
+    """Raise CheckpointError for what is no 16-bit tensor."""
+    file = stored.file
+    for name in extras:
+        if not file.infos[name].dtype.is_floating_point:
+            raise CheckpointError(
+                f"{file.path.name}: {name!r} has no place in the model and is no 16-bit tensor. The file is of another "
+                "model, or of a variant that this version does not know."
+            )
+    if not extras:
+        return []
+    what = "1 16-bit tensor has" if len(extras) == 1 else f"{len(extras)} 16-bit tensors have"
+    return [f"{what} no place in the model and are left out, as Nunchaku does: {', '.join(extras[:3])}"]
 
 
 class _named:  # noqa: N801 - reads as a statement: with _named(file, layer)
@@ -103,22 +134,27 @@ def _is_lite(stored: StoredFile, linears: list[Placement]) -> bool:
     return True in votes or (False not in votes and header.says_lite(stored.file))
 
 
-def _check_alike(stored: StoredFile) -> None:
-    """Raise CheckpointError for a layer that lacks what all others have and what would silently count as nothing."""
-    for parts, word in ((("proj_down",), "low-rank branch"), (("wtscale", "wcscales"), "scale per tensor or channel")):
-        nvfp4 = "wtscale" in parts
+def _unalike(stored: StoredFile) -> list[str]:
+    """What is said of layers that lack what all others have. Nunchaku reads them so: no branch, a scale of 1."""
+    notes = []
+    for parts, word in (
+        (("proj_down",), "low-rank branch: they run without one"),
+        (("wtscale", "wcscales"), "scale per tensor or channel: it counts as 1"),
+    ):
+        scales = "wtscale" in parts
         layers = {
             name: any(part in infos for part in parts)
             for name, infos in stored.layers.items()
             if "wzeros" not in infos
-            and (not nvfp4 or ("wscales" in infos and infos["wscales"].dtype == torch.float8_e4m3fn))
+            and (not scales or ("wscales" in infos and infos["wscales"].dtype == torch.float8_e4m3fn))
         }
         without = [name for name, has in layers.items() if not has]
         if without and len(without) < len(layers):
-            raise CheckpointError(
-                f"{stored.file.path.name}: layer {without[0]!r} has no {word} ({' or '.join(parts)}), other layers "
-                "of the file have one. The file is not whole: download it again."
+            notes.append(
+                f"{len(without)} of {len(layers)} layers, first {without[0]!r}, have no {word}. If pictures are wrong, "
+                "the file is not whole: compare its size with the original's"
             )
+    return notes
 
 
 def _inspect(draft: Draft, name: str, part: StoredName | None) -> StoredLayer:

@@ -14,12 +14,16 @@ NUMBER = "#"
 
 @dataclass(frozen=True)
 class StoredName:
-    """One stored linear: name within its block, out and in features (None: anything), GELU in front of it."""
+    """One stored linear: name within its block, out and in features (None: anything), GELU in front of it.
+
+    calibrated  whether, in a format of 16-bit scales, its activation is divided by smooth_factor_orig
+    """
 
     name: str
     n: str | None = None
     k: str | None = None
     unsigned: bool = False
+    calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ class NameMap:
     zero_biases  whether 4-bit layers without a bias are written with one of zeros
     class_name   Diffusers' class, for the header
     model_class  Nunchaku's class, for the header
+    variants     key pattern -> what a file that has such a key is, where engines differ
     """
 
     name: str
@@ -157,15 +162,21 @@ class NameMap:
     zero_biases: bool = False
     class_name: str = ""
     model_class: str = ""
+    variants: Mapping[str, str] = field(default_factory=dict)
 
     def detect(self, keys: Iterable[str]) -> bool:
         """Whether the tensor names of a file are of this family."""
         keys = list(keys)
+        return all(any(_in(text, keys) for text in group) for group in self.needs)
 
-        def found(text: str) -> bool:
-            return any(map(key_pattern(text).fullmatch, keys))
+    def variant(self, keys: Iterable[str]) -> tuple[str, ...]:
+        """What is said of a file with these names, in `variants`."""
+        keys = list(keys)
+        return tuple(text for pattern, text in self.variants.items() if _in(pattern, keys))
 
-        return all(any(map(found, group)) for group in self.needs)
+
+def _in(text: str, keys: Iterable[str]) -> bool:
+    return any(map(key_pattern(text).fullmatch, keys))
 
 
 @cache
