@@ -122,7 +122,7 @@ def assert_plausible(found: dict[str, Any], wanted: dict[str, Any], done: list[s
         of_layer = "|" in key or not isinstance(value, torch.Tensor)
         if not of_layer and key in found and TensorInfo.of(found[key]) != TensorInfo.of(value):
             found[key] = value
-        if any_names and key not in found:
+        if key not in found and (any_names or key.endswith(OPTIONAL)):
             assert not of_layer or key.endswith(OPTIONAL) or "drop layer" in kinds, f"{key} is not there"
             found[key] = value
     # nor does anybody know that an optional one was not there
