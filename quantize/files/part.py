@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .bounded_json import JsonError, read_object
+from ...kernels.bounded_json import JsonError, read_object
 from .tensor_file import PREFIXES, TensorFile, TensorFileError, TensorInfo, open_tensors
 
 HEADER = "svdquant_header"

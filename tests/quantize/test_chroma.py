@@ -3,15 +3,19 @@
 Its blocks are FLUX.1's, so the golden FLUX.1 file under the names of either engine is such a file.
 """
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdquant_pack.quantize.files.convert import convert_file
 from svdquant_pack.quantize.files.dialects.nunchaku.layers import V1
 from svdquant_pack.quantize.files.open import open_checkpoint
-from svdquant_pack.tests.quantize.golden import path_of
+from svdquant_pack.tests.quantize.golden import FOLDER, path_of
 
 GOLDEN = {"int4": "svdq-int4_r16-tinyflux", "nvfp4": "svdq-fp4_r16-tinyflux"}
+PEER_KEYS = FOLDER.parent / "peer_keys"
 WIDE, LAYERS = 96, 2
 SECOND_MLP = {"double_blocks.0.img_mlp.2", "double_blocks.0.txt_mlp.2", "single_blocks.0.linear2"}
 SPOOKNIK = {  # a module of FLUX.1's names -> of Diffusers', as its model class has them
@@ -111,3 +115,29 @@ def test_tonera_s_loader_divides_three_int4_layers_by_smooth_orig(tmp_path, prec
     for name in before.specs:
         factor = 2 if precision == "int4" and name in moved else 1
         assert torch.equal(after.layer(name)["smooth_factor"], before.layer(name)["smooth_factor"] * factor), name
+
+
+@pytest.mark.parametrize("precision", GOLDEN)
+def test_what_spooknik_s_class_expects_is_read_and_written(tmp_path, precision):
+    """Names, shapes, dtypes and signs as that class has them: recorded by tests/golden/record_chroma_keys.py."""
+    record = json.loads((PEER_KEYS / f"chroma_{precision}_r32.json").read_text())
+    expected = {key: (getattr(torch, dtype), tuple(shape)) for key, (dtype, shape) in record["tensors"].items()}
+    seed = torch.Generator().manual_seed(0)
+    tensors = {}
+    for key, (dtype, shape) in expected.items():
+        numbers = torch.rand(shape, generator=seed) + 0.1
+        tensors[key] = torch.randint(-128, 128, shape, dtype=dtype) if dtype == torch.int8 else numbers.to(dtype)
+    for block in range(record["config"]["num_single_layers"]):  # linear1 of ComfyUI's model divides its input once
+        single = f"single_transformer_blocks.{block}"
+        tensors[f"{single}.mlp_fc1.smooth_factor"] = tensors[f"{single}.attn.to_qkv.smooth_factor"].clone()
+    found = opened(tmp_path, tensors)
+    assert len(found.notes) == 1 and "spooknik" in found.notes[0]
+    as_is = open_checkpoint(tmp_path / "chroma.safetensors", as_is=True)
+    assert sorted(name for name, spec in as_is.specs.items() if spec.act_unsigned != (0, 0)) == record["unsigned"]
+    convert_file(tmp_path / "chroma.safetensors", tmp_path / "native.safetensors", "native")
+    convert_file(tmp_path / "native.safetensors", tmp_path / "back.safetensors", "nunchaku")
+    written = load_file(tmp_path / "back.safetensors")
+    optional = {key for key in expected if key.endswith((".wcscales", ".wtscale"))}
+    assert written.keys() - optional == expected.keys() - optional
+    for key in expected.keys() - optional:
+        assert (written[key].dtype, tuple(written[key].shape)) == expected[key], key
