@@ -68,9 +68,7 @@ def find(model_name: str, folder: str = FOLDER) -> Path | None:
     return None if first is None else Path(first).parent
 
 
-def find_or_raise(
-    model_name: str, search: Callable[[str], Path | None] = find, folder: str = FOLDER
-) -> Path:
+def find_or_raise(model_name: str, search: Callable[[str], Path | None] = find, folder: str = FOLDER) -> Path:
     """The path of a choice. Raises FileNotFoundError that says where it should be."""
     path = search(model_name)
     if path is None:
