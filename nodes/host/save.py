@@ -30,12 +30,12 @@ REFUSED = (
 )
 
 
-def save_as_native(model: torch.nn.Module) -> None:
+def save_as_native(model: Any) -> None:
     """Have save nodes write the host's `model`, which has 4-bit layers, as a file that opens again."""
     model.diffusion_model.register_state_dict_post_hook(partial(_as_native, model.svdquant))
 
 
-def provenance_of(stored: Provenance, model: torch.nn.Module) -> Provenance:
+def provenance_of(stored: Provenance, model: Any) -> Provenance:
     """That of a file made of the host's `model` as it is now: the configuration is the model's own."""
     config: dict[str, Any] = {key: value for key, value in model.model_config.unet_config.items() if _is_json(value)}
     return replace(stored, unet_config=config, pinned=tuple(key for key in stored.pinned if key in config))
