@@ -71,7 +71,8 @@ def _vae_patcher(path: str, disable_dynamic: bool = False) -> ModelPatcher:
 
 def beside_of(model: ModelPatcher, clip: Any, vae: Any) -> Beside | None:
     """CLIP and VAE, patches included, as ComfyUI's checkpoints of this MODEL name their tensors; None without both."""
-    config, tensors = model.model.model_config, {}
+    config = model.model.model_config
+    tensors: dict[str, torch.Tensor] = {}
     if clip is not None:
         lazy = hasattr(clip, "state_dict_for_saving")  # newer hosts patch a weight when it is asked for
         comfy.model_management.load_models_gpu([clip.load_model()], **({} if lazy else {"force_patch_weights": True}))
