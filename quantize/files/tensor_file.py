@@ -113,10 +113,10 @@ class TensorFile(Collection[str]):
             more = f", and {len(self.problems) - 1} more" if len(self.problems) > 1 else ""
             raise TensorFileError(f"{self.path.name}: {self.problems[0]}{more}. {integrity.ADVICE}")
 
-    def _opened(self) -> str | Path:
+    def _opened(self) -> Path:
         """A name of the file that is open: under its own there may be another one by now."""
-        name = f"/dev/fd/{self._stream.fileno()}"
-        return name if Path(name).exists() else self.path  # Windows has none, and no open file is replaced there
+        name = Path(f"/dev/fd/{self._stream.fileno()}")
+        return name if name.exists() else self.path  # Windows has none, and no open file is replaced there
 
     def _take_manifest(self) -> tuple[integrity.Manifest | None, list[str]]:
         text = self.metadata.pop(integrity.KEY, None)

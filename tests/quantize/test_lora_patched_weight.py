@@ -181,6 +181,11 @@ def test_what_cannot_share_a_block(other):
     assert len(grouped([first, other])) == len(grouped([other, first])) == 2
 
 
+def test_a_slice_joins_the_one_before_it():
+    rows = [term(lora(32), strength, offset=(0, start, 32)) for start, strength in ((0, 0.5), (32, 0.8), (64, 0.8))]
+    assert grouped(rows) == [rows[:1], rows[1:]]
+
+
 def test_the_store_makes_nothing_twice_and_forgets_with_the_file(packed):
     store, forms = FactorStore(), [lora(seed=50, magnitude=1 + 0.1 * noise(N, 1)), lora(seed=40)]
     first, again = (weight_of(packed, store).loras([term(form, s) for form in forms]) for s in (1.0, 1.0))

@@ -150,7 +150,6 @@ def test_a_replaced_file_is_still_the_one_that_was_opened(tmp_path):
     assert not file.read("a").any()
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve room on a disk")
 @pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no open file is replaced here")
 @pytest.mark.parametrize("checksums", [True, False])
 def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_the_two(tmp_path, monkeypatch, checksums):
@@ -169,6 +168,7 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_the_two(tmp_path, 
     assert torch.equal(file.read("a"), torch.zeros(7)) and torch.equal(file.read("b"), torch.ones(3))
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve room on a disk")
 def test_the_room_is_taken_before_the_first_tensor_comes(tmp_path):
     data = torch.arange(1 << 20).to(torch.uint8)
     with TensorWriter(tmp_path / "x.safetensors", {"a": TensorInfo.of(data)}) as writer:
