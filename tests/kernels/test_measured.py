@@ -164,7 +164,7 @@ def test_it_says_what_the_others_took():
 
 def lost(backend: str, monkeypatch) -> dict[str, Backend]:
     """All backends, and one more"""
-    found = {**discover()[0], backend: Backend(backend, lambda call: "is out of order", reference.BACKEND.prepare)}
+    found = {**discover()[0], backend: Backend(backend, lambda call: "is out of order", each_call(reference.linear))}
     monkeypatch.setattr(dispatch, "discover", lambda: (found, {}))
     return found
 
