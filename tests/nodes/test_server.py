@@ -25,7 +25,13 @@ pytestmark = pytest.mark.host
 
 
 @pytest.fixture(scope="module")
-def host():
+def host(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield from started()
+
+
+def started():
     with Host(os.environ["COMFYUI_PATH"], ROOT, models=model_tree(ROOT / "workflows" / "models")) as host:
         yield host
 
@@ -126,6 +132,14 @@ def test_a_mode_that_the_file_has_not_is_refused_when_queued(host, quantized_nvf
 def test_the_info_node_tells_the_mode_that_was_asked_for(host, quantized):
     texts = host.texts(host.run(workflow("demo_int4", compute="w4a8")))
     assert any("compute   w4a8" in text and "reference w4a8 (20 layers)" in text for text in texts)
+
+
+def test_a_model_that_runs_as_measured_says_so(host, quantized):
+    """Measured while it loads, with the real clock; the file is the server's own."""
+    texts = host.texts(host.run(workflow("demo_int4", compute="measured")))
+    assert any("compute   measured" in text and ", measured on " in text for text in texts), texts
+    texts = host.texts(host.run(workflow("demo_int4", compute="auto")))
+    assert any("by the tables" in text and "measured on" not in text for text in texts), texts
 
 
 @pytest.mark.parametrize(

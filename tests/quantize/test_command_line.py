@@ -164,6 +164,31 @@ def test_tune_says_what_it_needs(quantized, tmp_path):
     assert run("tune").returncode == 2
 
 
+def test_tune_measures_the_ways_of_a_cpu_and_keeps_them(quantized, monkeypatch, tmp_path, capsys):
+    """In this process, as a user types it; then as a new process would."""
+    from svdquant_pack.kernels import dispatch, measured, rivals
+    from svdquant_pack.quantize.files.open import open_checkpoint
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+    monkeypatch.setattr(rivals, "ROWS", (128,))
+    measured.known.cache_clear()
+    assert main(["tune", "--model", str(quantized), "--cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"kept in {measured.path()}, for layers that are loaded with compute=measured"
+    specs = {(spec.kind, spec.n, spec.k): spec for spec in open_checkpoint(quantized).specs.values() if spec.rank}
+    assert len(lines) == len(specs) + 1 and any("int4 partly unsigned" in line for line in lines)
+    measured.known.cache_clear()
+    dispatch.forget_choices()
+    for spec in specs.values():
+        choice = dispatch.choose(spec, torch.device("cpu"), torch.float32, "measured", 128)
+        said = f" {spec.n} x {spec.k}, 128 rows: {choice.backend.name} {choice.compute}"
+        assert choice.measured is not None and any(said in line for line in lines)
+    assert main(["tune", "--model", str(quantized), "--cpu", "--json", "--compute", "w4a4"]) == 0
+    assert json.loads(capsys.readouterr().out) == {}, "of one mode launch settings are tuned alone, and a CPU has none"
+    measured.known.cache_clear()
+
+
 def test_tune_knows_the_layers_of_a_file_and_of_known_models(quantized):
     from svdquant_pack.quantize.cli.tune import layers_of
 
