@@ -1,7 +1,8 @@
 """Which backend runs a call in which mode, and why the others do not."""
 
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -16,10 +17,13 @@ from .layer import Layer, LayerSpec, Lora
 from .measured import Kind, Measured, find
 from .modes import AUTO, COMPUTES, FEW, MEASURED, SOME, USUAL_ROWS
 from .order import ORDERS
-from .self_test import self_test
+from .self_test import Sample, self_test
 
 log = logging.getLogger("svdquant")
-_tested: dict[tuple[str, KernelCall], str | None] = {}
+Tested = tuple[str, KernelCall]
+Fault = Callable[[Backend, KernelCall], str | None]
+_tested: dict[Tested, str | None] = {}
+_testing: dict[Tested, threading.RLock] = {}  # who wants a backend that another thread tests waits for the result
 _chosen: dict[tuple[Any, ...], "Choice"] = {}
 _turned_off = 0  # how often: a choice from before is none any more
 _by_reference: ContextVar[bool] = ContextVar("svdquant_by_reference", default=False)
@@ -106,7 +110,7 @@ def order_of(spec: LayerSpec, device: torch.device, dtype: torch.dtype, compute:
     ''
     """
     try:
-        choices = [choose(spec, device, dtype, compute, rows) for rows in (FEW, SOME, USUAL_ROWS)]
+        choices = [_choose(spec, device, dtype, compute, rows, known_fault) for rows in (FEW, SOME, USUAL_ROWS)]
     except ValueError:  # nothing runs it: the first call will say so
         return ""
     orders = {choice.backend.order(spec, choice.compute) for choice in choices}
@@ -114,7 +118,9 @@ def order_of(spec: LayerSpec, device: torch.device, dtype: torch.dtype, compute:
     return "" if order and spec.n % ORDERS[order].rows else order
 
 
-def _choose(spec: LayerSpec, device: torch.device, dtype: torch.dtype, compute: str, rows: int) -> Choice:
+def _choose(
+    spec: LayerSpec, device: torch.device, dtype: torch.dtype, compute: str, rows: int, fault_in: Fault | None = None
+) -> Choice:
     if compute not in COMPUTES:
         raise ValueError(f"compute is {compute!r}, known are {', '.join(COMPUTES)}")
     backends, absent = discover()
@@ -132,7 +138,7 @@ def _choose(spec: LayerSpec, device: torch.device, dtype: torch.dtype, compute: 
         reasons |= {name: claim for name, claim in claims.items() if isinstance(claim, str)}
         able = {name: claim for name, claim in claims.items() if not isinstance(claim, str)}
         for name in sorted(able, key=able.__getitem__, reverse=True):
-            fault = fault_of(backends[name], call)
+            fault = (fault_in or fault_of)(backends[name], call)
             if fault is None:
                 reasons = {other: why for other, why in (reasons | faults).items() if other != name}
                 return Choice(backends[name], mode, reasons)
@@ -188,12 +194,41 @@ def fault_of(backend: Backend, call: KernelCall) -> str | None:
         return None
     key = backend.name, _without_rows(call)
     if key not in _tested:
-        _tested[key] = None  # the test itself must not ask again
-        if call.device.type != "cpu":  # what runs there besides the reference is an interpreter
-            found = self_test(backend, call)
-            if found is not None:
-                turn_off(backend, call, found)
+        with _testing.setdefault(key, threading.RLock()):
+            if key not in _tested:
+                _test(backend, call)
     return _tested[key]
+
+
+def known_fault(backend: Backend, call: KernelCall) -> str | None:
+    """The same, as far as it is known already: nothing is tested for it"""
+    return _tested.get((backend.name, _without_rows(call)))
+
+
+def _test(backend: Backend, call: KernelCall, *tested: tuple[int, Sample]) -> None:
+    found = None
+    if call.device.type != "cpu":  # what runs there besides the reference is an interpreter
+        found = self_test(backend, call, tested)
+    if found is not None:
+        turn_off(backend, call, found)
+    _tested.setdefault((backend.name, _without_rows(call)), None)
+
+
+def try_out(sample: Sample, device: torch.device, dtype: torch.dtype, compute: str, rows: int) -> None:
+    """Run what would be chosen for layers like `sample`, with so many rows: it is compiled and compared then.
+
+    What fails is turned off, and what takes its place is tried.
+    """
+    spec = sample.spec
+    while True:
+        choice = _choose(spec, device, dtype, compute, bucket(rows), known_fault)
+        if choice.backend.name == "reference":
+            return
+        call = call_of(spec, device, dtype, choice.compute)
+        with _testing.setdefault((choice.backend.name, call), threading.RLock()):
+            _test(choice.backend, call, (rows, sample))
+        if known_fault(choice.backend, call) is None:
+            return
 
 
 def turn_off(backend: Backend, call: KernelCall, reason: str) -> None:
@@ -209,9 +244,9 @@ def turn_off(backend: Backend, call: KernelCall, reason: str) -> None:
     _chosen.clear()
 
 
-def call_of(spec: LayerSpec, x: torch.Tensor, compute: str) -> KernelCall:
-    """What `turn_off` needs to know of a layer on x, in a mode that was chosen for it."""
-    return KernelCall(spec.format, x.device, x.dtype, compute, partly_unsigned=spec.partly_unsigned)
+def call_of(spec: LayerSpec, device: torch.device, dtype: torch.dtype, compute: str) -> KernelCall:
+    """What `turn_off` needs to know of a layer, in a mode that was chosen for it."""
+    return _without_rows(KernelCall(spec.format, device, dtype, compute, partly_unsigned=spec.partly_unsigned))
 
 
 @contextmanager
@@ -250,7 +285,7 @@ def run(
         except Exception as error:
             if backend.name == "reference":
                 raise
-            turn_off(backend, call_of(spec, x, choice.compute), f"{type(error).__name__}: {error}")
+            turn_off(backend, call_of(spec, x.device, x.dtype, choice.compute), f"{type(error).__name__}: {error}")
 
 
 def prepare(

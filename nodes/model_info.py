@@ -51,6 +51,10 @@ def report(model: dict[str, Any] | None) -> str:
         lines.append(f"measured  is not used: {model['not_measured']}")
     reasons = {name: reason for layer in layers for name, reason in layer["passed_over"].items()}
     lines += [f"not used  {name}: {reason}" for name, reason in sorted(reasons.items())]
+    compiled = model["first_use"]
+    if compiled["kernels"]:
+        more = ", others follow" if compiled["running"] else ""
+        lines.append(f"compiled  {compiled['kernels']} kernels in {compiled['seconds']} s while weights loaded{more}")
     if model["faster"]:
         lines.append(f"faster    {FASTER.format(model['faster'])}")
     lines += [f"note      {note}" for note in model["notes"]]

@@ -57,12 +57,14 @@ class Backend:
               power of two, and tensors of the same shapes, types and device. It may keep none of them. x is (M, K),
               `compute` resolved, `activation` that of svdquant_linear. `each_call` makes one of a function
     order     (spec, compute) -> the order, beside the natural one, in which such a layer is read as it is; or ""
+    compiled  () -> kernels that it has compiled in this process so far
     """
 
     name: str
     claims: Callable[[KernelCall], int | str]
     prepare: Callable[..., Run]
     order: Callable[[LayerSpec, str], str] = lambda spec, compute: ""
+    compiled: Callable[[], int] = int
 
     def linear(
         self,

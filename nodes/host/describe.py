@@ -7,6 +7,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...kernels.dispatch import Choice, arch_of, faster_format
+from ...kernels.first_use import FirstUse
 from ...kernels.layer import LayerSpec
 from ...kernels.measured import facts, known
 from ...kernels.modes import MEASURED
@@ -34,9 +35,11 @@ def describe_model(patcher: ModelPatcher) -> dict[str, Any] | None:
             "lora_rank": loras[key].rank if key in loras else 0,
         }
     faster = faster_format_of(file["formats"], device)
+    first_use = patcher.model.svdquant.first_use or FirstUse(device, "auto")
+    compiled = {"kernels": first_use.kernels, "seconds": round(first_use.seconds, 1), "running": first_use.running}
     asked = any(layer["asked"] == MEASURED for layer in backends.values())
     found, unused = known(device) if asked else ({}, "")
-    here = {"device": str(device), "dtype": str(dtype), "faster": faster}
+    here = {"device": str(device), "dtype": str(dtype), "faster": faster, "first_use": compiled}
     versions = [f"{name} {version}" for name, version in facts(device).items() if name != "pack"]
     measured = {"measured_with": ", ".join(versions) if found else "", "not_measured": unused}
     return file | here | measured | {"backends": backends}

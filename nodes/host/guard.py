@@ -151,7 +151,7 @@ class _Watched:
             found = form.choice(x.device, x.dtype, rows)
             if found.backend.name != "reference":
                 said = f"{where}; the call is repeated without it"
-                turn_off(found.backend, call_of(packed.spec, x, found.compute), said)
+                turn_off(found.backend, call_of(packed.spec, x.device, x.dtype, found.compute), said)
         self.mended.append(name)
         return exact
 

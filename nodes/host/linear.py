@@ -9,7 +9,7 @@ from typing import Any
 import comfy.ops
 import torch
 
-from ...kernels.layer import Layer
+from ...kernels.layer import Layer, LayerSpec
 from ...quantize.files.checkpoint import Checkpoint, CheckpointError
 from ...quantize.files.dialects.native import encode_layer
 from ...quantize.files.spelling import MARKER, SUFFIXES, own_names
@@ -83,6 +83,11 @@ class SVDQuantLinear(comfy.ops.manual_cast.Linear):
     def arrange(self, order: str, device: torch.device) -> None:
         """Put the bytes, where they lie, in an order of kernels/order.py; `device` moves them."""
         self.packed, self._own = self.four_bit.arrange(self.blob.detach(), order, device), None
+
+    def kind(self) -> tuple[LayerSpec, dict[str, torch.dtype], bool]:
+        """What decides which kernels run it: its numbers, the types of its tensors, whether there is a bias"""
+        packed = self.four_bit
+        return packed.spec, {view.name: view.dtype for view in packed.views}, self.bias is not None
 
     def set_loras(self, loras: LayerLoras | None) -> None:
         """Replace the user's LoRAs. Factors that are on the device already stay there: only their strength changes.

@@ -3,15 +3,18 @@
 import inspect
 import logging
 import types
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.model_detection
+import comfy.model_management
 import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...kernels.dispatch import order_of
+from ...kernels.first_use import FirstUse
 from ...kernels.modes import MEASURED
 from ...quantize.families import FAMILIES
 from ...quantize.files.checkpoint import Checkpoint, CheckpointError
@@ -59,9 +62,15 @@ def load_model(
         state_dict[f"{name}.weight"] = torch.empty(spec.n, spec.k, dtype=checkpoint.dtype, device="meta")
     provenance, pinned = checkpoint.provenance, pinned_config(checkpoint)
     missing: list[list[str]] = []
-    options = {"custom_operations": _noting_missing(operations(checkpoint, compute), missing)}
-    bare = _build(checkpoint.path.name, state_dict, options, pinned, disable_dynamic)
+    first_use = FirstUse(comfy.model_management.get_torch_device(), compute)
+    options = {"custom_operations": _watching(operations(checkpoint, compute), missing, first_use)}
+    try:
+        bare = _build(checkpoint.path.name, state_dict, options, pinned, disable_dynamic)
+    except BaseException:
+        first_use.stop()
+        raise
     if bare is None:
+        first_use.stop()
         raise CheckpointError(
             f"{checkpoint.path.name}: this ComfyUI does not know a model with these layers "
             f"(family {provenance.family}); a newer ComfyUI may"
@@ -70,6 +79,8 @@ def load_model(
     patcher.model.svdquant.path = checkpoint.path
     patcher.model.svdquant.provenance = provenance_of(provenance, patcher.model)
     save_as_native(patcher.model)
+    patcher.model.svdquant.first_use = first_use
+    weakref.finalize(patcher.model, first_use.stop)
     for module in patcher.model.diffusion_model.modules():
         if isinstance(module, SVDQuantLinear):
             module.__class__ = SVDQuantLinear  # those that load are of this file, hold it open, and cannot be pickled
@@ -83,6 +94,9 @@ def load_model(
     if compute == MEASURED:
         measure_layers(patcher, dtype_of(patcher))
     _arrange(patcher)
+    for module in patcher.packed_layers().values():  # the type of the activations is known for certain now
+        first_use.add(*module.kind(), dtype_of(patcher))
+    first_use.close()
     file = describe(checkpoint)
     patcher.set_attachments(ATTACHMENT, file)
     for note in checkpoint.notes:
@@ -136,16 +150,21 @@ def _check_config(file: str, pinned: Mapping[str, Any], infos: Mapping[str, Tens
         ) from error
 
 
-def _noting_missing(base: Any, missing: list[list[str]]) -> type:
+def _watching(base: Any, missing: list[list[str]], first_use: FirstUse) -> type:
     """The same operations; into `missing` goes torch's list of what the model wants and was not given.
 
-    The host only logs it. One list serves a whole load, and grows until the load ends.
+    The host only logs it. One list serves a whole load, and grows until the load ends. `first_use` is told of every
+    4-bit layer, with the type that the host will most likely compute in.
     """
+    device = first_use.device
 
     class Linear(base.Linear):  # type: ignore[misc]
         def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args: Any) -> None:
-            missing[:] = [missing_keys]
+            missing[:], dtype = [missing_keys], self.weight.dtype
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+            if self.packed is not None:
+                dtype = comfy.model_management.unet_manual_cast(dtype, device) or dtype
+                first_use.add(*self.kind(), dtype)
 
     return type(base.__name__, (base,), {"Linear": Linear})
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...kernels.first_use import FirstUse
 from ...quantize.files.checkpoint import Provenance
 from ...quantize.lora.fit import LoraLimits
 from ...quantize.lora.loras import LayerLoras
@@ -39,6 +40,7 @@ class ModelState:
     unhooked  weight key -> what a layer had before a hook's LoRAs took its place
     provenance  of the file, as far as it still holds for the model that was built from it
     limits    for LoRAs that a save node puts into the weights; None where it is to be refused
+    first_use  compiles what the layers need
     shapes_shown  whether the layers' weights read as tensors (N, K): from a call that announces training until a load
     """
 
@@ -50,6 +52,7 @@ class ModelState:
     provenance: Provenance = field(default_factory=Provenance)
     limits: LoraLimits | None = field(default_factory=LoraLimits)
     shapes_shown: bool = False
+    first_use: FirstUse | None = None
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "ModelState":

@@ -30,7 +30,15 @@ int cuFuncGetAttribute(int *value) { *value = 1024; return 0; }
 int cuPointerGetAttribute(uint64_t *found, int attribute, uint64_t pointer) { *found = pointer; return 0; }
 int cuGetErrorString(int error, const char **text) { *text = "none"; return 0; }
 """
-CAPABILITIES = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0), "sm_120": (12, 0)}
+CAPABILITIES = {
+    "sm_75": (7, 5),
+    "sm_80": (8, 0),
+    "sm_86": (8, 6),
+    "sm_89": (8, 9),
+    "sm_90": (9, 0),
+    "sm_100": (10, 0),
+    "sm_120": (12, 0),
+}
 MULTIPROCESSORS = 132
 _current = 0  # the index of a capability: Triton compiles anew for each
 

@@ -65,7 +65,7 @@ def _int8_async_case(name: str, tiling: int8_async.RingTiling, low_rank: bool) -
         name=f"gluon-int8-async-{name}" + "-branch" * low_rank,
         kernel=int8_async.int8_async_kernel,
         signature=signature,
-        constexprs=int8_async.compile_time(tiling, low_rank, True) | absent,
+        constexprs=int8_async.compile_time(tiling, low_rank) | absent,
         num_warps=tiling.warps,
         num_stages=1,
         targets=("sm_90",),

@@ -106,11 +106,11 @@ def gemm_nvfp4_cases() -> list[CompileCase]:
     signature = dict.fromkeys(("act", "proj_up", "lora_up", "bias", "out"), "*bf16")
     signature |= {"qact": "*u8", "qweight": "*u8", "ascales": "*fp8e4nv", "wscales": "*fp8e4nv"}
     signature |= {"channel_scales": "*fp32"}
-    signature |= dict.fromkeys(("M", "N", "half", "R", "R_LORA"), "i32")
+    signature |= dict.fromkeys(("M", "N", "half", "R", "R_LORA", "biased"), "i32")
     cases = []
     for name, options, targets in shipped("gemm_nvfp4", NVFP4_TARGETS):
         constexprs, warps, stages = launch_options(options)
-        constexprs |= {"EVEN": True, "BIAS": True}
+        constexprs |= {"EVEN": True}
         for activation in (0, 1):
             cases.append(
                 CompileCase(
@@ -122,7 +122,7 @@ def gemm_nvfp4_cases() -> list[CompileCase]:
                     stages,
                     targets,
                     {"sm_100": "UTCOMMA", "sm_120": "OMMA"},
-                    undivisible=("M",),
+                    undivisible=("M", "biased"),
                 )
             )
     return cases
@@ -140,11 +140,11 @@ def gemm_w4_cases() -> list[CompileCase]:
     signature = dict.fromkeys(("act", "proj_up", "lora_up", "bias", "out", "wscales"), "*bf16")
     signature |= {"qact": "*i8", "qweight": "*i8"}
     signature |= {"next_smooth": "*bf16", "next_qact": "*i8", "next_ascales": "*bf16"}
-    signature |= dict.fromkeys(("M", "N", "K", "R", "R_LORA", "unsigned_start", "unsigned_stop"), "i32")
+    signature |= dict.fromkeys(("M", "N", "K", "R", "R_LORA", "biased", "unsigned_start", "unsigned_stop"), "i32")
     cases = []
     for name, options, reached in shipped("gemm_w4", INT8_TARGETS):
         constexprs, warps, stages = launch_options(options)
-        constexprs |= {"FOLD": True, "BIAS": True}
+        constexprs |= {"FOLD": True}
         for flavour, flags in ACTIVATIONS.items():
             for asm, targets in split_by_asm(reached):
                 # a tile of 16 rows is too small for Hopper's instruction of 64
@@ -160,7 +160,7 @@ def gemm_w4_cases() -> list[CompileCase]:
                         targets,
                         {target: cores[target] for target in targets},
                         {} if asm or flavour != "a4" else dict.fromkeys(targets, AMD_A4),
-                        undivisible=("M",),
+                        undivisible=("M", "biased"),
                     )
                 )
     return cases
@@ -171,11 +171,11 @@ def gemm_w8_cases() -> list[CompileCase]:
     signature = dict.fromkeys(("act", "proj_up", "lora_up", "bias", "out"), "*bf16")
     signature |= {"qact": "*i8", "weight": "*i8"}
     signature |= dict.fromkeys(("ascales", "row_scales"), "*fp32")
-    signature |= dict.fromkeys(("M", "N", "K", "R", "R_LORA"), "i32")
+    signature |= dict.fromkeys(("M", "N", "K", "R", "R_LORA", "biased"), "i32")
     cases = []
     for name, options, targets in shipped("gemm_w8", INT8_TARGETS):
         constexprs, warps, stages = launch_options(options)
-        constexprs |= {"EVEN": True, "BIAS": True}
+        constexprs |= {"EVEN": True}
         for activation in (0, 1):
             cases.append(
                 CompileCase(
@@ -187,7 +187,7 @@ def gemm_w8_cases() -> list[CompileCase]:
                     stages,
                     targets,
                     {target: INT8[target] for target in targets},
-                    undivisible=("M",),
+                    undivisible=("M", "biased"),
                 )
             )
     return cases
@@ -233,7 +233,7 @@ def quantize_groups_cases() -> list[CompileCase]:
         chunks = options.pop("CHUNKS")
         cases += _int4_route_cases(name, signature, options, not chunks, reached)
         constexprs, warps, stages = launch_options(options)
-        constexprs |= {"SMOOTH": True, "UNSIGNED": False, "SIGNED_EXTREME": False}
+        constexprs |= {"SMOOTH": True, "SIGNED_EXTREME": False}
         able = tuple(target for target in reached if target in INT8_TARGETS)
         for eight, (ending, flags, some) in product((False, True), columns_of(not chunks, able)):
             for asm, targets in split_by_asm(some):
@@ -259,7 +259,7 @@ def _int4_route_cases(
 ) -> list[CompileCase]:
     """What is in front of the INT4 tensor cores, with everything that a layer may ask of it"""
     constexprs, warps, stages = launch_options(options)
-    constexprs |= dict.fromkeys(("SMOOTH", "MEAN", "UNSIGNED", "SIGNED_EXTREME", "ASM"), True) | {"EIGHT": False}
+    constexprs |= dict.fromkeys(("SMOOTH", "MEAN", "SIGNED_EXTREME", "ASM"), True) | {"EIGHT": False}
     turing = dict.fromkeys(("x", "proj_down", "lora_down", "act", "ascales"), "*fp16")
     cases = []
     for ending, flags, some in columns_of(in_pass, reached)[:2]:
@@ -320,7 +320,7 @@ def quantize_rows_cases() -> list[CompileCase]:
     for name, options, reached in shipped("quantize_rows", INT8_TARGETS):
         fuse = options.pop("FUSE")
         constexprs, warps, stages = launch_options(options)
-        constexprs |= {"SMOOTH": True, "UNSIGNED": False}
+        constexprs |= {"SMOOTH": True}
         kinds = (False, reached), (True, tuple(t for t in reached if t in ("sm_89", "sm_90", "sm_100")))
         for fp8, able in kinds:
             for ending, flags, some in columns_of(fuse, able):

@@ -247,7 +247,7 @@ def test_a_self_test_that_fails_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "self_test", self_test.self_test)
     with caplog.at_level(logging.WARNING, "svdquant"):
         object.__setattr__(call, "device", type("Gpu", (), {"type": "cuda", "__str__": lambda self: "cuda:0"})())
-        monkeypatch.setattr(dispatch, "self_test", lambda backend, call: "its self-test is wrong by 2")
+        monkeypatch.setattr(dispatch, "self_test", lambda backend, call, tested: "its self-test is wrong by 2")
         reasons = [dispatch.fault_of(wrong, call) for _ in range(3)]
     assert reasons[0] == reasons[2] and "wrong by 2" in reasons[0] and len(caplog.records) == 1
 

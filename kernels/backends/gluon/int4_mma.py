@@ -221,7 +221,8 @@ def compile_time(
         "WARPS_N": tiling.warps_n,
         "STAGES": tiling.stages,
         "BAND": BAND,
-        "SIGNED": stop - start < k,
+        # for few rows, which wait for the weight, all unsigned is no kernel of its own
+        "SIGNED": stop - start < k or tiling.row_tiles == 1,
         "UNSIGNED": start < stop,
         "HAS_BIAS": bias,
         "WS": KINDS[scales],

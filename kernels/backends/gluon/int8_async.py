@@ -86,8 +86,7 @@ def _load_slice(
 def int8_async_kernel(
     a_desc, w_desc, act_desc, up_desc, a_scale, w_scale, bias, out, M, N, K, R,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
-    BAND: gl.constexpr, SLICE: gl.constexpr, INSTRUCTION: gl.constexpr, LOW_RANK: gl.constexpr, HAS_BIAS: gl.constexpr,
-    RAGGED: gl.constexpr,
+    BAND: gl.constexpr, SLICE: gl.constexpr, INSTRUCTION: gl.constexpr, LOW_RANK: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     """All tiles program_id, program_id + num_programs, ... of y. Rows past M are not stored.
 
@@ -162,12 +161,10 @@ def int8_async_kernel(
             y = gl.convert_layout(y, ACC)
         pointer = out + row[:, None].to(gl.int64) * N + column[None, :]
         if RAGGED:
-            if HAS_BIAS:
-                y += gl.load(bias + column, mask=column < N, other=0.0).to(gl.float32)[None, :]
+            y += gl.load(bias + column, mask=column < N, other=0.0).to(gl.float32)[None, :]
             gl.store(pointer, y.to(DTYPE), mask=(row < M)[:, None] & (column < N)[None, :])
         else:
-            if HAS_BIAS:
-                y += gl.load(bias + column).to(gl.float32)[None, :]
+            y += gl.load(bias + column).to(gl.float32)[None, :]
             gl.store(pointer, y.to(DTYPE), mask=(row < M)[:, None])
     for each in gl.static_range(STAGES + 1):
         mbarrier.invalidate(full.index(each))
@@ -178,7 +175,7 @@ def tiling_of(n: int) -> RingTiling:
     return WIDE if n % WIDE.columns == 0 else SQUARE
 
 
-def compile_time(tiling: RingTiling, low_rank: bool, bias: bool) -> dict[str, object]:
+def compile_time(tiling: RingTiling, low_rank: bool) -> dict[str, object]:
     """The compile-time arguments of a launch."""
     return {
         "ROWS": tiling.rows,
@@ -190,7 +187,6 @@ def compile_time(tiling: RingTiling, low_rank: bool, bias: bool) -> dict[str, ob
         "SLICE": SLICE,
         "INSTRUCTION": INSTRUCTION_COLUMNS,
         "LOW_RANK": low_rank,
-        "HAS_BIAS": bias,
         "RAGGED": tiling is not WIDE,  # WIDE is only used where it divides N
     }
 
@@ -232,17 +228,18 @@ class Copied:
 class Int8Gemm:
     """out = (qact @ weight.T) * ascales[:, None] * row_scales + low_rank.act @ low_rank.up.T + bias, for N = n
 
-    Layouts, tiling and the number of programs are found once; no tensor is kept.
+    Layouts, tiling and the number of programs are found once; no tensor is kept but the zeros of layers without bias.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, n: int, low_rank: bool, bias: bool) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, n: int, low_rank: bool) -> None:
         self.n, self.tiling = n, tiling_of(n)
         self.columns = -(-n // self.tiling.columns)
         each = 1 if self.tiling is WIDE else 2
         self.programs = each * torch.cuda.get_device_properties(device).multi_processor_count
         self.copied = [Copied(*each) for each in blocks(self.tiling, dtype).values()]
-        flags = {**compile_time(self.tiling, low_rank, bias), "num_warps": self.tiling.warps}
+        flags = {**compile_time(self.tiling, low_rank), "num_warps": self.tiling.warps}
         self.launch = Launch(int8_async_kernel, flags)
+        self.zeros: torch.Tensor | None = None
 
     def __call__(
         self,
@@ -265,8 +262,12 @@ class Int8Gemm:
             rank = up.shape[1]
             descriptors = of_act.of(qact), of_weight.of(weight), of_branch.of(branch_act), of_up.of(up)
         tiles = -(-m // self.tiling.rows) * self.columns
-        tensors = (ascales, row_scales, ascales if bias is None else bias, out)
-        self.launch((min(tiles, self.programs), 1, 1), tensors, (m, self.n, k, rank), descriptors)
+        if bias is None:
+            # a kernel of its own would be compiled for it, and one that asks at run time has too few registers
+            bias = self.zeros = out.new_zeros(self.n) if self.zeros is None else self.zeros
+        self.launch(
+            (min(tiles, self.programs), 1, 1), (ascales, row_scales, bias, out), (m, self.n, k, rank), descriptors
+        )
         return out
 
 
@@ -286,5 +287,5 @@ def int8_gemm(
     bias        (N,) any float dtype, or None
     out         (M, N) bfloat16 or float16; every tensor contiguous. Returns out
     """
-    gemm = Int8Gemm(act.qact.device, out.dtype, weight.shape[0], low_rank is not None, bias is not None)
+    gemm = Int8Gemm(act.qact.device, out.dtype, weight.shape[0], low_rank is not None)
     return gemm(act, (weight, row_scales), low_rank, bias, out)

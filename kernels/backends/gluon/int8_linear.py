@@ -32,7 +32,7 @@ def prepare(
     variant = (x.device, dtype, tiling_of(n), has_low_rank, kind)
     verify.once(variant, lambda: check(x.device, dtype, n, has_low_rank, kind))
     quantize, expand = steps.quantizer(x, layer, "int8_row", lora), steps.expander(layer, torch.int8)
-    factors, gemm = beside(layer, lora, dtype), Int8Gemm(x.device, dtype, n, has_low_rank, bias is not None)
+    factors, gemm = beside(layer, lora, dtype), Int8Gemm(x.device, dtype, n, has_low_rank)
 
     def run(x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, lora: Lora | None) -> torch.Tensor:
         coded, act = quantize(x, layer, lora)

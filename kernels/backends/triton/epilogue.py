@@ -43,15 +43,17 @@ def finish(
     columns,
     R,
     R_LORA,
+    biased,
     SLICE: tl.constexpr,
-    BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """The formula of this module on one tile; `rows` and `columns` lie inside the matrix"""
+    """The formula of this module on one tile; `rows` and `columns` lie inside the matrix
+
+    R, R_LORA and `biased` (N, or 0 without a bias) may be 0: a layer with a LoRA, or without a bias, is no other kernel
+    """
     acc = add_low_rank(acc, act, proj_up, rows, columns, R, R + R_LORA, SLICE)
     acc = add_low_rank(acc, act + R, lora_up, rows, columns, R_LORA, R + R_LORA, SLICE)
-    if BIAS:
-        acc += tl.load(bias + columns).to(tl.float32)[None, :]
+    acc += tl.load(bias + columns, mask=columns < biased, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION == 1:
         acc = gelu(acc)
     elif ACTIVATION == 2:

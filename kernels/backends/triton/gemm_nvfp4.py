@@ -11,7 +11,7 @@ from .epilogue import finish, store, tile_of
 E2M1 = tl.constexpr("e2m1")  # a name, because the interpreter of triton 3.6 takes no bare string here
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "biased"])
 def gemm_nvfp4(
     qact,
     qweight,
@@ -28,13 +28,13 @@ def gemm_nvfp4(
     half,
     R,
     R_LORA,
+    biased,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GM: tl.constexpr,
     SLICE: tl.constexpr,
     EVEN: tl.constexpr,
-    BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
     """One program: one (BM, BN) tile of y. qact (M, K/2), qweight (N, K/2), ascales (W, M, 4), wscales (N, W, 4)
@@ -84,8 +84,8 @@ def gemm_nvfp4(
         columns,
         R,
         R_LORA,
+        biased,
         SLICE,
-        BIAS,
         ACTIVATION,
     )
     store(out, acc, rm, rn, M, N)

@@ -65,7 +65,7 @@ def requantize(h, smooth_factor, rn, BM: tl.constexpr, BN: tl.constexpr, KIND: t
     return ((even & 15) | (odd << 4)).to(tl.int8), scale
 
 
-@triton.jit(do_not_specialize=["M", "unsigned_start", "unsigned_stop"])
+@triton.jit(do_not_specialize=["M", "biased", "unsigned_start", "unsigned_stop"])
 def gemm_w4(
     qact,
     qweight,
@@ -84,6 +84,7 @@ def gemm_w4(
     K,
     R,
     R_LORA,
+    biased,
     unsigned_start,
     unsigned_stop,
     BM: tl.constexpr,
@@ -92,7 +93,6 @@ def gemm_w4(
     SLICE: tl.constexpr,
     EIGHT: tl.constexpr,
     FOLD: tl.constexpr,
-    BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     REQUANTIZE: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -158,8 +158,8 @@ def gemm_w4(
         columns,
         R,
         R_LORA,
+        biased,
         SLICE,
-        BIAS,
         ACTIVATION,
     )
     store(out, acc, rm, rn, M, N)

@@ -6,7 +6,7 @@ import triton.language as tl
 from .epilogue import finish, store, tile_of
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "biased"])
 def gemm_w8(
     qact,
     weight,
@@ -22,13 +22,13 @@ def gemm_w8(
     K,
     R,
     R_LORA,
+    biased,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GM: tl.constexpr,
     SLICE: tl.constexpr,
     EVEN: tl.constexpr,
-    BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
     """One program: one (BM, BN) tile of y. qact (M, K) and weight (N, K) in the same order of channels; EVEN: BK | K"""
@@ -63,8 +63,8 @@ def gemm_w8(
         columns,
         R,
         R_LORA,
+        biased,
         SLICE,
-        BIAS,
         ACTIVATION,
     )
     store(out, acc, rm, rn, M, N)

@@ -52,7 +52,7 @@ class Epilogue(NamedTuple):
     activation: str = ""
 
     def flags(self) -> dict[str, Any]:
-        return {"BIAS": self.bias is not None, "ACTIVATION": ACTIVATIONS[self.activation]}
+        return {"ACTIVATION": ACTIVATIONS[self.activation]}
 
 
 @cache
@@ -114,7 +114,7 @@ class Quantizer:
         self.block, self.programs = options["BM"], 1
         blocks = 0 if in_pass else -(-made // COLUMNS)
         if by_rows:
-            flags |= {"FP8": codes == "fp8_row", "UNSIGNED": unsigned[0] != unsigned[1]}
+            flags["FP8"] = codes == "fp8_row"
             self.behind: tuple[int, ...] = (*unsigned, blocks)
             self.codes = self.k
             self.scales: tuple[int, ...] = ()
@@ -128,8 +128,7 @@ class Quantizer:
             if nvfp4:
                 flags |= {"FOUR_SIX": rule == "four_six", "CONVERTS": converts_e2m1(arch)}
             else:
-                flags |= {"EIGHT": eight, "UNSIGNED": unsigned[0] != unsigned[1]}
-                flags["SIGNED_EXTREME"] = rule == "signed_extreme" and not eight
+                flags |= {"EIGHT": eight, "SIGNED_EXTREME": rule == "signed_extreme" and not eight}
             self.codes = self.k if eight else self.k // 2
             self.scales = (steps,)
             self.kinds = torch.int8, torch.float8_e4m3fn if nvfp4 else torch.float32 if eight else x.dtype
@@ -255,8 +254,9 @@ class Product:
                 *((y, y, y) if requantized is None else requantized),
             )
             widths = (0 if proj_up is None else proj_up.shape[1], 0 if lora_up is None else lora_up.shape[1])
+            biased = 0 if bias is None else self.n
             grid = (-(-m // self.block) * self.columns, 1, 1)
-            self.launch(grid, tensors, (m, self.n, self.width, *widths, *unsigned))
+            self.launch(grid, tensors, (m, self.n, self.width, *widths, biased, *unsigned))
         return y
 
 

@@ -21,16 +21,12 @@ from .down import add_columns, down_of, make_columns, row_of, store_columns
 
 
 @triton.jit
-def encode_group(
-    y, unsigned, KIND: tl.constexpr, EIGHT: tl.constexpr, UNSIGNED: tl.constexpr, SIGNED_EXTREME: tl.constexpr
-):
+def encode_group(y, unsigned, KIND: tl.constexpr, EIGHT: tl.constexpr, SIGNED_EXTREME: tl.constexpr):
     """(round_bits of the codes, scale) along the last axis of y; rounded to KIND first where 4-bit codes follow"""
-    top = 127.0 if EIGHT else 7.0
+    top = 127.0 if EIGHT else tl.where(unsigned, 15.0, 7.0)
     if not EIGHT:
         y = y.to(KIND).to(tl.float32)  # the reference rounds the smoothed activation to the dtype of x
-        if UNSIGNED:
-            top = tl.where(unsigned, 15.0, 7.0)
-            y = tl.maximum(y, tl.where(unsigned, 0.0, float("-inf")), propagate_nan=tl.PropagateNan.ALL)
+        y = tl.maximum(y, tl.where(unsigned, 0.0, float("-inf")), propagate_nan=tl.PropagateNan.ALL)
     bits = magnitude_bits(y)
     extreme_bits = tl.max(bits, axis=-1)
     extreme = extreme_or_nan(extreme_bits)
@@ -39,12 +35,12 @@ def encode_group(
         # the element of largest magnitude becomes code -8, so the scale has the opposite of its sign
         positive = tl.max(y.to(tl.int32, bitcast=True), axis=-1) == extreme_bits  # bits of negative floats are negative
         signed = tl.where(positive, -extreme, extreme) / 8.0
-        scale = tl.where(unsigned, scale, signed) if UNSIGNED else signed
+        scale = tl.where(unsigned, scale, signed)
     if EIGHT:
         scale = round_up_12_bits(scale)
     code = y * tl.expand_dims(reciprocal(scale), -1)
     if SIGNED_EXTREME:
-        code = tl.minimum(code, tl.where(unsigned, 15.0, 7.0) if UNSIGNED else 7.0)
+        code = tl.minimum(code, top)
     return round_bits(code), scale
 
 
@@ -75,7 +71,6 @@ def quantize_groups(
     SMOOTH: tl.constexpr,
     MEAN: tl.constexpr,
     EIGHT: tl.constexpr,
-    UNSIGNED: tl.constexpr,
     SIGNED_EXTREME: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -113,11 +108,10 @@ def quantize_groups(
         y = v.to(tl.float32)
         if MEAN:
             y -= tl.load(act_mean + k).to(tl.float32)[None, :]
-        if UNSIGNED:
-            y += tl.where(unsigned, GELU_SHIFT, 0.0)
+        y += tl.where(unsigned, GELU_SHIFT, 0.0)  # a branch costs more than to add nothing
         if SMOOTH:
             y = y * smoothing(smooth_factor, k, True, ASM)[None, :]
-        bits, scale = encode_group(y, unsigned, x.dtype.element_ty, EIGHT, UNSIGNED, SIGNED_EXTREME)
+        bits, scale = encode_group(y, unsigned, x.dtype.element_ty, EIGHT, SIGNED_EXTREME)
         even, odd = pairs(bits, BM, 64)
         if EIGHT:
             target = qact + rows * K + (g * 64 + half)[None, :]

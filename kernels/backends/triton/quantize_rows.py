@@ -19,12 +19,11 @@ def smoothed(
     unsigned_start,
     unsigned_stop,
     SMOOTH: tl.constexpr,
-    UNSIGNED: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """(x + shift) / smooth_factor of one tile, fp32"""
     y = v.to(tl.float32)
-    if UNSIGNED:
+    if unsigned_start < unsigned_stop:  # the same for all programs; the other layers pay nothing
         y += tl.where((k >= unsigned_start) & (k < unsigned_stop), GELU_SHIFT, 0.0)[None, :]
     if SMOOTH:
         y = y * smoothing(smooth_factor, k, k < K, ASM)[None, :]
@@ -56,7 +55,6 @@ def quantize_rows(
     COLUMNS: tl.constexpr,
     SMOOTH: tl.constexpr,
     FP8: tl.constexpr,
-    UNSIGNED: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """One program: BM rows, twice over K; the second time they are still in the cache. qact (M, K)
@@ -86,7 +84,7 @@ def quantize_rows(
         if RANK:
             acc = add_columns(acc, v, down, k, K, column, R + R_LORA, False)
             down += row * BK
-        y = smoothed(v, smooth_factor, k, K, unsigned_start, unsigned_stop, SMOOTH, UNSIGNED, ASM)
+        y = smoothed(v, smooth_factor, k, K, unsigned_start, unsigned_stop, SMOOTH, ASM)
         largest = tl.maximum(largest, tl.max(magnitude_bits(y), axis=1))
     scale = extreme_or_nan(largest) / (448.0 if FP8 else 127.0)
     factor = reciprocal(scale)
@@ -97,7 +95,7 @@ def quantize_rows(
         k = start + kk
         valid = inside & (k < K)[None, :]
         v = tl.load(x + rows * stride_x + k[None, :], mask=valid, other=0.0)
-        y = smoothed(v, smooth_factor, k, K, unsigned_start, unsigned_stop, SMOOTH, UNSIGNED, ASM) * factor[:, None]
+        y = smoothed(v, smooth_factor, k, K, unsigned_start, unsigned_stop, SMOOTH, ASM) * factor[:, None]
         # the reciprocal may be one ulp too large, and fp8 has no room above 448
         code = tl.minimum(tl.maximum(y, -448.0), 448.0).to(tl.float8e4nv) if FP8 else round_bits(y).to(tl.int8)
         tl.store(qact + rows * K + k[None, :], code, mask=valid)

@@ -5,6 +5,7 @@ and finds out at every launch which variant that is: in the time in which torch 
 that differs from an earlier one in none of these takes the variant that Triton took then.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import or_
@@ -31,6 +32,12 @@ class Variant(NamedTuple):
 
 
 _variants: dict[tuple[Any, ...], Variant] = {}
+_compiling: dict[tuple[Any, ...], threading.Lock] = {}  # who wants a kernel that another thread compiles waits for it
+
+
+def compiled() -> int:
+    """Kernels that were started so far, each variant counted once"""
+    return len({id(variant.compiled) for variant in list(_variants.values())})
 
 
 class Launch:
@@ -88,12 +95,14 @@ class Launch:
     ) -> Variant | None:
         """The variant for such a launch. None if Triton had to be asked: then the kernel was started already."""
         numbers, descriptors = behind
-        key = id(self._kernel), *place, *self._flags.values(), *(tensor.dtype for tensor in tensors)
+        kinds = id(self._kernel), *self._flags.values(), *(tensor.dtype for tensor in tensors)
+        key = *kinds, place
         variant = _variants.get(key)
         if variant is not None:
             self._own[place] = variant
             return variant
-        compiled = self._kernel[grid](*descriptors, *self._as_words(tensors), *numbers, **self._flags)
+        with _compiling.setdefault(kinds, threading.Lock()):
+            compiled = self._kernel[grid](*descriptors, *self._as_words(tensors), *numbers, **self._flags)
         if compiled is not None:  # None: a hook of Triton's took the launch
             names = self._kernel.arg_names[len(descriptors) + len(tensors) + len(numbers) :]
             constants = tuple(self._flags[name] for name in names)
