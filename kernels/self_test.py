@@ -13,6 +13,7 @@ from .layer import RANK_TILE, Layer, LayerSpec, Lora, mean_term
 # (M, N, with means): kernels have settings for few rows and for many, for ragged N and even N
 SHAPES = ((5, 192, False), (600, 256, True))
 K, RANK = 256, 32
+LORAS = RANK_TILE, 4 * RANK_TILE  # ranks: beside a branch of 32, wide ones are another kernel's
 TILE = 256  # no kernel's tile is larger: what a size leaves over of it decides between kernels, the rest does not
 # relative error of a whole layer: rounding to 16 bit gives 0.004, codes that fall on the other side of a tie less;
 # a wrong scale, nibble or sign gives more than 0.1
@@ -91,7 +92,7 @@ def make_layer(sample: Sample) -> Layer:
 def self_test(backend: Backend, call: KernelCall, tested: Sequence[tuple[int, Sample]] = ()) -> str | None:
     """What is wrong with `backend` for such calls, or None: on `tested`, (M, sample), else on `samples`
 
-    Each is run as it is and with a LoRA: what a first LoRA would find out later is found out here.
+    Each is run as it is and with LoRAs: what a first one would find out later is found out here.
     """
     from .backends.reference import linear as reference
 
@@ -107,8 +108,9 @@ def self_test(backend: Backend, call: KernelCall, tested: Sequence[tuple[int, Sa
             x, bias = normal(rows, k), normal(n) if sample.biased else None
             loras: list[Lora | None] = [None]
             if sample.spec.fmt.low_rank:
-                strength = torch.tensor([0.5])
-                loras.append(Lora(normal(k, RANK_TILE) / k**0.5, normal(n, RANK_TILE) / 4, strength))
+                for rank in LORAS:
+                    strength = torch.full((rank // RANK_TILE,), 0.5)
+                    loras.append(Lora(normal(k, rank) / k**0.5, normal(n, rank) / rank**0.5, strength))
             for lora in loras:
                 wanted = reference(x, layer, bias, lora, call.compute).float()
                 beside = None if lora is None else Lora(*(part.to(call.device) for part in lora if part is not None))

@@ -27,7 +27,8 @@ from svdquant_pack.kernels.backends.gluon import int4_linear, verify  # noqa: E4
 from svdquant_pack.kernels.backends.triton import launch, tiles  # noqa: E402
 from svdquant_pack.kernels.first_use import rows_of  # noqa: E402
 from svdquant_pack.kernels.layer import RANK_TILE  # noqa: E402
-from svdquant_pack.kernels.self_test import sample_of  # noqa: E402
+from svdquant_pack.kernels.modes import MEASURED  # noqa: E402
+from svdquant_pack.kernels.self_test import LORAS, sample_of  # noqa: E402
 
 META, GPU = torch.device("meta"), torch.device("cuda")
 ROWS = (16, 17, 77, 154, 333, 4608)
@@ -155,12 +156,12 @@ def variants(model: str, format: str, arch: str, means: bool) -> dict[str, Any]:
     tried = {sample_of(made.spec, {n: t.dtype for n, t in made.tensors.items()}, biased) for made, biased in layers}
     for sample in tried:
         made, low_rank = without_memory(sample.spec, dict(sample.kinds)), sample.spec.fmt.low_rank
-        for rows, lora_rank in product(rows_of(sample), (0, 16) if low_rank else (0,)):
+        for rows, lora_rank in product(rows_of(sample), (0, *LORAS) if low_rank else (0,)):
             run(made, sample.biased, lora_rank, rows, dtype)
     return {
         "case": f"{model} {format} {arch}" + " with means" * means,
         "kernels": sorted(each[:2] for each in needed[0]),
-        "of a first LoRA": sorted({each[:2] for found in needed for each in found - needed[0]}),
+        "left for a first LoRA": sorted({each[:2] for found in needed for each in found - recorder.seen}),
         "while loading": sorted(each[:2] for each in recorder.seen),
         "left for the first call": sorted({each[:2] for each in needed[0] - recorder.seen}),
     }
@@ -190,7 +191,9 @@ def host_work(format: str, arch: str) -> dict[str, Any]:
     dtype = torch.float16 if arch == "sm_75" else torch.bfloat16
     routes: dict[str, set[str]] = {}
     kinds = ["awq"] if format == "awq_w4a16" else ["", SECOND]
-    for kind, means, rows, compute in product(kinds, (False, True), (5, 1000), computes_of(format)):
+    for kind, means, rows, compute in product(
+        kinds, (False, True), (5, 1000), sorted({*computes_of(format)} - {MEASURED})
+    ):
         made = layer(format, (128, 256, kind), dtype, means)
         spec = made.spec
         try:
