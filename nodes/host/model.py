@@ -164,7 +164,8 @@ def _watching(base: Any, missing: list[list[str]], first_use: FirstUse) -> type:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
             if self.packed is not None:
                 dtype = comfy.model_management.unet_manual_cast(dtype, device) or dtype
-                first_use.add(*self.kind(), dtype)
+                spec, kinds, biased = self.kind()
+                first_use.add(spec, kinds, biased, dtype)
 
     return type(base.__name__, (base,), {"Linear": Linear})
 
