@@ -1,8 +1,9 @@
 """What the first call of a model would wait for, done while its weights load.
 
 Every kernel that its layers need, for every number of rows, is compiled, runs on a small layer like them, and is
-compared with the reference. Whoever calls a layer meanwhile waits for the kernels of that call alone; what is wrong
-with one is said by the first call that would have used it. On a CPU there is nothing to compile, and nothing happens.
+compared with the reference. Whoever calls a layer meanwhile waits for the one kernel that is being compiled and for
+those of that call; what is wrong with one is said by the first call that would have used it. On a CPU there is nothing
+to compile, and nothing happens.
 """
 
 import logging
@@ -19,7 +20,6 @@ from .layer import LayerSpec
 from .self_test import Sample, sample_of
 
 log = logging.getLogger("svdquant")
-THREADS = 2  # the compiler lets other threads run for most of its time
 # one for each side of every limit at which a kernel, its settings or the mode change; an image's come first
 ROWS = (1000, 600, 200, 100, 40, 5)
 FEW_ROWS = (5,)  # layers with 16-bit activations are modulation layers: one row per image
@@ -28,7 +28,7 @@ _begun: set[Key] = set()
 
 
 class FirstUse:
-    """Compiles and compares in threads of its own: `add` each layer, then `close`.
+    """Compiles and compares in a thread of its own: `add` each layer, then `close`.
 
     device   of the calls
     compute  as asked for; `kernels` and `seconds` say what was compiled so far
@@ -44,16 +44,12 @@ class FirstUse:
         self.device, self.compute = device, compute
         self.kernels, self.seconds = 0, 0.0
         self._waiting: deque[Key] = deque()
-        self._lock, self._threads = threading.Lock(), 0
+        self._lock, self.running = threading.Lock(), False
         self._closed = self._stopped = False
         self._before, self._start = compiled(), 0.0
 
     def __reduce__(self) -> tuple[type["FirstUse"], tuple[torch.device, str]]:
         return FirstUse, (self.device, self.compute)  # threads and locks stay where they are
-
-    @property
-    def running(self) -> bool:
-        return self._threads > 0
 
     def add(self, spec: LayerSpec, kinds: Mapping[str, torch.dtype], biased: bool, dtype: torch.dtype) -> None:
         """A layer with tensors of these types is going to be called on activations of this one.
@@ -70,15 +66,15 @@ class FirstUse:
             _begun.add(key)
             self._start = self._start or time.monotonic()
             self._waiting.append(key)
-            if self._threads < THREADS:
-                self._threads += 1
+            if not self.running:
+                self.running = True
                 threading.Thread(target=self._work, name="svdquant first use").start()
 
     def close(self) -> None:
         """There is no other layer: when the last one is done, a line in the log says so."""
         with self._lock:
             self._closed = True
-            done = not self._threads and self._start > 0
+            done = not self.running and self._start > 0
         if done:
             self._say()
 
@@ -93,8 +89,8 @@ class FirstUse:
         while True:
             with self._lock:
                 if not self._waiting or self._stopped:
-                    self._threads -= 1
-                    last = not self._threads and self._closed and not self._stopped
+                    self.running = False
+                    last = self._closed and not self._stopped
                     break
                 key = self._waiting.popleft()
             try:

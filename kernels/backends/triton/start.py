@@ -32,7 +32,7 @@ class Variant(NamedTuple):
 
 
 _variants: dict[tuple[Any, ...], Variant] = {}
-_compiling: dict[tuple[Any, ...], threading.Lock] = {}  # who wants a kernel that another thread compiles waits for it
+_compiling = threading.Lock()  # one at a time: Triton does not say that its compiler may run in two threads at once
 
 
 def compiled() -> int:
@@ -95,13 +95,12 @@ class Launch:
     ) -> Variant | None:
         """The variant for such a launch. None if Triton had to be asked: then the kernel was started already."""
         numbers, descriptors = behind
-        kinds = id(self._kernel), *self._flags.values(), *(tensor.dtype for tensor in tensors)
-        key = *kinds, place
+        key = id(self._kernel), *self._flags.values(), *(tensor.dtype for tensor in tensors), place
         variant = _variants.get(key)
         if variant is not None:
             self._own[place] = variant
             return variant
-        with _compiling.setdefault(kinds, threading.Lock()):
+        with _compiling:
             compiled = self._kernel[grid](*descriptors, *self._as_words(tensors), *numbers, **self._flags)
         if compiled is not None:  # None: a hook of Triton's took the launch
             names = self._kernel.arg_names[len(descriptors) + len(tensors) + len(numbers) :]
