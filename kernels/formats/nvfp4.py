@@ -123,9 +123,12 @@ class Nvfp4(Format):
         return absmax / E2M1_MAX
 
     def upper_scale(self, absmax: torch.Tensor, searching: bool) -> torch.Tensor:
-        """wtscale such that the largest group's absmax / 6 is stored as 448, or as 256 before a search"""
+        """wtscale such that the largest group's absmax / 6 is stored as 448, or as 256 before a search
+
+        Up to the next number that bf16 has: files of others hold it so, and what it is rounded to is then what it is.
+        """
         scale = absmax.amax() / (E2M1_MAX * (SEARCH_TOP if searching else E4M3_MAX))
-        return torch.where(scale == 0, 1, scale)
+        return torch.where(scale == 0, 1, (scale * (1 + 2**-8)).to(torch.bfloat16).float())
 
     def candidates(
         self, absmax: torch.Tensor, upper: torch.Tensor | None, dtype: torch.dtype

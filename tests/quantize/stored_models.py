@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdquant_pack.quantize.files.dialects.nunchaku.layers import V1, up_to
+from svdquant_pack.quantize.files.dialects.nunchaku.layers import V1
 from svdquant_pack.quantize.files.dialects.nunchaku.names import NAME_MAPS
 from svdquant_pack.quantize.files.dialects.nunchaku.tables import Block, LinearRow, Sizes, StoredName
 from svdquant_pack.quantize.files.tensor_file import TensorFile
@@ -33,7 +33,13 @@ def codes(*shape: int, seed: torch.Generator, dtype: torch.dtype = torch.int8) -
 
 
 def w4a4(
-    n: int, k: int, seed: torch.Generator, precision: str = "int4", rank: int = 16, dtype: torch.dtype = torch.bfloat16
+    n: int,
+    k: int,
+    seed: torch.Generator,
+    precision: str = "int4",
+    rank: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    row_scales: bool = False,
 ) -> dict[str, torch.Tensor]:
     """One stored W4A4 layer under our part names, merged factors as wcscales where N is a multiple of three."""
     scales = torch.rand(k // (64 if precision == "int4" else 16), n, generator=seed) / 8 + 0.01
@@ -44,7 +50,7 @@ def w4a4(
         "bias": floats(n, seed=seed, dtype=dtype),
     }
     layer["smooth_factor_orig"] = layer["smooth_factor"].clone()
-    if precision == "nvfp4" and n % 3 == 0:
+    if precision == "nvfp4" and (n % 3 == 0 or row_scales):
         layer["wcscales"] = (torch.rand(n, generator=seed) / 4 + 0.1).to(dtype)
     elif precision == "nvfp4":
         layer["wtscale"] = (torch.rand(1, generator=seed) / 16 + 0.01).to(dtype)
@@ -55,12 +61,9 @@ def w4a4(
 
 
 def awq(n: int, k: int, seed: torch.Generator, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """One stored W4A16 layer, zero point 7 as the writers have it."""
-    groups = k // 64
-    scales = torch.zeros(up_to(groups, 16), n, dtype=dtype)
-    scales[:groups] = (torch.rand(groups, n, generator=seed) / 8 + 0.01).to(dtype)
-    zeros = torch.zeros_like(scales)
-    zeros[:groups] = -7 * scales[:groups]
+    """One stored W4A16 layer, zero point 7 as the writers have it, no groups but those of K: as the model's class."""
+    scales = (torch.rand(k // 64, n, generator=seed) / 8 + 0.01).to(dtype)
+    zeros = -7 * scales
     qweight = codes(n // 4, k // 2, seed=seed, dtype=torch.int32)
     return {"qweight": qweight, "wscales": scales, "wzeros": zeros, "bias": floats(n, seed=seed, dtype=dtype)}
 
@@ -127,7 +130,11 @@ def _add_linear(
             if linear.bias:
                 tensors[f"{name}.bias"] = floats(n, seed=seed, dtype=dtype)
             continue
-        layer = awq(n, k, seed, dtype) if linear.chunks else w4a4(n, k, seed, precision, rank, dtype)
+        layer = (
+            awq(n, k, seed, dtype)
+            if linear.chunks
+            else w4a4(n, k, seed, precision, rank, dtype, family == "sdxl" and not lite)
+        )
         if linear.join == "rows" and shared is not None and "smooth_factor" in layer:
             layer["smooth_factor"] = layer["smooth_factor_orig"] = shared
         shared = layer.get("smooth_factor")

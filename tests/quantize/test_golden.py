@@ -159,6 +159,11 @@ def test_there_and_back_under_the_model_s_names_gives_the_same_bytes(tmp_path, n
     convert_file(middle, back, "nunchaku")
     before, after = load_file(path_of(name)), load_file(back)
     assert before.keys() == after.keys()
+    for key in [key for key in before if f"{key.rpartition('.')[0]}.wzeros" in before and key.endswith("s")]:
+        # the packer pads the groups of modulation layers to 16, and the class that loads them has no room for more
+        groups = len(after[key])
+        assert not before[key][groups:].any()
+        before[key] = before[key][:groups]
     different = {key for key, tensor in before.items() if not same_bytes(tensor, after[key])}
     # comfy-kitchen's zeros have 16 bits, which code * scale + zero does not always fit
     assert different == set() or (via == "kitchen" and all(key.endswith("wzeros") for key in different))

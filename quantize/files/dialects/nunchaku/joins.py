@@ -62,10 +62,11 @@ def _join_upper_scales(parts: Sequence[Tensors], joined: dict[str, torch.Tensor]
     if alike and all(torch.equal(part["wtscale"], first["wtscale"]) for part in parts):
         joined["wtscale"] = first["wtscale"]
         return
-    joined["wcscales"] = torch.cat([_row_factors(part) for part in parts])
+    joined["wcscales"] = torch.cat([row_factors(part) for part in parts])
 
 
-def _row_factors(part: Tensors) -> torch.Tensor:
+def row_factors(part: Tensors) -> torch.Tensor:
+    """One factor above the group scales for each output channel"""
     n = len(part["qweight"])
     if "wtscale" not in part:
         return part["wcscales"] if "wcscales" in part else torch.ones(n)

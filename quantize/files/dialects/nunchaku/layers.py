@@ -22,7 +22,7 @@ PARTS = {suffix: suffix for suffix in (*SUFFIXES, *V2)} | {v1: v2 for v2, v1 in 
 """stored suffix -> our name, both generations of suffixes"""
 
 IGNORED = "smooth_factor_orig"  # the calibrated value; no kernel reads it
-AWQ_GROUP_TILE = 16  # groups of a modulation layer are padded to a multiple of this
+AWQ_GROUP_TILE = 16  # packers pad the groups of a modulation layer to a multiple of this; the model's class does not
 LOST_SCALES = 4  # groups that a writer loses which pads scales to 64 input channels and codes to 128
 
 
@@ -274,10 +274,15 @@ def _add_to_scales(bias: torch.Tensor, chunks: int, value: int) -> torch.Tensor:
     return bias.view(-1)
 
 
-def write_layer(tensors: Mapping[str, torch.Tensor], spec: LayerSpec, chunks: int = 0) -> dict[str, torch.Tensor]:
-    """The tensors of a layer as Nunchaku stores them, under our names. Inverse: `read_layer`."""
+def write_layer(
+    tensors: Mapping[str, torch.Tensor], spec: LayerSpec, chunks: int = 0, group_tile: int = 1
+) -> dict[str, torch.Tensor]:
+    """The tensors of a layer as Nunchaku stores them, under our names. Inverse: `read_layer`.
+
+    group_tile  of a modulation layer: its groups are padded to a multiple of it
+    """
     if not spec.fmt.low_rank:
-        return _write_awq(tensors, chunks)
+        return _write_awq(tensors, chunks, group_tile)
     n, k = up_to(spec.n, layout.TILE), up_to(spec.k, layout.TILE)
     pack_scales = layout.pack_nvfp4_scales if has_byte_scales(spec.fmt) else layout.pack_int4_scales
     smooth_factor = layout.pack_vector(_pad(tensors["smooth_factor"], k, fill=1))
@@ -298,7 +303,7 @@ def write_layer(tensors: Mapping[str, torch.Tensor], spec: LayerSpec, chunks: in
     return packed
 
 
-def _write_awq(tensors: Mapping[str, torch.Tensor], chunks: int) -> dict[str, torch.Tensor]:
+def _write_awq(tensors: Mapping[str, torch.Tensor], chunks: int, group_tile: int) -> dict[str, torch.Tensor]:
     qweight, wscales = tensors["qweight"], tensors["wscales"]
     wzeros = (tensors["wzeros"].float() - 8 * wscales.float()).to(wscales.dtype)
     if not is_finite(wzeros):
@@ -307,7 +312,7 @@ def _write_awq(tensors: Mapping[str, torch.Tensor], chunks: int) -> dict[str, to
     if chunks:
         qweight = layout.interleave_rows(qweight, chunks)
         wscales, wzeros = (layout.interleave_rows(scales.T, chunks).T for scales in (wscales, wzeros))
-    groups, n = up_to(len(wscales), AWQ_GROUP_TILE), wscales.shape[1]
+    groups, n = up_to(len(wscales), group_tile), wscales.shape[1]
     return {
         "qweight": layout.pack_awq(qweight),
         "wscales": _pad(wscales, groups, n),

@@ -5,11 +5,18 @@ symbols, "h" (the hidden size) and "mlp" (the width inside the MLP), each option
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
+
+from ...tensor_file import TensorInfo
 
 NUMBER = "#"
+Infos = Mapping[str, TensorInfo]
+Config = Callable[[Infos, Mapping[str, Any]], dict[str, Any]]
+"""config(infos, known): a model's configuration, from its tensors under ComfyUI's names as 16 bit has them, and from
+ComfyUI's own configuration where the file holds it, for what no tensor shows"""
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,7 @@ class Block:
 
     tensors   ComfyUI's name -> stored names, of vectors and other tensors that are no linear
     optional  whether a model may do without the whole group, or without single blocks of it
+    skipped   the word of quantization_config which says that all of it is in 16 bit; "" where the class has it in 4 bit
     """
 
     stored: str
@@ -112,6 +120,7 @@ class Block:
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     optional_tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     optional: bool = False
+    skipped: str = ""
 
     def stored_name(self, number: int | None, name: str) -> str:
         return _join(self.stored, number, name)
@@ -149,9 +158,13 @@ class NameMap:
     v2           whether it is written with the newer suffixes (proj_down, smooth_factor)
     mlp_ratio    mlp = mlp_ratio * h, where the stored size (a multiple of 128) does not contradict it
     zero_biases  whether 4-bit layers without a bias are written with one of zeros
+    row_scales   whether a factor for the tensor is written as one for each row, because the class has no other
+    unwanted     tensors of ComfyUI's model that the class does not have, and does not load
     class_name   Diffusers' class, for the header
     model_class  Nunchaku's class, for the header
     variants     key pattern -> what a file that has such a key is, where engines differ
+    config       what Diffusers builds its class from
+    comfy        {"model_class", "model_config"} that ComfyUI-nunchaku builds ComfyUI's class from, where it reads that
     """
 
     name: str
@@ -160,9 +173,13 @@ class NameMap:
     v2: bool = False
     mlp_ratio: float = 4.0
     zero_biases: bool = False
+    row_scales: bool = False
+    unwanted: tuple[str, ...] = ()
     class_name: str = ""
     model_class: str = ""
     variants: Mapping[str, str] = field(default_factory=dict)
+    config: Config = lambda infos, known: {}
+    comfy: Config | None = None
 
     def detect(self, keys: Iterable[str]) -> bool:
         """Whether the tensor names of a file are of this family."""
@@ -227,3 +244,13 @@ def _factor(text: str) -> tuple[int, str]:
     if match is None:
         raise ValueError(f"size {text!r} of a table, needed a symbol with or without a factor, such as 3h")
     return int(match[1] or 1), match[2]
+
+
+def count_blocks(infos: Infos, prefix: str) -> int:
+    """Blocks that a model has under this prefix: one more than the largest number.
+
+    >>> count_blocks(dict.fromkeys(["blocks.0.a.weight", "blocks.11.a.weight"]), "blocks")
+    12
+    """
+    numbers = (name.removeprefix(f"{prefix}.").split(".")[0] for name in infos if name.startswith(f"{prefix}."))
+    return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)

@@ -1,54 +1,26 @@
 """Checkpoint -> Nunchaku file: ComfyUI's layers split or joined as Nunchaku has them, tiles, padding, header."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
-from .....kernels.bounded_json import read_object
-from .....kernels.formats import DEFAULT, FORMATS, STOCK_RULE, Format
+from .....kernels.formats import FORMATS, STOCK_RULE
 from .....kernels.layer import RANK_TILE, Layer, LayerError, LayerSpec, shifted_bias_term
+from ....families import FAMILIES
 from ...checkpoint import Checkpoint, CheckpointError
-from ...header import VERSION, metadata_of
+from ...header import VERSION
 from ...tensor_file import TensorWriter
 from ...tiles import TILE
 from .. import stock_layer
-from . import joins
-from .layers import NAME, V1, has_byte_scales, up_to, write_bias, write_layer
+from . import branches, joins, stated
+from .layers import AWQ_GROUP_TILE, NAME, V1, up_to, write_bias, write_layer
 from .names import NAME_MAPS
-from .tables import Block, LinearRow, NameMap, Sizes, StoredName, split_name
+from .save_run import Place, SaveRun, Step, bind_sizes, places, shares
+from .tables import Block, LinearRow, Sizes, StoredName, split_name
 
-Step = Callable[[str], None]
 Tensors = dict[str, torch.Tensor]
-
-
-@dataclass
-class SaveRun:
-    """One run of the writer.
-
-    lite      Nunchaku Lite: Diffusers' names, signed activations, modulation as it is
-    shapes    stored layer -> logical [N, K], of padded layers
-    consumed  ComfyUI's tensor names that are written
-    """
-
-    checkpoint: Checkpoint
-    writer: TensorWriter
-    names: NameMap
-    lite: bool
-    sizes: Sizes
-    step: Step
-    shapes: dict[str, list[int]] = field(default_factory=dict)
-    formats: dict[str, LayerSpec] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    consumed: set[str] = field(default_factory=set)
-
-    def take(self, name: str) -> torch.Tensor:
-        self.consumed.add(name)
-        return self.checkpoint.tensor(name)
-
-    def take_bias(self, layer: str) -> torch.Tensor | None:
-        return self.take(f"{layer}.bias") if f"{layer}.bias" in self.checkpoint.rest else None
 
 
 def save(checkpoint: Checkpoint, writer: TensorWriter, as_is: bool, step: Step, lite: bool = False) -> list[str]:
@@ -67,14 +39,16 @@ def save(checkpoint: Checkpoint, writer: TensorWriter, as_is: bool, step: Step, 
         )
     names = NAME_MAPS[family]
     run = SaveRun(checkpoint, writer, names, lite, Sizes(names.mlp_ratio), step)
-    places = list(_places(run))
-    _bind_sizes(run, places)
-    for block, number, linear in places:
-        host = block.host_name(number, linear.host[0])
+    run.consumed.update(name for name in names.unwanted if name in checkpoint.rest and not lite)
+    found = list(places(run))
+    bind_sizes(run, found)
+    run.rank = 0 if lite else branches.file_rank(run, found)
+    run.skipped |= _skipped(run, found)
+    for place in found:
         try:
-            _save_linear(run, block, number, linear)
+            _save_linear(run, place)
         except LayerError as error:
-            raise CheckpointError(f"{checkpoint.path.name}: layer {host!r}: {error}") from error
+            raise CheckpointError(f"{checkpoint.path.name}: layer {run.hosts(place)[0]!r}: {error}") from error
     _save_tensors(run)
     every = [*checkpoint.rest, *(f"{name}.weight" for name in checkpoint.specs)]
     left = sorted(name for name in every if name not in run.consumed)
@@ -82,8 +56,33 @@ def save(checkpoint: Checkpoint, writer: TensorWriter, as_is: bool, step: Step, 
         raise CheckpointError(
             f"{checkpoint.path.name}: {len(left)} tensors have no place in Nunchaku's {family}, first {left[0]!r}"
         )
-    writer.metadata |= _metadata(run)
+    writer.metadata |= stated.metadata(run)
+    _note_width(run)
+    if run.rounded:
+        dtype = str(checkpoint.dtype).removeprefix("torch.")
+        run.notes.append(f"{len(run.rounded)} tensors were rounded to {dtype}, first {run.rounded[0]}")
     return run.notes
+
+
+def _note_width(run: SaveRun) -> None:
+    """Say what one rank for all layers costs, where it costs something."""
+    ranks = [spec.rank for spec in run.checkpoint.specs.values() if spec.fmt.low_rank]
+    narrow = up_to(max(ranks, default=0), RANK_TILE)
+    if run.rank > narrow:
+        run.notes.append(
+            f"all layers are stored at rank {run.rank}: Nunchaku has one branch for layers of one input, these have "
+            f"one each, of rank {narrow} or less. All are exact; a model quantized with branches=shared needs no more "
+            "than its own rank"
+        )
+
+
+def _skipped(run: SaveRun, found: Sequence[Place]) -> dict[str, bool]:
+    """Words for the parts of the model, all of whose linears are in 16 bit."""
+    hosts: dict[str, set[str]] = {}
+    for place in found:
+        if word := place[0].skipped:
+            hosts.setdefault(word, set()).update(run.hosts(place))
+    return {word: True for word, names in hosts.items() if names.isdisjoint(run.checkpoint.specs)}
 
 
 def _check_formats(checkpoint: Checkpoint) -> None:
@@ -106,7 +105,9 @@ def _save_as_is(checkpoint: Checkpoint, writer: TensorWriter, step: Step) -> lis
         layer = stock_layer(name, checkpoint.layer(name), notes)
         bias = checkpoint.tensor(f"{name}.bias") if f"{name}.bias" in checkpoint.rest else None
         try:
-            _add_layer(writer, name, layer, bias, v2)
+            tensors = write_layer(layer.tensors, layer.spec, group_tile=AWQ_GROUP_TILE)
+            for key, tensor in _named_parts(name, layer, tensors, bias, v2).items():
+                writer.add(key, tensor)
         except LayerError as error:
             raise CheckpointError(f"{checkpoint.path.name}: layer {name!r}: {error}") from error
         shapes |= _padded_shape(name, spec)
@@ -124,14 +125,15 @@ def _padded_shape(name: str, spec: LayerSpec) -> dict[str, list[int]]:
     return {name: [spec.n, spec.k]} if padded else {}
 
 
-def _add_layer(
-    writer: TensorWriter, name: str, layer: Layer, bias: torch.Tensor | None, v2: bool, chunks: int = 0
-) -> None:
+def _named_parts(
+    name: str, layer: Layer, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None, v2: bool, chunks: int = 0
+) -> Tensors:
+    """A stored layer and its bias under their names in the file"""
     suffixes = {} if v2 else V1
-    for part, tensor in write_layer(layer.tensors, layer.spec, chunks).items():
-        writer.add(f"{name}.{suffixes.get(part, part)}", tensor)
+    named = {f"{name}.{suffixes.get(part, part)}": tensor for part, tensor in tensors.items()}
     if bias is not None:
-        writer.add(f"{name}.bias", write_bias(bias, layer.spec, _bias_dtype(layer.tensors, bias), chunks))
+        named[f"{name}.bias"] = write_bias(bias, layer.spec, _bias_dtype(layer.tensors, bias), chunks)
+    return named
 
 
 def _bias_dtype(tensors: Mapping[str, torch.Tensor], bias: torch.Tensor) -> torch.dtype:
@@ -140,29 +142,8 @@ def _bias_dtype(tensors: Mapping[str, torch.Tensor], bias: torch.Tensor) -> torc
     return next((kind for kind in (torch.bfloat16, torch.float16) if kind in kinds), bias.dtype)
 
 
-def _places(run: SaveRun) -> Iterable[tuple[Block, int | None, LinearRow]]:
-    """Every linear that the model has, block after block."""
-    every = [*run.checkpoint.specs, *(name.rpartition(".")[0] for name in run.checkpoint.rest)]
-    for block in run.names.blocks:
-        known = {host for linear in block.linears for host in linear.host}
-        numbers = {split[0] for name in every if (split := split_name(block.host, name)) and split[1] in known}
-        for number in sorted(numbers, key=lambda number: number or 0):
-            for linear in block.linears:
-                yield block, number, linear
-
-
-def _bind_sizes(run: SaveRun, places: Sequence[tuple[Block, int | None, LinearRow]]) -> None:
-    infos = run.checkpoint.weight_infos()
-    for block, number, linear in places:
-        if len(linear.host) == len(linear.stored) == 1:
-            info = infos.get(f"{block.host_name(number, linear.host[0])}.weight")
-            if info is not None and len(info.shape) == 2:
-                run.sizes.bind(linear.stored[0].n, info.shape[0])
-                run.sizes.bind(linear.stored[0].k, info.shape[1])
-
-
-def _save_linear(run: SaveRun, block: Block, number: int | None, linear: LinearRow) -> None:
-    hosts = [block.host_name(number, host) for host in linear.host]
+def _save_linear(run: SaveRun, place: Place) -> None:
+    (block, number, linear), hosts = place, run.hosts(place)
     quantized = [host in run.checkpoint.specs for host in hosts]
     plain = [f"{host}.weight" in run.checkpoint.rest for host in hosts]
     if not any(quantized) and not any(plain) and linear.optional:
@@ -175,25 +156,27 @@ def _save_linear(run: SaveRun, block: Block, number: int | None, linear: LinearR
     parts = linear.lite if apart and linear.lite else linear.stored
     stored = [block.stored_name(number, part.name) for part in parts]
     if all(plain):
+        _check_may_be_plain(run, block, hosts)
         _save_plain(run, hosts, stored, parts, linear)
     else:
         run.step(hosts[0])
         _save_quantized(run, hosts, stored, parts, linear)
 
 
-def _shares(run: SaveRun, linear: LinearRow, parts: Sequence[StoredName], total: int) -> list[int]:
-    """How `total` rows (or columns) of a joined linear divide among its parts; one size may follow from the others."""
-    texts = [part.k if linear.join == "columns" else part.n for part in parts]
-    sizes = [run.sizes.value(text) for text in texts]
-    unknown = [i for i, size in enumerate(sizes) if size is None]
-    if len(unknown) == 1:
-        remaining = total - sum(size for size in sizes if size is not None)
-        sizes[unknown[0]] = remaining
-        run.sizes.bind(texts[unknown[0]], remaining)
-    known = [size for size in sizes if size is not None]
-    if len(known) < len(sizes) or sum(known) != total or min(known) <= 0:
-        raise LayerError(f"{total} {linear.join} do not divide into {', '.join(part.name for part in parts)}: {sizes}")
-    return known
+def _check_may_be_plain(run: SaveRun, block: Block, hosts: Sequence[str]) -> None:
+    """Raise LayerError for a layer in 16 bit that the model's class has in 4 bit: it would not load the file."""
+    family, infos = FAMILIES[run.names.name], run.checkpoint.rest
+    shapes = {host: infos[f"{host}.weight"].shape for host in hosts}
+    if (
+        run.lite
+        or run.skipped.get(block.skipped)
+        or not all(len(shape) == 2 and family.rule(host, *shape) for host, shape in shapes.items())
+    ):
+        return
+    raise LayerError(
+        "is in 16 bit, and Nunchaku's class has it in 4 bit: it would not load the file. Quantize the model with 4-bit "
+        "modulation and without a fallback to 16 bit; --as-is keeps what there is"
+    )
 
 
 def _save_plain(
@@ -212,9 +195,9 @@ def _save_plain(
             if dim and suffix == "bias":
                 tensors = [torch.zeros_like(tensors[0])] * (len(stored) - 1) + tensors
             else:
-                tensors = tensors[0].split(_shares(run, linear, parts, tensors[0].shape[dim]), dim)
+                tensors = tensors[0].split(shares(run, linear, parts, tensors[0].shape[dim]), dim)
         for name, tensor in zip(stored, tensors, strict=True):
-            run.writer.add(f"{name}.{suffix}", tensor.contiguous())
+            run.add(f"{name}.{suffix}", tensor)
 
 
 def _save_quantized(
@@ -224,52 +207,60 @@ def _save_quantized(
     layers = [stock_layer(host, checkpoint.layer(host), run.notes) for host in hosts]
     biases = [run.take_bias(host) for host in hosts]
     run.consumed.update(f"{host}.weight" for host in hosts)
-    specs, tensors = [layer.spec for layer in layers], [dict(layer.tensors) for layer in layers]
     if linear.swap:
-        tensors = [joins.swap_halves(part, spec.n) for part, spec in zip(tensors, specs, strict=True)]
+        layers = [Layer.known(layer.spec, joins.swap_halves(layer.tensors, layer.spec.n)) for layer in layers]
         biases = [None if bias is None else torch.cat(bias.chunk(2)[::-1]) for bias in biases]
+    specs, tensors = [layer.spec for layer in layers], [dict(layer.tensors) for layer in layers]
     if len(stored) < len(hosts):
-        specs, tensors, biases = _join(specs, tensors, biases, hosts)
+        specs, tensors, biases = _join(layers, biases, hosts)
     elif len(stored) > len(hosts):
         total = specs[0].k if linear.join == "columns" else specs[0].n
-        shares = _shares(run, linear, parts, total)
         split = _split_columns if linear.join == "columns" else _split_rows
-        specs, tensors, biases = split(specs[0], tensors[0], biases[0], shares, checkpoint.dtype)
-    chunks = 0 if run.lite else linear.chunks
+        sizes = shares(run, linear, parts, total)
+        specs, tensors, biases = split(specs[0], tensors[0], biases[0], sizes, checkpoint.dtype)
     for name, part, spec, values, bias in zip(stored, parts, specs, tensors, biases, strict=True):
         spec, bias = _with_sign(run, name, part, spec, values, bias)
-        if bias is None and run.names.zero_biases and not run.lite:
-            bias = torch.zeros(spec.n, dtype=checkpoint.dtype)
-        chunked = 0 if spec.fmt.low_rank else chunks
-        _note_losses(run, name, spec, values)
-        _add_layer(run.writer, name, Layer.known(spec, values), bias, run.names.v2 or run.lite, chunked)
-        run.shapes |= _padded_shape(name, spec)
-        run.formats[name] = spec
+        _save_part(run, name, Layer.known(spec, values), bias, 0 if spec.fmt.low_rank or run.lite else linear.chunks)
+
+
+def _save_part(run: SaveRun, name: str, layer: Layer, bias: torch.Tensor | None, chunks: int) -> None:
+    """One stored layer, as the model's class has it"""
+    spec, values, dtype = layer.spec, layer.tensors, run.checkpoint.dtype
+    if bias is None and run.names.zero_biases and not run.lite:
+        bias = torch.zeros(spec.n, dtype=dtype)
+    if run.rank and spec.fmt.low_rank:
+        values, spec = branches.widened(values, spec, run.rank, dtype), replace(spec, rank=run.rank)
+    if run.names.row_scales and not run.lite and "wtscale" in values:
+        rows = joins.row_factors(values)
+        values = {part: tensor for part, tensor in values.items() if part != "wtscale"} | {"wcscales": rows}
+    _note_losses(run, name, spec, values)
+    layer = Layer.known(spec, values)
+    stored = write_layer(values, spec, chunks)
+    for key, tensor in _named_parts(name, layer, stored, bias, run.names.v2 or run.lite, chunks).items():
+        run.add(key, tensor)
+    run.shapes |= _padded_shape(name, spec)
+    run.formats[name] = spec
 
 
 Shares = tuple[list[LayerSpec], list[Tensors], list[torch.Tensor | None]]
 
 
-def _join(
-    specs: list[LayerSpec], tensors: list[Tensors], biases: list[torch.Tensor | None], hosts: list[str]
-) -> Shares:
+def _join(layers: Sequence[Layer], biases: list[torch.Tensor | None], hosts: list[str]) -> Shares:
     """Layers of one input as one. Raises LayerError if they do not divide it by the same smooth_factor."""
-    first = tensors[0]
-    for host, part in zip(hosts[1:], tensors[1:], strict=True):
-        if "smooth_factor" in first and not torch.equal(part["smooth_factor"], first["smooth_factor"]):
+    first = layers[0].tensors
+    for host, layer in zip(hosts[1:], layers[1:], strict=True):
+        if "smooth_factor" in first and not torch.equal(layer["smooth_factor"], first["smooth_factor"]):
             raise LayerError(
                 f"has another smooth_factor than {host!r}; Nunchaku stores both as one layer, which has one. "
                 "Quantize the model with smoothing shared by layers of one input"
             )
-    downs = [part.get("proj_down") for part in tensors]
-    shared = all(down is not None and downs[0] is not None and torch.equal(down, downs[0]) for down in downs)
-    spec = joins.join_rows_spec(specs, shared)
     present = [bias for bias in biases if bias is not None]
-    if len(present) < len(biases):
-        if present:
-            raise LayerError(f"only some of {', '.join(hosts)} have a bias")
-        return [spec], [joins.join_rows(tensors, shared)], [None]
-    return [spec], [joins.join_rows(tensors, shared)], [torch.cat(present)]
+    if present and len(present) < len(biases):
+        raise LayerError(f"only some of {', '.join(hosts)} have a bias")
+    shared = branches.are_shared(layers)
+    spec = joins.join_rows_spec([layer.spec for layer in layers], shared)
+    tensors = joins.join_rows([layer.tensors for layer in layers], shared)
+    return [spec], [tensors], [torch.cat(present) if present else None]
 
 
 def _split_rows(
@@ -326,7 +317,7 @@ def _with_sign(
     return replace(spec, act_unsigned=wanted), bias
 
 
-def _note_losses(run: SaveRun, name: str, spec: LayerSpec, tensors: Tensors) -> None:
+def _note_losses(run: SaveRun, name: str, spec: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> None:
     if spec.act_rule != STOCK_RULE:
         run.notes.append(
             f"{name}: the activation rule {spec.act_rule} is not known there, it will run with {STOCK_RULE}"
@@ -342,50 +333,6 @@ def _save_tensors(run: SaveRun) -> None:
         table = {**block.tensors, **block.optional_tensors}
         for name in run.checkpoint.rest:
             split = split_name(block.host, name)
-            if split is not None and split[1] in table:
-                stored = table[split[1]]
-                key = stored[-1] if run.lite else stored[0]
-                run.writer.add(block.stored_name(split[0], key), run.take(name))
-
-
-def _metadata(run: SaveRun) -> dict[str, str]:
-    checkpoint, names = run.checkpoint, run.names
-    kept = {key: text for key, text in checkpoint.metadata.items() if key != "quantization_config"}
-    ours = metadata_of(checkpoint.provenance, {})
-    if run.shapes:
-        ours["svdquant"] = json.dumps({**read_object(ours["svdquant"], "svdquant"), "shapes": run.shapes})
-    made = {"config": json.dumps({"_class_name": names.class_name}), "model_class": names.model_class}
-    if names.name == "flux" and checkpoint.provenance.unet_config:
-        config = dict(checkpoint.provenance.unet_config)
-        model_class = "Flux" if config.get("guidance_embed") else "FluxSchnell"
-        made["comfy_config"] = json.dumps({"model_class": model_class, "model_config": config})
-    stated = _lite_config(run.formats) if run.lite else _quantization_config(run.formats)
-    return {**made, **kept, **ours, "quantization_config": json.dumps(stated)}
-
-
-def _quantization_config(specs: dict[str, LayerSpec]) -> dict:
-    """As Nunchaku writes it; the rank is that of most layers, rounded up as stored."""
-    layers = [spec for spec in specs.values() if spec.fmt.low_rank]
-    ranks = [up_to(spec.rank, RANK_TILE) for spec in layers]
-    rank = max(set(ranks), key=ranks.count, default=0)
-    fmt = layers[0].fmt if layers else FORMATS[DEFAULT]
-    scale = "fp8_e4m3_nan" if has_byte_scales(fmt) else None
-    kind = {"dtype": fmt.spellings[NAME][0], "scale_dtype": scale and [None, scale], "group_size": fmt.group_size}
-    return {"method": "svdquant", "weight": kind, "activation": {**kind, "scale_dtype": scale}, "rank": rank}
-
-
-def _lite_config(specs: dict[str, LayerSpec]) -> dict:
-    config: dict = {"quant_method": "nunchaku_lite", "compute_dtype": "bfloat16"}
-    w4a4 = {name: spec for name, spec in specs.items() if spec.fmt.low_rank}
-    if w4a4:
-        first, rank = next(iter(w4a4.values())), _quantization_config(w4a4)["rank"]
-        config["svdq_w4a4"] = {**_lite_kind(first.fmt), "rank": rank, "targets": list(w4a4)}
-    w4a16 = {name: spec for name, spec in specs.items() if name not in w4a4}
-    if w4a16:
-        fmt = next(iter(w4a16.values())).fmt
-        config[fmt.spellings[NAME][0]] = {**_lite_kind(fmt), "targets": list(w4a16)}
-    return config
-
-
-def _lite_kind(fmt: Format) -> dict:
-    return {"precision": fmt.spellings["nunchaku lite"][0], "group_size": fmt.group_size}
+            if split is not None and split[1] in table and name not in run.consumed:
+                key = table[split[1]][-1 if run.lite else 0]
+                run.add(block.stored_name(split[0], key), run.take(name))

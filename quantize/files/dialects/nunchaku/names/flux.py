@@ -5,7 +5,12 @@ Nunchaku stores the two parts of each; the whole bias of linear2 sits in `mlp_fc
 of ComfyUI. `norm_out.linear` is (scale, shift) here and (shift, scale) there.
 """
 
-from ..tables import Block, LinearRow, NameMap, StoredName, same
+from collections.abc import Mapping
+from typing import Any
+
+from ..tables import Block, Infos, LinearRow, NameMap, StoredName, count_blocks, same
+
+PATCH = 2  # pixels of a latent to a side of a token: ComfyUI counts channels before, Diffusers after they are joined
 
 
 def qkv(*names: str) -> tuple[StoredName, ...]:
@@ -113,6 +118,73 @@ OUTSIDE = Block(
     ),
 )
 
+
+def rotary_axes(head: int, first: int) -> list[int]:
+    """How the channels of a head divide among the three axes where no file says so: a fixed first part, equal rests"""
+    return [first, (head - first) // 2, (head - first) // 2]
+
+
+def sizes(infos: Infos, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What both configurations are made of"""
+    hidden, head = infos["img_in.weight"].shape[0], infos["double_blocks.0.img_attn.norm.query_norm.scale"].shape[0]
+    return {
+        "hidden": hidden,
+        "head": head,
+        "heads": hidden // head,
+        "mlp": infos["double_blocks.0.img_mlp.0.weight"].shape[0],
+        "depth": count_blocks(infos, "double_blocks"),
+        "single": count_blocks(infos, "single_blocks"),
+        "in": infos["img_in.weight"].shape[1],
+        "out": infos["final_layer.linear.weight"].shape[0],
+        "text": infos["txt_in.weight"].shape[1],
+        "vector": infos["vector_in.in_layer.weight"].shape[1],
+        "guidance": "guidance_in.in_layer.weight" in infos,
+        "axes": list(known.get("axes_dim") or rotary_axes(head, 16)),
+    }
+
+
+def config(infos: Infos, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Diffusers' FluxTransformer2DModel"""
+    found = sizes(infos, known)
+    return {
+        "patch_size": 1,
+        "in_channels": found["in"],
+        "out_channels": found["out"],
+        "num_layers": found["depth"],
+        "num_single_layers": found["single"],
+        "attention_head_dim": found["head"],
+        "num_attention_heads": found["heads"],
+        "joint_attention_dim": found["text"],
+        "pooled_projection_dim": found["vector"],
+        "guidance_embeds": found["guidance"],
+        "axes_dims_rope": found["axes"],
+    }
+
+
+def comfy(infos: Infos, known: Mapping[str, Any]) -> dict[str, Any]:
+    """ComfyUI's Flux, as the class without guidance where there is none"""
+    found = sizes(infos, known)
+    model = {
+        "image_model": "flux",
+        "in_channels": found["in"] // PATCH**2,
+        "out_channels": found["out"] // PATCH**2,
+        "patch_size": PATCH,
+        "vec_in_dim": found["vector"],
+        "context_in_dim": found["text"],
+        "hidden_size": found["hidden"],
+        "mlp_ratio": found["mlp"] / found["hidden"],
+        "num_heads": found["heads"],
+        "depth": found["depth"],
+        "depth_single_blocks": found["single"],
+        "axes_dim": found["axes"],
+        "theta": 10000,
+        "qkv_bias": True,
+        "guidance_embed": found["guidance"],
+        "disable_unet_model_creation": True,
+    }
+    return {"model_class": "Flux" if found["guidance"] else "FluxSchnell", "model_config": model}
+
+
 NAMES = NameMap(
     "flux",
     (
@@ -122,4 +194,6 @@ NAMES = NameMap(
     (OUTSIDE, *EMBEDDERS, DOUBLE, SINGLE),
     class_name="FluxTransformer2DModel",
     model_class="NunchakuFluxTransformer2dModel",
+    config=config,
+    comfy=comfy,
 )

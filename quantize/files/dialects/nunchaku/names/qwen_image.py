@@ -3,7 +3,11 @@
 Nunchaku merges q, k, v of both streams; ComfyUI has them apart.
 """
 
-from ..tables import Block, LinearRow, NameMap, StoredName, same
+from collections.abc import Mapping
+from typing import Any
+
+from ..tables import Block, Infos, LinearRow, NameMap, StoredName, count_blocks, same
+from .flux import rotary_axes
 
 
 def merged(q: str, k: str, v: str, stored: str) -> LinearRow:
@@ -49,6 +53,29 @@ OUTSIDE = Block(
     {name: (name,) for name in ("__index_timestep_zero__", "time_text_embed.addition_t_embedding.weight")},
 )
 
+
+def config(infos: Infos, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Diffusers' QwenImageTransformer2DModel; what only newer releases of it know is stated where it is not off"""
+    hidden, channels = infos["img_in.weight"].shape
+    head = infos["transformer_blocks.0.attn.norm_q.weight"].shape[0]
+    later = {
+        "zero_cond_t": "__index_timestep_zero__" in infos,
+        "use_additional_t_cond": "time_text_embed.addition_t_embedding.weight" in infos,
+    }
+    return {
+        "patch_size": 2,
+        "in_channels": channels,
+        "out_channels": infos["proj_out.weight"].shape[0] // 4,
+        "num_layers": count_blocks(infos, "transformer_blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": hidden // head,
+        "joint_attention_dim": infos["txt_in.weight"].shape[1],
+        "guidance_embeds": False,
+        "axes_dims_rope": list(known.get("axes_dims_rope") or rotary_axes(head, 16)),
+        **{key: True for key, on in later.items() if on},
+    }
+
+
 NAMES = NameMap(
     "qwen_image",
     (("transformer_blocks.#.img_mlp.net.0.proj.qweight",),),
@@ -56,4 +83,5 @@ NAMES = NameMap(
     v2=True,
     class_name="QwenImageTransformer2DModel",
     model_class="NunchakuQwenImageTransformer2DModel",
+    config=config,
 )

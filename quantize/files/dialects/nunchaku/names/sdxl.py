@@ -3,9 +3,14 @@
 Block numbers follow from two resnets on the way down and three on the way up. GEGLU is (value, gate) in both.
 """
 
-from ..tables import Block, LinearRow, NameMap, StoredName, same
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..tables import Block, Infos, LinearRow, NameMap, StoredName, count_blocks, same
 
 LEVELS = range(4)
+HEAD = 64  # channels of an attention head
+TIMES = 256  # numbers that stand for each of an image's sizes
 
 TRANSFORMER = (
     LinearRow(
@@ -75,6 +80,51 @@ OUTSIDE = Block(
     ),
 )
 
+
+def config(infos: Infos, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Diffusers' UNet2DConditionModel"""
+    levels = [level for level in LEVELS if f"input_blocks.{1 + 3 * level}.0.in_layers.2.weight" in infos]
+    channels = [infos[f"input_blocks.{1 + 3 * level}.0.out_layers.3.weight"].shape[0] for level in levels]
+    down = [[_depth(infos, f"input_blocks.{1 + 3 * level + i}.1") for i in range(2)] for level in levels]
+    up = [[_depth(infos, f"output_blocks.{3 * level + i}.1") for i in range(3)] for level in levels]
+    middle = _depth(infos, "middle_block.1")
+    text = [info.shape[1] for name, info in infos.items() if name.endswith(".attn2.to_k.weight")]
+    return {
+        "sample_size": 128,
+        "in_channels": infos["input_blocks.0.0.weight"].shape[1],
+        "out_channels": infos["out.2.weight"].shape[0],
+        "block_out_channels": channels,
+        "layers_per_block": 2,
+        "down_block_types": [f"{'CrossAttn' * any(depths)}DownBlock2D" for depths in down],
+        "mid_block_type": f"UNetMidBlock2D{'CrossAttn' * bool(middle)}",
+        "up_block_types": [f"{'CrossAttn' * any(depths)}UpBlock2D" for depths in up],
+        **_layers(down, up, middle),
+        "attention_head_dim": [width // HEAD for width in channels],  # heads: Diffusers' name for it is an old mistake
+        "cross_attention_dim": text[0],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": TIMES,
+        "projection_class_embeddings_input_dim": infos["label_emb.0.0.weight"].shape[1],
+    }
+
+
+def _depth(infos: Infos, place: str) -> int:
+    return count_blocks(infos, f"{place}.transformer_blocks")
+
+
+def _layers(down: Sequence[Sequence[int]], up: Sequence[Sequence[int]], middle: int) -> dict[str, Any]:
+    """One number per level where both ways have it throughout, else a list per level and one for the way up"""
+    ways = zip(down, reversed(up), strict=True)
+    even = all(len({*one, *other}) == 1 for one, other in ways) and middle in (0, down[-1][0])
+    if even:
+        return {"transformer_layers_per_block": [max(1, depths[0]) for depths in down]}
+    # the middle reads the first number of the last level
+    return {
+        "transformer_layers_per_block": [[max(1, depth) for depth in depths] for depths in down],
+        "reverse_transformer_layers_per_block": [[max(1, depth) for depth in depths] for depths in up],
+    }
+
+
 NAMES = NameMap(
     "sdxl",
     (
@@ -86,4 +136,6 @@ NAMES = NameMap(
     (*blocks(), OUTSIDE),
     class_name="UNet2DConditionModel",
     model_class="NunchakuSDXLUNet2DConditionModel",
+    row_scales=True,
+    config=config,
 )

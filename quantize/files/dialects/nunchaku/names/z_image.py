@@ -4,7 +4,14 @@ Its fused input projection holds w3 (value) in the first half of the rows and w1
 ordinary here: 16 bit, not interleaved. Refiners may be stored in 16 bit under the same names, with q, k, v apart.
 """
 
-from ..tables import Block, LinearRow, NameMap, StoredName, same
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..tables import Block, Infos, LinearRow, NameMap, StoredName, count_blocks, same
+from .flux import rotary_axes
+
+SKIPPED = "skip_refiners"
 
 ATTENTION = tuple(StoredName(f"attention.to_{name}", "h", "h") for name in "qkv")
 GATED = (StoredName("feed_forward.w3", "mlp", "h"), StoredName("feed_forward.w1", "mlp", "h"))
@@ -19,7 +26,10 @@ LINEARS = (
         bias=False,
         plain="stored",
     ),
-    same("feed_forward.w2", "feed_forward.net.2", "h", "mlp", lite="feed_forward.w2").but(bias=False),
+    replace(
+        same("feed_forward.w2", "feed_forward.net.2", "h", "mlp", lite="feed_forward.w2").but(bias=False),
+        plain="stored",
+    ),
 )
 TENSORS = {
     "attention.q_norm.weight": ("attention.norm_q.weight",),
@@ -48,17 +58,44 @@ OUTSIDE = Block(
     {name: (name,) for name in ("x_pad_token", "cap_pad_token", "norm_final.weight")},
 )
 
+
+def config(infos: Infos, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Diffusers' ZImageTransformer2DModel"""
+    hidden, channels = infos["x_embedder.weight"].shape
+    head = infos["layers.0.attention.q_norm.weight"].shape[0]
+    heads = hidden // head
+    return {
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+        "in_channels": channels // 4,
+        "dim": hidden,
+        "n_layers": count_blocks(infos, "layers"),
+        "n_refiner_layers": count_blocks(infos, "noise_refiner"),
+        "n_heads": heads,
+        "n_kv_heads": (infos["layers.0.attention.qkv.weight"].shape[0] // head - heads) // 2,
+        "norm_eps": 1e-5,
+        "qk_norm": True,
+        "cap_feat_dim": infos["cap_embedder.1.weight"].shape[1],
+        "rope_theta": 256.0,
+        "t_scale": 1000.0,
+        "axes_dims": list(known.get("axes_dims") or rotary_axes(head, head // 4)),
+        "axes_lens": list(known.get("axes_lens") or (1536, 512, 512)),
+    }
+
+
 NAMES = NameMap(
     "z_image",
     (("layers.#.attention.to_qkv.qweight", "layers.#.attention.to_q.qweight"),),
     (
         Block("layers.#", "layers.#", MODULATED, TENSORS),
-        Block("noise_refiner.#", "noise_refiner.#", MODULATED, TENSORS),
-        Block("context_refiner.#", "context_refiner.#", LINEARS, TENSORS),
+        Block("noise_refiner.#", "noise_refiner.#", MODULATED, TENSORS, skipped=SKIPPED),
+        Block("context_refiner.#", "context_refiner.#", LINEARS, TENSORS, skipped=SKIPPED),
         OUTSIDE,
     ),
     v2=True,
     mlp_ratio=8 / 3,
     class_name="ZImageTransformer2DModel",
     model_class="NunchakuZImageTransformer2DModel",
+    unwanted=("norm_final.weight",),  # Diffusers drops it as well: no step of the model reads it
+    config=config,
 )
