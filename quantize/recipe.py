@@ -13,6 +13,7 @@ from ..kernels.layer import RANK_TILE
 LARGEST_AUTO_RANK = 128  # LoRAs are appended to the branch, and kernels slow down above 256 columns in all
 HESSIAN_STEP = 64  # columns: blocks of a Hessian are multiples of it, so that they hold whole groups
 LARGEST_SIZE = 10**18  # bytes: beyond any disk
+OWN, SHARED = "own", "shared"  # low-rank branches of layers that read one input
 KEEP_16BIT = "16bit"  # the choice for modulation layers that stay as they are
 WITH_BRANCH = tuple(name for name, fmt in FORMATS.items() if fmt.low_rank)  # formats with 4-bit activations
 WITHOUT_BRANCH = tuple(name for name, fmt in FORMATS.items() if not fmt.low_rank)  # with 16-bit ones
@@ -44,6 +45,8 @@ class Recipe:
     fallback         layers with a predicted or measured error above this, and those that cost the model most, get 8-bit
                      activations; layers still above it stay in 16 bit. 0 to keep every layer 4-bit
     act8_share       at most this share of the multiply-adds gets 8-bit activations, worst layers first
+    branches         of layers that read one input: "own" for each; or "shared": they are fitted as one, and have one
+                     proj_down, which engines that store them as one need to have them at this rank
     activation       "stock", or "best": the finest rule for activation scales that the format has, for backends with it
     smoothing        "weight_spans" (data-free), "noise_model" or "grid" (the reference's 39 points)
     smooth_power     weight_spans: smooth_factor = span of the weight's input channel ** -smooth_power, 0 to 1
@@ -77,6 +80,7 @@ class Recipe:
     target_size: int = 0
     fallback: float = 0.0
     act8_share: float = 0.1
+    branches: str = OWN
     activation: str = "stock"
     smoothing: str = "weight_spans"
     smooth_power: float = 0.5
@@ -189,6 +193,7 @@ _ROUNDS = _whole(0, "a whole number of rounds, 0 or more")
 _NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": _word(*NAMED),
     "format": _word(*WITH_BRANCH),
+    "branches": _word(OWN, SHARED),
     "activation": _word("stock", "best"),
     "smoothing": _word("weight_spans", "noise_model", "grid"),
     "modulation": _word(*WITHOUT_BRANCH, KEEP_16BIT),

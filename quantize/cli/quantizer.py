@@ -14,7 +14,7 @@ from ..files.part import Beside
 from ..files.source import FileSource
 from ..maker.model import Target, quantize_model
 from ..maker.report import summarize, write_report
-from ..recipe import NAMED, WITH_BRANCH, Recipe, bytes_of
+from ..recipe import NAMED, OWN, SHARED, WITH_BRANCH, Recipe, bytes_of
 from . import add_target, report_folder_of, show, target_of
 
 
@@ -28,6 +28,12 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--device", default="cpu", help="where to compute, e.g. cuda")
     command.add_argument("--recipe", choices=NAMED, help="default: balanced with statistics, else fast")
     command.add_argument("--statistics", metavar="FILE", help="what SVDQuant Calibrate has written for this model")
+    command.add_argument(
+        "--branches",
+        choices=(OWN, SHARED),
+        default=OWN,
+        help="of layers of one input; own is more exact, shared is what Nunchaku and comfy-kitchen join",
+    )
     command.add_argument("--activation", choices=("stock", "best"), default="stock", help="activation rounding")
     command.add_argument("--target-size", type=float, default=0, metavar="GB", help="choose ranks for this file size")
     command.add_argument(
@@ -88,6 +94,7 @@ def _quantize(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         format=arguments.format,
         rank=32 if auto else int(arguments.rank),
         auto_rank=auto,
+        branches=arguments.branches,
         activation=arguments.activation,
         target_size=bytes_of(arguments.target_size),
         fallback=arguments.fallback,

@@ -30,6 +30,7 @@ class Provenance:
     pinned       keys of unet_config that a host cannot find from the tensors and must take from here
     recipe       settings of the run that made the file
     source_hash  sha256 over names and bytes of the 16-bit source tensors
+    groups       layers that read one input and have the same smooth_factor and act_mean: it has to be rounded once
     """
 
     family: str = "generic"
@@ -37,6 +38,7 @@ class Provenance:
     pinned: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     source_hash: str = ""
+    groups: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -60,23 +60,44 @@ def decide(plan: Plan, source: Source, recipe: Recipe, statistics: Statistics | 
     eight_bit = recipe.fallback > 0 and statistics is not None
     if not ranked and not eight_bit:
         return Decisions(plan, plan.specs)
-    units = {}
+    units: dict[str, Unit] = {}  # by the first of the layers that share a branch
+    members: dict[str, tuple[str, ...]] = {}
     for group in plan.groups:
         inputs = None if statistics is None else statistics.of_group(group)
-        for layer in group:
-            if plan.specs[layer].fmt.low_rank:
-                units[layer] = unit_of(source.tensor(f"{layer}.weight").float(), plan.specs[layer], recipe, inputs)
+        for layers in plan.branches(group):
+            if plan.specs[layers[0]].fmt.low_rank:
+                units[layers[0]] = _unit_of_branch(plan, layers, source, recipe, inputs)
+                members[layers[0]] = layers
     eight = eight_bits(units, plan.groups, recipe.fallback, recipe.act8_share, recipe.rank) if eight_bit else {}
     units |= {layer: units[layer].with_8bit_activations() for layer in eight}
-    specs = {**plan.specs, **{layer: unit.spec for layer, unit in units.items()}}
+    specs = dict(plan.specs)
+    for first, layers in members.items():
+        specs |= {layer: replace(specs[layer], act_bits=units[first].spec.act_bits) for layer in layers}
     if not ranked:
-        return Decisions(plan, specs, {}, eight)
+        return Decisions(plan, specs, {}, _for_all(eight, members))
     allocation = allocate(units, _room(source, plan.specs, units, recipe), recipe.fallback, recipe.rank)
-    specs |= {layer: replace(specs[layer], rank=rank) for layer, rank in allocation.ranks.items()}
+    for first, rank in allocation.ranks.items():
+        specs |= {layer: replace(specs[layer], rank=rank) for layer in members[first]}
     measured = sum(unit.sensitivity != 1 for unit in units.values())
     how = f"weighted by the measured sensitivity of {measured} layers" if measured else "all layers weighted alike"
     eight = {layer: reason for layer, reason in eight.items() if layer not in allocation.kept}
-    return Decisions(plan, specs, allocation.kept, eight, (*allocation.notes, how))
+    kept = _for_all(allocation.kept, members)
+    return Decisions(plan, specs, kept, _for_all(eight, members), (*allocation.notes, how))
+
+
+def _for_all(reasons: Mapping[str, str], members: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """What was decided of a branch, for every layer that has it."""
+    return {layer: reason for first, reason in reasons.items() for layer in members[first]}
+
+
+def _unit_of_branch(
+    plan: Plan, layers: Sequence[str], source: Source, recipe: Recipe, inputs: InputStatistics | None
+) -> "Unit":
+    """Layers that share a branch as the budget sees them: one, with their outputs side by side"""
+    specs = [plan.specs[layer] for layer in layers]
+    weight = torch.cat([source.tensor(f"{layer}.weight").float() for layer in layers])
+    unit = unit_of(weight, replace(specs[0], n=len(weight)), recipe, inputs)
+    return replace(unit, members=tuple(specs)) if len(specs) > 1 else unit
 
 
 def _check_statistics(plan: Plan, model: str, recipe: Recipe, statistics: Statistics | None) -> None:
@@ -106,17 +127,23 @@ def _check_statistics(plan: Plan, model: str, recipe: Recipe, statistics: Statis
 
 @dataclass(frozen=True)
 class Unit:
-    """One layer as the budget sees it.
+    """One low-rank branch as the budget sees it, and the layer that it belongs to.
 
     error        squared relative output error to expect at each rank 0, 16, ..., 128
     sensitivity  how much the model's output suffers per squared relative error; 1 for all where it is not known
     error8       `error` with 8-bit activations, None where nothing is known of the activations
+    members      the layers, where several share the branch; `spec` is then of all of them side by side
     """
 
     spec: LayerSpec
     error: tuple[float, ...]
     sensitivity: float = 1.0
     error8: tuple[float, ...] | None = None
+    members: tuple[LayerSpec, ...] = ()
+
+    @property
+    def layers(self) -> int:
+        return max(1, len(self.members))
 
     @property
     def products(self) -> int:
@@ -124,8 +151,8 @@ class Unit:
         return self.spec.n * self.spec.k
 
     def bytes_at(self, rank: int) -> int:
-        """Bytes of the stored layer at most, means included."""
-        return self.spec.fmt.nbytes(self.spec.n, self.spec.k, rank, MEANS)
+        """Bytes of the stored layers at most, means included; each holds its proj_down, shared or not."""
+        return sum(spec.fmt.nbytes(spec.n, spec.k, rank, MEANS) for spec in self.members or (self.spec,))
 
     def with_8bit_activations(self) -> "Unit":
         assert self.error8 is not None
@@ -224,12 +251,15 @@ def allocate(units: Mapping[str, Unit], room: int, fallback: float = 0.0, unifor
     while (best := _best(units, ranks, room - spent)) is not None:
         spent += _cost(units[best], ranks[best])
         ranks[best] += RANK_TILE
+    counts: Counter[int] = Counter()
+    for layer, rank in ranks.items():
+        counts[rank] += units[layer].layers
     notes = [
-        f"{room:,} bytes for {len(units)} layers, {spent:,} used",
-        "ranks " + ", ".join(f"{count} x {rank}" for rank, count in sorted(Counter(ranks.values()).items())),
+        f"{room:,} bytes for {sum(unit.layers for unit in units.values())} layers, {spent:,} used",
+        "ranks " + ", ".join(f"{count} x {rank}" for rank, count in sorted(counts.items())),
     ]
     if kept:
-        notes.append(f"{len(kept)} layers stay in 16 bit")
+        notes.append(f"{sum(units[layer].layers for layer in kept)} layers stay in 16 bit")
     return Allocation(ranks, kept, spent, notes)
 
 

@@ -5,8 +5,9 @@ what it returns. It knows no file and no other group, so it can run anywhere.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..maths import smooth as smoothing
 from ..maths.fit import NOISE_TOKENS, data_free, refine, svdquant
 from ..maths.inputs import LayerInput, mean_of, to_16bit
 from ..maths.layer import Dense, FittedLayer, Making, output_errors
+from ..maths.rows import rows_of
 from ..recipe import HESSIAN_STEP
 
 SMOOTHING_TOKENS = 4096  # of the kept ones, for spans and the noise model
@@ -45,12 +47,14 @@ class LayerGroup:
     inputs  statistics of that activation; with None, or too few tokens, the layers are made without data
     eight   why each has 8-bit activations, where that was decided before
     widen   whether the group may be made again with 8-bit activations if its error is too large
+    shared  whether they are fitted as one layer, with one proj_down, and kept in 16 bit together if at all
     """
 
     layers: Sequence[Dense]
     inputs: InputStatistics | None = None
     eight: Sequence[str | None] = ()
     widen: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,13 @@ class QuantizedLayer:
 
 
 def make_group(group: LayerGroup, making: Making) -> tuple[LayerOutcome, ...]:
-    """One outcome per layer; one smoothing serves all, then each is made on its own
+    """One outcome per layer; one smoothing serves all, and where they share it one low-rank branch
 
     A group whose measured error is above `fallback` is made again with 8-bit activations where it may be; a layer that
     is above it even so stays in 16 bit.
     """
     limit, eight = making.recipe.fallback, group.eight or [None] * len(group.layers)
-    made = _make_within_memory(group.layers, group.inputs, making)
+    made = _make_within_memory(group, group.layers, making)
     worst = max(one.output_error for one in made)
     if limit and worst > limit and group.widen and group.layers[0].spec.act_bits == 4:
         eight = [
@@ -89,11 +93,14 @@ def make_group(group: LayerGroup, making: Making) -> tuple[LayerOutcome, ...]:
             else "its group's error is too large"
             for one in made
         ]
-        made = _make_within_memory([dense.with_8bit_activations() for dense in group.layers], group.inputs, making)
-    return tuple(_outcome(one, reason, making) for one, reason in zip(made, eight, strict=True))
+        made = _make_within_memory(group, [dense.with_8bit_activations() for dense in group.layers], making)
+    worst = max(one.output_error for one in made)
+    errors = [worst if group.shared else one.output_error for one in made]
+    return tuple(_outcome(*each, making) for each in zip(made, eight, errors, strict=True))
 
 
-def _outcome(one: QuantizedLayer, eight: str | None, making: Making) -> LayerOutcome:
+def _outcome(one: QuantizedLayer, eight: str | None, error: float, making: Making) -> LayerOutcome:
+    """`error` decides about 16 bit: its own, or the largest of the layers that share a branch with it"""
     spec, limit = one.layer.spec, making.recipe.fallback
     record = {
         "format": spec.format,
@@ -105,22 +112,18 @@ def _outcome(one: QuantizedLayer, eight: str | None, making: Making) -> LayerOut
         **one.record,
     }
     # with a target size every byte is spent already, and the budget has decided what stays in 16 bit
-    if limit and one.output_error > limit and not making.recipe.target_size:
+    if limit and error > limit and not making.recipe.target_size:
         even = ", with 8-bit activations too" if spec.act_bits == 8 else ""
-        return LayerOutcome(
-            None, None, record | {"kept": f"output error {one.output_error:.3f} is above {limit:g}{even}"}
-        )
+        return LayerOutcome(None, None, record | {"kept": f"output error {error:.3f} is above {limit:g}{even}"})
     bias = None if one.bias is None else one.bias.to("cpu", making.dtype)
     return LayerOutcome(one.layer.to("cpu"), bias, record | ({"eight": eight} if spec.act_bits == 8 else {}))
 
 
-def _make_within_memory(
-    layers: Sequence[Dense], inputs: InputStatistics | None, making: Making
-) -> list[QuantizedLayer]:
+def _make_within_memory(group: LayerGroup, layers: Sequence[Dense], making: Making) -> list[QuantizedLayer]:
     """With a Hessian of smaller blocks where memory does not suffice, as the record says"""
     while True:
         try:
-            return _make(layers, inputs, making)
+            return _make(replace(group, layers=layers), making)
         except (RuntimeError, MemoryError) as error:
             half = min(making.recipe.hessian_block, layers[0].spec.k) // 2 // HESSIAN_STEP * HESSIAN_STEP
             if half == 0 or not making.recipe.needs_data or not _is_out_of_memory(error):
@@ -133,25 +136,43 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def _make(layers: Sequence[Dense], inputs: InputStatistics | None, making: Making) -> list[QuantizedLayer]:
+def _make(group: LayerGroup, making: Making) -> list[QuantizedLayer]:
     begun = time.perf_counter()
+    layers, inputs = group.layers, group.inputs
     spec, recipe = layers[0].spec, making.recipe
     if not spec.fmt.low_rank or not recipe.needs_data:
-        made = _without_data(layers, making)
+        made = _without_data(group, making)
     elif inputs is None:
-        made = _without_data(layers, making, "the statistics do not hold this layer")
+        made = _without_data(group, making, "the statistics do not hold this layer")
     elif inputs.kept < (wanted := max(32, int(FEWEST_TOKENS * spec.k))):
-        made = _without_data(layers, making, f"{inputs.kept} tokens were seen, needed {wanted}")
+        made = _without_data(group, making, f"{inputs.kept} tokens were seen, needed {wanted}")
     else:
-        made = _with_data([dense.floats(making.device) for dense in layers], inputs, making)
+        made = _with_data(replace(group, layers=[dense.floats(making.device) for dense in layers]), inputs, making)
     seconds = (time.perf_counter() - begun) / len(layers)
     return [replace(one, record={**one.record, "seconds": seconds}) for one in made]
 
 
-def _without_data(layers: Sequence[Dense], making: Making, why: str = "") -> list[QuantizedLayer]:
-    spans = torch.stack([dense.weight.to(making.device).float().abs().amax(0) for dense in layers])
-    made = [quantize_layer(dense, making, spans) for dense in layers]
+def _without_data(group: LayerGroup, making: Making, why: str = "") -> list[QuantizedLayer]:
+    layers = group.layers
+    if group.shared:
+        made = _apart(quantize_layer(Dense.stacked(layers), making), layers)
+    else:
+        spans = torch.stack([dense.weight.to(making.device).float().abs().amax(0) for dense in layers])
+        made = [quantize_layer(dense, making, spans) for dense in layers]
     return [replace(one, record={"notes": [f"made without data: {why}"]}) for one in made] if why else made
+
+
+def _apart(one: QuantizedLayer, layers: Sequence[Dense]) -> list[QuantizedLayer]:
+    """The layers that were quantized as one."""
+    found, start = [], 0
+    for dense in layers:
+        rows = slice(start, start + dense.spec.n)
+        layer = Layer(dense.spec, rows_of(one.layer.tensors, one.layer.spec, rows))
+        bias = None if one.bias is None else one.bias[rows].contiguous()
+        weight = dense.weight.to(one.layer["qweight"].device).float()
+        found.append(QuantizedLayer(layer, bias, weight_error(weight, layer)))
+        start = rows.stop
+    return found
 
 
 def quantize_layer(dense: Dense, making: Making, spans: torch.Tensor | None = None) -> QuantizedLayer:
@@ -182,8 +203,9 @@ def weight_error(weight: torch.Tensor, layer: Layer) -> float:
     return ((weight - layer.dense_weight()).norm() / torch.where(scale == 0, 1, scale)).item()
 
 
-def _with_data(layers: Sequence[Dense], inputs: InputStatistics, making: Making) -> list[QuantizedLayer]:
+def _with_data(group: LayerGroup, inputs: InputStatistics, making: Making) -> list[QuantizedLayer]:
     """The candidate with the least error on held-out tokens, measured for every layer, the plain one included."""
+    layers = group.layers
     tokens, buckets = inputs.part(hold=False)
     held, held_buckets = inputs.part(hold=True)
     if not len(held):
@@ -193,7 +215,7 @@ def _with_data(layers: Sequence[Dense], inputs: InputStatistics, making: Making)
             (fit, output_errors(fit, dense, held, held_buckets, BUCKETS))
             for fit, dense in zip(fits, layers, strict=True)
         ]
-        for name, fits in _candidates(layers, inputs, tokens, making).items()
+        for name, fits in _candidates(group, inputs, tokens, making).items()
     }
     # one smoothing serves the whole group, so it is kept or dropped as a whole
     best = min(tried, key=lambda name: sum(errors.total**2 for _, errors in tried[name]))
@@ -222,16 +244,24 @@ def _with_data(layers: Sequence[Dense], inputs: InputStatistics, making: Making)
     return made
 
 
+def _each(group: LayerGroup, fit: Callable[[Dense], FittedLayer]) -> list[FittedLayer]:
+    """One fit per layer, all from one fit where they share their branch"""
+    if group.shared:
+        return fit(Dense.stacked(group.layers)).split([dense.spec.n for dense in group.layers])
+    return [fit(dense) for dense in group.layers]
+
+
 def _candidates(
-    layers: Sequence[Dense], inputs: InputStatistics, tokens: torch.Tensor, making: Making
+    group: LayerGroup, inputs: InputStatistics, tokens: torch.Tensor, making: Making
 ) -> dict[str, list[FittedLayer]]:
     """name -> one fit per layer; the best on held-out tokens will be kept, the first of equals"""
+    layers = group.layers
     recipe, spec = making.recipe, replace(layers[0].spec, rank=max(dense.spec.rank for dense in layers))
     weights, device = [dense.weight for dense in layers], layers[0].weight.device
     seen = _seen(tokens, inputs, spec, device)
     fits = {}
     if recipe.smoothing == "grid":
-        fits[recipe.name] = [svdquant(dense, tokens, making) for dense in layers]
+        fits[recipe.name] = _each(group, lambda dense: svdquant(dense, tokens, making))
     else:
         centred = recipe.centring and spec.act_bits == 4
         act_mean = mean_of(tokens, spec, making.dtype, device) if centred else None
@@ -242,10 +272,10 @@ def _candidates(
             independent = replace(making, recipe=replace(recipe, input_noise=False))
             ways[f"{recipe.name}, noise taken as independent"] = independent
         for name, way in ways.items():
-            fits[name] = [refine(dense, smooth, tokens, way, act_mean) for dense in layers]
+            fits[name] = _each(group, partial(refine, smooth=smooth, tokens=tokens, making=way, act_mean=act_mean))
     span = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
     smooth = to_16bit(smoothing.from_spans(seen.absmax, span, 0.5, 0.5).clamp(*smoothing.LIMITS), making.dtype)
-    fits[PLAIN] = [data_free(dense, smooth, making, search=False) for dense in layers]
+    fits[PLAIN] = _each(group, partial(data_free, smooth=smooth, making=making, search=False))
     return fits
 
 

@@ -44,7 +44,7 @@ Progress = Callable[[int, int, str], None]
 """progress(done, total, layer): called before each layer; raise from it to stop, nothing is then left on disk but
 the work folder, where one was asked for"""
 
-WORK_VERSION = "2"  # raise it when the same recipe starts to give other bytes
+WORK_VERSION = "3"  # raise it when the same recipe starts to give other bytes
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,7 @@ class GroupMaker:
                 inputs,
                 [decisions.eight.get(layer) for layer in layers],
                 share.has_room_for(layers),
+                tuple(layers) in decisions.plan.shared,
             )
             outcomes = dict(zip(layers, make_group(task, self.making), strict=True))
         except LayerError as error:
@@ -308,6 +309,12 @@ class RunOutcome:
         return decided | {layer: record["eight"] for layer, record in self.records.items() if "eight" in record}
 
     @cached_property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The 4-bit layers of one input, without those that are alone with theirs."""
+        found = (tuple(layer for layer in group if layer not in self.kept) for group in self.decisions.plan.groups)
+        return tuple(group for group in found if len(group) > 1)
+
+    @cached_property
     def specs(self) -> dict[str, LayerSpec]:
         """Of the 4-bit layers, as they are stored."""
         specs = {layer: spec for layer, spec in self.decisions.specs.items() if layer not in self.kept}
@@ -340,7 +347,9 @@ def write(
                 writer.add(key, beside.read(key))
         outcome = RunOutcome(decisions, records, resumed)
         family = decisions.plan.family.name
-        provenance = Provenance(family, source.unet_config, source.pinned, recipe.as_dict(), reader.hash())
+        provenance = Provenance(
+            family, source.unet_config, source.pinned, recipe.as_dict(), reader.hash(), outcome.groups
+        )
         writer.metadata |= metadata_of(provenance, outcome.specs)
     return outcome
 

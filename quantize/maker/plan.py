@@ -1,7 +1,7 @@
 """First step, plan: which layers become 4-bit, in what form, and which of them are made together."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -12,7 +12,7 @@ from ..families import FAMILIES, Family, detect
 from ..files.source import Source
 from ..files.spelling import name_in_the_way
 from ..files.tensor_file import TensorInfo
-from ..recipe import KEEP_16BIT, Recipe
+from ..recipe import KEEP_16BIT, SHARED, Recipe
 
 
 class QuantizeError(ValueError):
@@ -25,6 +25,7 @@ class Plan:
 
     specs   layer -> its spec
     groups  all layers in the order of `specs`, those that read the same activation together
+    shared  those of `groups` whose layers are fitted as one and have one proj_down
     unfit   layer -> why it stays in 16 bit though the table names it
     dtype   of stored 16-bit tensors
     """
@@ -34,6 +35,11 @@ class Plan:
     groups: tuple[tuple[str, ...], ...]
     unfit: Mapping[str, str]
     dtype: torch.dtype
+    shared: frozenset[tuple[str, ...]] = frozenset()
+
+    def branches(self, group: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+        """A group in parts that have one low-rank branch each."""
+        return (group,) if group in self.shared else tuple((layer,) for layer in group)
 
     @cached_property
     def inputs(self) -> dict[str, int]:
@@ -83,7 +89,15 @@ def plan_layers(infos: Mapping[str, TensorInfo], family: Family, recipe: Recipe)
     # fp16 stays fp16; everything else is stored as bf16, whose range no weight overflows
     dtypes = {infos[f"{layer}.weight"].dtype for layer in specs}
     dtype = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
-    return Plan(family, specs, group_layers(specs, family), unfit, dtype)
+    groups = group_layers(specs, family)
+    shared = frozenset(group for group in groups if recipe.branches == SHARED and _are_alike(group, specs, infos))
+    return Plan(family, specs, groups, unfit, dtype, shared)
+
+
+def _are_alike(group: tuple[str, ...], specs: Mapping[str, LayerSpec], infos: Mapping[str, TensorInfo]) -> bool:
+    """Whether several layers can be one with their outputs side by side."""
+    kinds = {(replace(specs[layer], n=0), f"{layer}.bias" in infos) for layer in group}
+    return len(group) > 1 and len(kinds) == 1
 
 
 def group_layers(specs: Mapping[str, LayerSpec], family: Family) -> tuple[tuple[str, ...], ...]:

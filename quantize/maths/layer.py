@@ -3,6 +3,7 @@
 The vector that divides the activation is `smooth` in formulas and code, `smooth_factor` among the tensors of a file.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,6 +47,13 @@ class Dense:
             return Dense(weight, self.bias.to(weight), self.spec)
         return Dense(weight, weight.new_zeros(self.spec.n) if self.spec.act_unsigned != (0, 0) else None, self.spec)
 
+    @classmethod
+    def stacked(cls, layers: Sequence["Dense"]) -> "Dense":
+        """Layers of one input as one, outputs side by side; all or none have a bias, and all have one kind of spec."""
+        biases = [dense.bias for dense in layers if dense.bias is not None]
+        spec = replace(layers[0].spec, n=sum(dense.spec.n for dense in layers))
+        return cls(torch.cat([dense.weight for dense in layers]), torch.cat(biases) if biases else None, spec)
+
     def with_8bit_activations(self) -> "Dense":
         return replace(self, spec=replace(self.spec, act_bits=8))
 
@@ -83,6 +91,17 @@ class FittedLayer:
     def centre(self) -> torch.Tensor | None:
         """act_mean after smoothing"""
         return None if self.act_mean is None else self.act_mean / self.smooth
+
+    def split(self, sizes: Sequence[int]) -> list["FittedLayer"]:
+        """One layer per share of the output channels: `Dense.stacked` undone. They share all that their input has."""
+        found, start = [], 0
+        for size in sizes:
+            rows = slice(start, start + size)
+            bias = None if self.bias is None else self.bias[rows]
+            scales, up = self.scales.rows(rows), self.proj_up[rows]
+            found.append(replace(self, rounded=self.rounded[rows], scales=scales, proj_up=up, bias=bias))
+            start += size
+        return found
 
     def layer(self, spec: LayerSpec, dtype: torch.dtype) -> Layer:
         """The stored layer; zero columns fill a smaller branch up to `spec.rank`."""

@@ -6,13 +6,15 @@ stored tensors mean, so that an error measured here is the error of the file. Wh
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ...kernels.formats import Format
+from ...kernels.layer import LayerSpec
 from ...kernels.packing import pack
 from .inputs import MOST_DAMPINGS, Gram, cholesky
+from .rows import rows_of
 
 CHUNK = 1 << 18  # elements worked on at once: they stay in the processor's cache
 DAMPING = 0.01  # of the mean diagonal, added to it
@@ -42,6 +44,12 @@ class WeightScales:
         """Every element of (N, K) on its own, round to nearest."""
         groups = weight.unflatten(-1, (self.step.shape[1], -1))
         return self.nearest(groups, self.step[..., None]).flatten(-2)
+
+    def rows(self, rows: slice) -> "WeightScales":
+        """Of some rows of the matrix."""
+        n, groups = self.step.shape
+        spec = LayerSpec(self.fmt.name, n, groups * self.fmt.group_size)
+        return replace(self, step=self.step[rows], stored=rows_of(self.stored, spec, rows))
 
     def encode(self, rounded: torch.Tensor) -> dict[str, torch.Tensor]:
         """The stored tensors of an (N, K) matrix whose elements lie on this grid."""

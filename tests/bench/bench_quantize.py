@@ -2,9 +2,10 @@
 
     COMFYUI_PATH=<ComfyUI folder> python tests/bench/bench_quantize.py [--check] [--seed N] [--only SECTION ...]
 
-Sections: trained (the demo FLUX, 22 linear units), synthetic, speed, large, cost, memory. Every row comes from this
-run; all seeds are printed. With --check the exit status is 1 where a figure is missed. `ours` is the recipe `best` with
-our activation rules, `stock` the same with those of stock kernels. Nothing was ever tuned on the seeds of the default.
+Sections: trained (the demo FLUX, 22 linear units), synthetic, speed, large, cost, memory, groups. Every row comes from
+this run; all seeds are printed. With --check the exit status is 1 where a figure is missed. `ours` is the recipe `best`
+with our activation rules, `stock` the same with those of stock kernels. Nothing was ever tuned on the seeds of the
+default.
 """
 
 import importlib.util

@@ -23,6 +23,7 @@ from svdquant_pack.quantize.maths.fit import refine, svdquant
 from svdquant_pack.quantize.maths.inputs import LayerInput, mean_of, to_16bit
 from svdquant_pack.quantize.maths.layer import Dense, FittedLayer, Making, output_errors
 from svdquant_pack.quantize.recipe import Recipe
+from svdquant_pack.tests.bench import group_figures
 from svdquant_pack.tests.bench.synthetic_layers import KINDS, make
 
 FORMATS = ("int4", "nvfp4")
@@ -259,6 +260,22 @@ def cost(seed: int, checks: Checks) -> None:
         say(f"  estimate for FLUX.1, {tokens} tokens, rank 32, one core of this machine: {total / 3600:.1f} h")
 
 
+def groups(seed: int, checks: Checks) -> None:
+    """One branch for q, k and v against one for each: the demo model's trained ones, and three unrelated weights."""
+    for name, rank, case in (
+        ("demo", 16, group_figures.trained(seed)),
+        ("synthetic", 32, group_figures.synthetic(seed)),
+    ):
+        for format in FORMATS:
+            for method in ("fast", "balanced"):
+                recipe = Recipe.named(method, format=format, rank=rank)
+                own, same, equal = group_figures.ratios(*case, recipe)
+                say(
+                    f"  {name:9} {format:6} {method:8} rank {rank}: {own:.4f} with a branch for each; one for all at "
+                    f"the same rank {same:.3f}, at equal bytes {equal:.3f} of it"
+                )
+
+
 class RandomFlux:
     """A 16-bit FLUX.1 of full size whose tensors are made when they are read; see `quantize.source.Source`."""
 
@@ -321,6 +338,7 @@ SECTIONS: dict[str, Callable[[int, Checks], None]] = {
     "cost": cost,
     "large": large,
     "memory": memory,
+    "groups": groups,
 }
 
 

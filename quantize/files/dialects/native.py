@@ -50,7 +50,10 @@ A whole checkpoint, which has VAE and text encoders as well, names the diffusion
 ComfyUI's own save nodes write is that without a header and without checksums: see files/part.py.
 
 The header's metadata (strings) carries
-    svdquant     JSON {"version": 1, "family", "pinned", "rank", "formats": {layer: format}, "source_hash"}
+    svdquant     JSON {"version": 1, "family", "pinned", "rank", "formats": {layer: format}, "source_hash", "groups"}
+                 groups, absent where there is none: [[layer, ..], ..], layers of one input whose smooth_factor and
+                 act_mean are the same numbers, so that it has to be rounded once; proj_down is the same as well where
+                 recipe has branches "shared". Each layer is whole without it, and a reader may ignore it
     unet_config  JSON, ComfyUI's model configuration as the writing host had it
     recipe       JSON, settings of the quantization
     svdquant_checksums  JSON, of every tensor and of these strings: see files/integrity.py. A reader may ignore it

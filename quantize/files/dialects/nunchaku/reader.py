@@ -253,6 +253,8 @@ def _add_split(draft: Draft, hosts: tuple[str, ...], layer: StoredLayer, spec: L
     blocks = None
     if layer.rank and layer.rank % (joins.RANK_TILE * len(hosts)) == 0:  # else it cannot be block-diagonal
         blocks = joins.rank_blocks(draft.stored.read_cached(layer, 0)["proj_up"], sizes)
+    if layer.fmt.low_rank:
+        draft.groups.append(hosts)
     for i, host in enumerate(hosts):
         rank = layer.rank if blocks is None else blocks[i].stop - blocks[i].start
 
@@ -270,7 +272,8 @@ def _checkpoint(draft: Draft, as_is: bool) -> Checkpoint:
         family = "generic" if as_is else detect_family(weights).name
     except FamilyError as error:
         raise CheckpointError(f"{file.path.name}: {error}") from error
-    provenance = replace(provenance_of(file, weights, family), unet_config=header.unet_config(file))
+    provenance = provenance_of(file, weights, family)
+    provenance = replace(provenance, unet_config=header.unet_config(file), groups=tuple(draft.groups))
 
     def named(readers: Mapping[str, Callable[[], Any]]) -> Callable[[str], Any]:
         def read(name: str) -> Any:

@@ -88,6 +88,7 @@ class Draft:
 
     lite   signed activations and modulation rows in natural order: Nunchaku Lite
     hints  stored layer -> logical (N, K) as the header has it, of padded layers
+    groups ComfyUI's layers that are one stored layer
     """
 
     stored: StoredFile
@@ -98,6 +99,7 @@ class Draft:
     rest: dict[str, TensorInfo] = field(default_factory=dict)
     layer_readers: dict[str, Reader] = field(default_factory=dict)
     rest_readers: dict[str, Reader] = field(default_factory=dict)
+    groups: list[tuple[str, ...]] = field(default_factory=list)
 
     def add_layer(self, name: str, spec: LayerSpec, read: Reader) -> None:
         self.specs[name], self.layer_readers[name] = spec, read
