@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .....kernels.bounded_json import read_object
 from .....kernels.formats import DEFAULT, FORMATS
 from .....kernels.layer import LayerSpec
-from .....kernels.bounded_json import read_object
 from ...header import metadata_of
 from .layers import NAME, has_byte_scales
 from .save_run import SaveRun
