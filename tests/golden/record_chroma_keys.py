@@ -12,6 +12,7 @@ a model calls none of them. tonera/nunchaku has no class that could be built so;
 
 import importlib.util
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -32,6 +33,7 @@ CONFIG: dict[str, Any] = {
     "approximator_layers": 2,
 }
 RANK = 32
+LIST = re.compile(r"\"([^\"]+)\": (\[.*?\])(?=,?\n(?:\"|\}))", re.S)  # a member of an object
 PACKAGES = ("", ".models", ".models.transformers", ".models.attention_processors", ".ops")
 
 
@@ -42,6 +44,10 @@ class Nothing(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         return type(name, (), {})
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return f'"{found[1]}": {json.dumps(json.loads(found[2]))}'
 
 
 def main(nunchaku: Path, chroma: Path, folder: Path) -> None:
@@ -78,7 +84,8 @@ def main(nunchaku: Path, chroma: Path, folder: Path) -> None:
             "tensors": tensors,
             "unsigned": sorted(unsigned),
         }
-        (folder / f"chroma_{precision}_r{RANK}.json").write_text(json.dumps(record, indent=0, sort_keys=True) + "\n")
+        text = LIST.sub(_on_one_line, json.dumps(record, indent=0, sort_keys=True))
+        (folder / f"chroma_{precision}_r{RANK}.json").write_text(f"{text}\n")
 
 
 if __name__ == "__main__":

@@ -125,6 +125,9 @@ def test_what_spooknik_s_class_expects_is_read_and_written(tmp_path, precision):
     seed = torch.Generator().manual_seed(0)
     tensors = {}
     for key, (dtype, shape) in expected.items():
+        if key.endswith(".wcscales") and "qkv" not in key:
+            tensors[key.replace("wcscales", "wtscale")] = torch.ones(1, dtype=torch.bfloat16)
+            continue  # writers have them of joined layers alone; the loader fills in ones
         numbers = torch.rand(shape, generator=seed) + 0.1
         tensors[key] = torch.randint(-128, 128, shape, dtype=dtype) if dtype == torch.int8 else numbers.to(dtype)
     for block in range(record["config"]["num_single_layers"]):  # linear1 of ComfyUI's model divides its input once
@@ -137,7 +140,7 @@ def test_what_spooknik_s_class_expects_is_read_and_written(tmp_path, precision):
     convert_file(tmp_path / "chroma.safetensors", tmp_path / "native.safetensors", "native")
     convert_file(tmp_path / "native.safetensors", tmp_path / "back.safetensors", "nunchaku")
     written = load_file(tmp_path / "back.safetensors")
-    optional = {key for key in expected if key.endswith((".wcscales", ".wtscale"))}
-    assert written.keys() - optional == expected.keys() - optional
-    for key in expected.keys() - optional:
-        assert (written[key].dtype, tuple(written[key].shape)) == expected[key], key
+    upper = (".wcscales", ".wtscale")  # either, neither or both: the loader takes what there is
+    expected = {key: value for key, value in expected.items() if not key.endswith(upper)}
+    assert {key for key in written if not key.endswith(upper)} == expected.keys()
+    assert {key: (written[key].dtype, tuple(written[key].shape)) for key in expected} == expected
