@@ -21,6 +21,7 @@ from ...quantize.lora.patched_weight import Note, PatchedWeight
 from .linear import SVDQuantLinear
 from .lora_groups import PREFIX, PatchGroup, group_of, hook_group, layer_name, refused_biases, warn_of_unknown
 from .patch import MERGE, Patch, known_loras, loras_of
+from .save import said_final
 from .state import LoadSnapshot, ModelState
 from .training import beside
 
@@ -263,20 +264,9 @@ class SVDQuantPatcher(ModelPatcher):
 
         What the layers list of themselves is final, so they say that it is. A patched bias is not.
         """
-        waiting = {
-            key: layer
-            for key, layer in self.packed_layers().items()
-            if not getattr(layer, "comfy_patched_weights", False)
-        }
-        for layer in waiting.values():
-            layer.comfy_patched_weights = True
-        try:
+        with said_final(self.packed_layers()) as waiting:
             saved = super().model_state_dict_for_saving(model, prefix)
-        finally:
-            for layer in waiting.values():
-                layer.comfy_patched_weights = False
-        for key in waiting:
-            bias = f"{key.removesuffix('weight')}bias"
+        for bias in [f"{key.removesuffix('weight')}bias" for key in waiting]:
             if bias in self.patches:
                 bare = super().patch_weight_to_device(bias, device_to=self.load_device, return_weight=True)
                 saved[bias.removeprefix(prefix)] = bare.to("cpu")

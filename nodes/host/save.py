@@ -5,6 +5,7 @@ the model is what a native file holds: LoRAs a part of their layers, and one ten
 which those nodes do not write. `quantize.files.part` reads it.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -33,6 +34,19 @@ REFUSED = (
 def save_as_native(model: Any) -> None:
     """Have save nodes write the host's `model`, which has 4-bit layers, as a file that opens again."""
     model.diffusion_model.register_state_dict_post_hook(partial(_as_native, model.svdquant))
+
+
+@contextlib.contextmanager
+def said_final(layers: Mapping[str, SVDQuantLinear]) -> Iterator[Mapping[str, SVDQuantLinear]]:
+    """Meanwhile all of them say that their weight is as it will be saved; those that did not say so before."""
+    waiting = {key: layer for key, layer in layers.items() if not getattr(layer, "comfy_patched_weights", False)}
+    for layer in waiting.values():
+        layer.comfy_patched_weights = True
+    try:
+        yield waiting
+    finally:
+        for layer in waiting.values():
+            layer.comfy_patched_weights = False
 
 
 def provenance_of(stored: Provenance, model: Any) -> Provenance:
