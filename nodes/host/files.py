@@ -113,7 +113,8 @@ def refuse_name(file_name: str | None) -> str | None:
 
 def leftover_text() -> str:
     """What stopped runs left in the folders that the pack writes to, in one line; empty where there is nothing."""
-    folders = [folder for folder in (write_folder(), write_folder(CHECKPOINTS), statistics_folder()) if folder.is_dir()]
+    places = dict.fromkeys((write_folder(), write_folder(CHECKPOINTS), statistics_folder()))
+    folders = [folder for folder in places if folder.is_dir()]
     found = [each for folder in folders for each in leftovers(folder) if not each.in_use or each.elsewhere]
     if not found:
         return ""

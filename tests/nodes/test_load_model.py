@@ -116,9 +116,7 @@ def test_the_info_node_tells_backend_and_reason(checkpoints):
 
 def test_the_info_node_tells_what_stopped_runs_left(checkpoints, tmp_path, monkeypatch):
     patcher = load_model(str(checkpoints["int4"]))
-    monkeypatch.setattr(
-        files, "write_folder", lambda kind=files.FOLDER: tmp_path / ("" if kind == files.FOLDER else kind)
-    )
+    monkeypatch.setattr(files, "write_folder", lambda *kind: tmp_path)
     monkeypatch.setattr(files, "statistics_folder", lambda: tmp_path / "none")
     assert "leftover" not in SVDQuantModelInfo().describe(patcher)["result"][0]
     (tmp_path / ".x.safetensors.999999999.tmp").write_bytes(bytes(1234))
