@@ -21,7 +21,7 @@ class SVDQuantLoadCheckpoint:
     FUNCTION = "load"
     RETURN_TYPES = ("MODEL", "CLIP", "VAE")
     OUTPUT_TOOLTIPS = ("The 4-bit model.", "The file's text encoders.", "The file's VAE.")
-    SEARCH_ALIASES = ("4bit", "int4", "nvfp4", "load checkpoint", "all in one")
+    SEARCH_ALIASES = ("4bit", "load checkpoint", "all in one")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
