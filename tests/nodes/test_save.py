@@ -10,13 +10,17 @@ import comfy.utils
 import folder_paths
 from safetensors.torch import load_file, save_file
 
-from svdquant_pack.nodes.host.model import load_model
+from svdquant_pack.nodes.host.model import load_model, load_pinned_model
+from svdquant_pack.nodes.host.source import ModelSource
 from svdquant_pack.nodes.lora_limits import SVDQuantLoraLimits
 from svdquant_pack.quantize.cli.verify import verify
 from svdquant_pack.quantize.files.open import open_checkpoint
 from svdquant_pack.quantize.files.part import HEADER
 from svdquant_pack.quantize.files.tensor_file import TensorFile
 from svdquant_pack.quantize.lora.deltas import LoraError
+from svdquant_pack.quantize.maker.model import quantize_model
+from svdquant_pack.quantize.recipe import Recipe
+from svdquant_pack.tests.nodes import zoo
 from svdquant_pack.tests.nodes.pretended_vram import pretend
 from svdquant_pack.tests.nodes.sampling import LORAS, forward, relative
 
@@ -71,6 +75,18 @@ def test_a_saved_model_reopens_bit_equal(checkpoints, saved, format):
     again = load_model(str(path))
     assert torch.equal(forward(again), forward(patcher))
     assert saved(again).read_bytes() == path.read_bytes()  # and once more
+
+
+@pytest.mark.parametrize("name", ["chroma", "flux2", "qwen_image", "sdxl", "z_image"])
+def test_models_of_published_families_reopen_as_they_were(name, tmp_path, saved):
+    if reason := zoo.missing(name):
+        pytest.skip(reason)
+    made, source = tmp_path / "made.safetensors", zoo.save(name, tmp_path / "16bit.safetensors")
+    quantize_model(ModelSource(load_pinned_model(str(source))), made, Recipe(rank=16, alternations=1))
+    patcher = load_model(str(made), "w16")
+    path = saved(patcher)
+    same_numbers(open_checkpoint(made), open_checkpoint(path))
+    assert torch.equal(zoo.forward(load_model(str(path), "w16"), name), zoo.forward(patcher, name))
 
 
 def test_a_lora_is_a_part_of_what_is_saved(checkpoints, saved):
