@@ -88,7 +88,7 @@ bench: venv
 	$(PYTHON) tests/bench/bench_linear.py
 
 # a bound that is missed is in the output and in the exit code, and ends nothing
-CHECKS := linear model host compile load lora
+CHECKS := linear model whole host compile load lora
 bench-check: host
 	{ git log -1 --format='commit %h, %cs'; sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1; } > tests/bench/checks.txt
 	failed=; for name in $(CHECKS); do echo "\n$$ tests/bench/bench_$$name.py --check"; \
