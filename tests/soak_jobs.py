@@ -143,6 +143,15 @@ NAME_INPUTS: dict[str, Callable[[str], Graph]] = {
         "1": node("SVDQuantLoadModel", model_name=name, compute="auto"),
         "2": node("SVDQuantModelInfo", model=["1", 0]),
     },
+    "lora lora_name": lambda name: {
+        "1": node("SVDQuantLoadModel", model_name="int4_native.safetensors", compute="auto"),
+        "2": node("SVDQuantLoadLora", model=["1", 0], lora_name=name, strength_model=1.0),
+        "3": node("SVDQuantModelInfo", model=["2", 0]),
+    },
+    "checkpoint ckpt_name": lambda name: {
+        "1": node("SVDQuantLoadCheckpoint", ckpt_name=name, compute="auto"),
+        "2": node("SVDQuantModelInfo", model=["1", 0]),
+    },
     "demo model_name": lambda name: paint_16bit(name),
     "quantize file_name": lambda name: quantize(name),
     "quantize source": lambda name: quantize("never", source=name),

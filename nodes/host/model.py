@@ -84,7 +84,13 @@ def load_model(
     for module in patcher.model.diffusion_model.modules():
         if isinstance(module, SVDQuantLinear):
             module.__class__ = SVDQuantLinear  # those that load are of this file, hold it open, and cannot be pickled
-    _refuse_missing(checkpoint.path.name, [name for names in missing for name in names], patcher.model.diffusion_model)
+    parameters = dict(patcher.model.diffusion_model.named_parameters())
+    lost = [name for names in missing for name in names if name in parameters and not name.startswith(ELSEWHERE)]
+    for name in FAMILIES[provenance.family].unread if provenance.family in FAMILIES else ():
+        if name in lost:
+            torch.nn.init.ones_(parameters[name])
+            lost.remove(name)
+    _refuse_missing(checkpoint.path.name, lost)
     unused = checkpoint.specs.keys() - set(map(layer_name, patcher.packed_layers()))
     if unused:
         raise CheckpointError(
@@ -170,13 +176,11 @@ def _watching(base: Any, missing: list[list[str]], first_use: FirstUse) -> type:
     return type(base.__name__, (base,), {"Linear": Linear})
 
 
-def _refuse_missing(file: str, missing: list[str], model: torch.nn.Module) -> None:
+def _refuse_missing(file: str, lost: list[str]) -> None:
     """Raise CheckpointError for parameters that are not in the file: they would be zeros, or whatever memory held.
 
     Buffers are the host's own: it computes those that files leave out.
     """
-    parameters = dict(model.named_parameters())
-    lost = [name for name in missing if name in parameters and not name.startswith(ELSEWHERE)]
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         raise CheckpointError(

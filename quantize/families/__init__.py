@@ -69,6 +69,7 @@ class Family:
     config        keys of ComfyUI's model configuration that this family alone has and a file may set -> what they hold
     published     4-bit files that exist
     refused       why this pack cannot run the family at all
+    unread        16-bit tensors that no step of the model reads: files may leave them out
     """
 
     name: str
@@ -85,6 +86,7 @@ class Family:
     config: Mapping[str, Kind] = field(default_factory=dict)
     published: str = ""
     refused: str = ""
+    unread: tuple[str, ...] = ()
 
     def canonical(self, key: str) -> str:
         """A key of a model file under the name that every ComfyUI reads."""

@@ -23,4 +23,5 @@ FAMILY = Family(
             "{layers,noise_refiner,context_refiner}.#.feed_forward.w3",
         ),
     ),
+    unread=("norm_final.weight",),  # Diffusers drops it as well
 )

@@ -24,5 +24,6 @@ FAMILY = Family(
             "{layers,noise_refiner,context_refiner}.#.feed_forward.w3",
         ),
     ),
+    unread=("norm_final.weight",),  # Diffusers drops it as well
     config=keys(FLAG, "z_image_modulation") | keys(POSITIONS, "pad_tokens_multiple"),
 )

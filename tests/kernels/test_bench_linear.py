@@ -23,7 +23,7 @@ def test_it_runs_on_a_cpu(tmp_path):
         assert done.returncode == 0, done.stderr
     assert "fastest mode by rows" in done.stdout
     rows = list(csv.DictReader(table.open()))
-    modes = {"16bit", "32bit", "w4a4", "w16"} | ({"w8a8"} if cpu.exact() is None else set())
+    modes = {"16bit", "32bit", "w4a4", "w16"} | ({"w8a8", "w4a8-jit"} if cpu.exact() is None else set())
     assert {row["mode"] for row in rows} == modes and all(row["passed"] == "True" for row in rows)
     assert len(rows) == 2 * 3 * 2 * len(modes)  # runs, shapes, formats, modes: the second run is appended
 

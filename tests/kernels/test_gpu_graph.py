@@ -7,7 +7,7 @@ from svdquant_pack.kernels import FORMATS, Lora, Prepared, computes_of
 from svdquant_pack.kernels.layer import RANK_TILE
 from svdquant_pack.tests.kernels.layers import random_layer
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 N, K = 96, 256
 
 

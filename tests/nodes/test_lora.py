@@ -175,10 +175,3 @@ def test_a_patch_without_a_low_rank_form_is_refused_by_name(checkpoints):
     patcher.set_lora_limits(LoraLimits(max_rank=32))  # the layer is so small that all its columns are fewer than usual
     with pytest.raises(LoraError, match=r"single_blocks\.1\.linear2.*diff"):
         forward(patcher)
-
-
-def test_a_lora_for_another_model_is_refused(checkpoints):
-    patcher = load_model(str(checkpoints["int4"]))
-    foreign = {"lora_unet_down_blocks_0_x.lora_up.weight": torch.zeros(8, 4)}
-    with pytest.raises(LoraError, match="another model"):
-        comfy.sd.load_lora_for_models(patcher, None, foreign, 1.0, 0)

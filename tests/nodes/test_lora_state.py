@@ -224,16 +224,6 @@ def test_merges_are_refused_by_name(plain, demo_model, checkpoints):
     assert not plain.layer_loras()
 
 
-def test_saving_says_that_the_loras_are_missing(plain, weights, caplog):
-    strong = with_file(plain, lora_of(("lora",), weights), 1.0)
-    comfy.model_management.load_models_gpu([strong])
-    comfy.model_management.unload_all_models()
-    comfy.model_management.load_models_gpu([plain], force_patch_weights=True)
-    assert "SVDQuant Bake LoRA" not in caplog.text
-    comfy.model_management.load_models_gpu([strong], force_patch_weights=True)
-    assert "SVDQuant Bake LoRA" in caplog.text
-
-
 def test_a_partly_loaded_models_loras_are_counted_beside_its_weights(plain, weights):
     """The same room for weights with and without LoRAs: the host's own count of the weights, and the LoRAs on top."""
     small, large = (with_file(plain, lora_of(("lora",), weights, seed), 1.0) for seed in (0, 1))

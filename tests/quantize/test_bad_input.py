@@ -222,6 +222,7 @@ BAD_FIELDS = {
     "bias_correction": (2, None),
     "modulation": ("int4", "8bit"),
     "seed": (-1, 1 << 63, 0.5, True),
+    "branches": ("joint", None, True),
 }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from .....families.z_image import FAMILY
 from ..tables import Block, Infos, LinearRow, NameMap, StoredName, count_blocks, same
 from .flux import rotary_axes
 
@@ -96,6 +97,6 @@ NAMES = NameMap(
     mlp_ratio=8 / 3,
     class_name="ZImageTransformer2DModel",
     model_class="NunchakuZImageTransformer2DModel",
-    unwanted=("norm_final.weight",),  # Diffusers drops it as well: no step of the model reads it
+    unwanted=FAMILY.unread,
     config=config,
 )
