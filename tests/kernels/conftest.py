@@ -5,6 +5,7 @@ because TRITON_INTERPRET is read when a kernel is imported, and other tests comp
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,3 +47,18 @@ def nothing_is_left_in_new_memory() -> Iterator[None]:
 def device() -> torch.device:
     """Where Triton's kernels run."""
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture
+def as_in_a_new_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Of a user who has nothing stored: no choice of an earlier test, none left behind, on disk or not."""
+    from svdquant_pack.kernels import dispatch
+    from svdquant_pack.kernels.measured import known
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_tested", {})
+    known.cache_clear()
+    yield
+    known.cache_clear()

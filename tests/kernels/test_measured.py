@@ -23,16 +23,7 @@ SPEC = LayerSpec("int4", 96, 256, 16)
 OTHERS = [compute for compute in COMPUTES if compute != "measured"]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    """As in a new process of a user without anything stored."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
-    monkeypatch.setattr(dispatch, "_chosen", {})
-    monkeypatch.setattr(dispatch, "_tested", {})
-    known.cache_clear()
-    yield
-    known.cache_clear()
+pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
 
 
 def new_process() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from svdquant_pack.kernels import FORMATS, LayerSpec, backends, choose, dispatch, rivals
 from svdquant_pack.kernels.backends import Backend, discover, each_call, reference
-from svdquant_pack.kernels.measured import ROWS, Kind, known
+from svdquant_pack.kernels.measured import ROWS, Kind
 from svdquant_pack.kernels.modes import FEW
 from svdquant_pack.kernels.self_test import TOLERANCE
 from svdquant_pack.quantize.files.lifecycle import write_whole
@@ -18,16 +18,7 @@ SPEC = LayerSpec("int4", 96, 256, 16)
 FP32 = torch.float32
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    """No memory of earlier tests, none left behind, on disk or not."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
-    monkeypatch.setattr(dispatch, "_chosen", {})
-    monkeypatch.setattr(dispatch, "_tested", {})
-    known.cache_clear()
-    yield
-    known.cache_clear()
+pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
 
 
 class Track:

@@ -29,6 +29,7 @@ from svdquant_pack.quantize.recipe import Recipe
 from svdquant_pack.tests.kernels.layers import random_layer
 from svdquant_pack.tests.nodes import zoo
 from svdquant_pack.tests.nodes.zoo_models import UNET_SIZES
+from svdquant_pack.tests.quantize.golden import DIFFUSERS_DOUBLE, DIFFUSERS_SINGLE
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden" / "peer_keys"
 DTYPES = {torch.bfloat16: "bfloat16", torch.int8: "int8", torch.int32: "int32", torch.float8_e4m3fn: "float8_e4m3fn"}
@@ -69,18 +70,8 @@ SUFFIXES = {
     "smooth": "smooth_factor",
     "smooth_orig": "smooth_factor_orig",
 }
-DOUBLE = {
-    "qkv_proj": "attn.to_qkv",
-    "qkv_proj_context": "attn.add_qkv_proj",
-    "out_proj": "attn.to_out.0",
-    "out_proj_context": "attn.to_add_out",
-    "mlp_fc1": "ff.net.0.proj",
-    "mlp_fc2": "ff.net.2",
-    "mlp_context_fc1": "ff_context.net.0.proj",
-    "mlp_context_fc2": "ff_context.net.2",
-    **{name: f"attn.{name}" for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")},
-}
-SINGLE = {"qkv_proj": "attn.to_qkv", "out_proj": "attn.to_out", "norm_q": "attn.norm_q", "norm_k": "attn.norm_k"}
+DOUBLE = DIFFUSERS_DOUBLE | {name: f"attn.{name}" for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")}
+SINGLE = DIFFUSERS_SINGLE | {name: f"attn.{name}" for name in ("norm_q", "norm_k")}
 
 
 def renamed(key: str) -> str:

@@ -12,6 +12,17 @@ FOLDER = Path(__file__).resolve().parents[1] / "golden" / "public"
 SIDECARS: dict[str, dict[str, Any]] = {
     path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))
 }
+DIFFUSERS_DOUBLE = {  # a module of a double block in FLUX.1's first generation of files -> in Diffusers' names
+    "qkv_proj": "attn.to_qkv",
+    "qkv_proj_context": "attn.add_qkv_proj",
+    "out_proj": "attn.to_out.0",
+    "out_proj_context": "attn.to_add_out",
+    "mlp_fc1": "ff.net.0.proj",
+    "mlp_fc2": "ff.net.2",
+    "mlp_context_fc1": "ff_context.net.0.proj",
+    "mlp_context_fc2": "ff_context.net.2",
+}
+DIFFUSERS_SINGLE = {"qkv_proj": "attn.to_qkv", "out_proj": "attn.to_out"}
 
 
 def of_kind(kind: str) -> list[str]:

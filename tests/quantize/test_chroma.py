@@ -12,24 +12,15 @@ from safetensors.torch import load_file, save_file
 from svdquant_pack.quantize.files.convert import convert_file
 from svdquant_pack.quantize.files.dialects.nunchaku.layers import V1
 from svdquant_pack.quantize.files.open import open_checkpoint
-from svdquant_pack.tests.quantize.golden import FOLDER, path_of
+from svdquant_pack.tests.quantize.golden import DIFFUSERS_DOUBLE, DIFFUSERS_SINGLE, FOLDER, path_of
 
 GOLDEN = {"int4": "svdq-int4_r16-tinyflux", "nvfp4": "svdq-fp4_r16-tinyflux"}
 PEER_KEYS = FOLDER.parent / "peer_keys"
 WIDE, LAYERS = 96, 2
 SECOND_MLP = {"double_blocks.0.img_mlp.2", "double_blocks.0.txt_mlp.2", "single_blocks.0.linear2"}
 SPOOKNIK = {  # a module of FLUX.1's names -> of Diffusers', as its model class has them
-    "transformer_blocks.0.": {
-        "qkv_proj": "attn.to_qkv",
-        "qkv_proj_context": "attn.add_qkv_proj",
-        "out_proj": "attn.to_out.0",
-        "out_proj_context": "attn.to_add_out",
-        "mlp_fc1": "ff.net.0.proj",
-        "mlp_fc2": "ff.net.2",
-        "mlp_context_fc1": "ff_context.net.0.proj",
-        "mlp_context_fc2": "ff_context.net.2",
-    },
-    "single_transformer_blocks.0.": {"qkv_proj": "attn.to_qkv", "out_proj": "attn.to_out"},
+    "transformer_blocks.0.": DIFFUSERS_DOUBLE,
+    "single_transformer_blocks.0.": DIFFUSERS_SINGLE,
 }
 
 

@@ -11,7 +11,15 @@ from svdquant_pack.quantize.files import tiles as layout
 from svdquant_pack.quantize.files.checkpoint import Checkpoint
 from svdquant_pack.quantize.files.convert import convert_file
 from svdquant_pack.quantize.files.open import open_checkpoint
-from svdquant_pack.tests.quantize.golden import SIDECARS, of_kind, path_of, sha256, tensors_of
+from svdquant_pack.tests.quantize.golden import (
+    DIFFUSERS_DOUBLE,
+    DIFFUSERS_SINGLE,
+    SIDECARS,
+    of_kind,
+    path_of,
+    sha256,
+    tensors_of,
+)
 from svdquant_pack.tests.quantize.test_layout import same_bytes
 
 LAYERS = of_kind("svdq_linear")
@@ -247,19 +255,9 @@ def _lora_of(lora: dict[str, torch.Tensor], module: str, hidden: int) -> tuple[t
 
 
 DIFFUSERS = {  # module -> what files that keep Diffusers' attention call it
-    "transformer_blocks.": {
-        "qkv_proj": "attn.to_qkv",
-        "qkv_proj_context": "attn.add_qkv_proj",
-        "out_proj": "attn.to_out.0",
-        "out_proj_context": "attn.to_add_out",
-        "mlp_fc1": "ff.net.0.proj",
-        "mlp_fc2": "ff.net.2",
-        "mlp_context_fc1": "ff_context.net.0.proj",
-        "mlp_context_fc2": "ff_context.net.2",
-    }
+    "transformer_blocks.": DIFFUSERS_DOUBLE
     | {f"norm_{name}": f"attn.norm_{name}" for name in ("q", "k", "added_q", "added_k")},
-    "single_transformer_blocks.": {"qkv_proj": "attn.to_qkv", "out_proj": "attn.to_out"}
-    | {f"norm_{name}": f"attn.norm_{name}" for name in "qk"},
+    "single_transformer_blocks.": DIFFUSERS_SINGLE | {f"norm_{name}": f"attn.norm_{name}" for name in "qk"},
 }
 
 
