@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 
 from . import eight_bit
-from .formats import FORMATS, GELU_SHIFT, STOCK_RULE
+from .formats import FORMATS, GELU_SHIFT, STOCK_RULE, Tensors
 from .layer import RANK_TILE
 from .packing import pack
 
@@ -132,3 +132,12 @@ def activate(y: torch.Tensor, activation: str) -> torch.Tensor:
     if activation == "gelu":
         return F.gelu(y, approximate="tanh")
     return F.silu(y) if activation == "silu" else y
+
+
+def channel_scales_of(tensors: Tensors) -> torch.Tensor:
+    """wtscale * wcscales, (N,) float32; ones for a layer that has neither"""
+    wtscale, wcscales, qweight = tensors.get("wtscale"), tensors.get("wcscales"), tensors["qweight"]
+    if wcscales is not None:
+        return wcscales.float() if wtscale is None else wcscales.float() * wtscale.float()
+    scales = qweight.new_empty(qweight.shape[0], dtype=torch.float32)
+    return scales.fill_(1.0) if wtscale is None else scales.copy_(wtscale)

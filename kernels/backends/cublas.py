@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 
 from .. import stages
-from ..formats import E2M1_CODE, Tensors
+from ..formats import E2M1_CODE
 from ..layer import Layer, Lora
 from . import Backend, KernelCall, Run, triton, with_epilogue
 from .triton import versions
@@ -104,12 +104,6 @@ def words_of(scales: torch.Tensor) -> torch.Tensor:
     return by_row.view(torch.int32)
 
 
-def channel_scales(tensors: Tensors) -> torch.Tensor | None:
-    """wtscale * wcscales, () or (N,) float32; None where the layer has neither"""
-    found = [tensors[name].float() for name in ("wtscale", "wcscales") if name in tensors]
-    return found[0] * found[1] if len(found) == 2 else found[0] if found else None
-
-
 def _quantizer(x: torch.Tensor, layer: Layer, codes: str, lora: Lora | None) -> Quantize:
     """Triton's where that can run, else torch's own steps"""
     if codes == layer.spec.format and versions.missing() is None and (x.is_cuda or triton.interpreted()):
@@ -145,9 +139,7 @@ def _nvfp4(x: torch.Tensor, layer: Layer, lora: Lora | None) -> Run:
             scale_b=tiled(words_of(layer["wscales"])),
             out_dtype=torch.bfloat16,  # its range: the scales of the whole tensor are not in it yet
         )
-        scales = channel_scales(layer.tensors)
-        if scales is not None:
-            y *= scales
+        y *= stages.channel_scales_of(layer.tensors)
         return _finished(y.to(x.dtype), layer, act, layer.centred_bias(bias), lora)
 
     return run

@@ -5,8 +5,8 @@ import torch
 
 from svdquant_pack.kernels import FORMATS
 from svdquant_pack.kernels.formats import GELU_SHIFT
+from svdquant_pack.kernels.stages import channel_scales_of
 
-launch = pytest.importorskip("svdquant_pack.kernels.backends.triton.launch")
 launch_expand = pytest.importorskip("svdquant_pack.kernels.backends.triton.launch_expand")
 SHAPES = [(96, 256), (37, 192), (130, 64)]
 
@@ -24,7 +24,7 @@ def weight_of(format: str, n: int, k: int) -> dict[str, torch.Tensor]:
 def expand(format, weight, dtype, device, **arguments):
     weight = {name: tensor.to(device) for name, tensor in weight.items()}
     arguments = {name: part.to(device) if torch.is_tensor(part) else part for name, part in arguments.items()}
-    scales = launch.channel_scales_of(weight) if {"wtscale", "wcscales"} & weight.keys() else None
+    scales = channel_scales_of(weight) if {"wtscale", "wcscales"} & weight.keys() else None
     found = launch_expand.expand(format, weight, dtype, scales, **arguments)
     return [None if tensor is None else tensor.cpu() for tensor in found]
 

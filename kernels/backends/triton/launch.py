@@ -12,7 +12,7 @@ import torch
 from ...formats import E2M1_CODE, FORMATS, GROUP_SIZE, Tensors
 from ...layer import RANK_TILE, Lora
 from ...packing import by_column
-from ...stages import CodedActivation, Coding, Range, weigh_
+from ...stages import CodedActivation, Coding, Range, channel_scales_of, weigh_
 from .down import COLUMNS
 from .gemm_nvfp4 import gemm_nvfp4
 from .gemm_w4 import gemm_w4
@@ -357,12 +357,3 @@ def multiply_gemv(
     """Gemv, for one call"""
     weight = {"qweight": qweight, "wscales": wscales, "wzeros": wzeros}
     return Gemv(x, qweight.shape[0], bias is not None)(x, weight, bias)
-
-
-def channel_scales_of(tensors: Tensors) -> torch.Tensor:
-    """wtscale * wcscales, (N,) float32; ones for a layer that has neither"""
-    wtscale, wcscales, qweight = tensors.get("wtscale"), tensors.get("wcscales"), tensors["qweight"]
-    if wcscales is not None:
-        return wcscales.float() if wtscale is None else wcscales.float() * wtscale.float()
-    scales = qweight.new_empty(qweight.shape[0], dtype=torch.float32)
-    return scales.fill_(1.0) if wtscale is None else scales.copy_(wtscale)

@@ -10,7 +10,7 @@ import torch
 
 from ...formats import E2M1_CODE, Tensors
 from ...layer import Layer, Lora
-from ...stages import CodedActivation, Coding, activate
+from ...stages import CodedActivation, Coding, activate, channel_scales_of
 from ...weight_cache import WeightCache
 from .. import Run
 from . import launch, launch_expand
@@ -73,7 +73,7 @@ def expander(layer: Layer, dtype: torch.dtype) -> Expand:
     expand = launch_expand.expander(spec.fmt, tensors, dtype, channel, smooth, unsigned)
 
     def run(layer: Layer) -> tuple[torch.Tensor, torch.Tensor | None]:
-        scales = _once(layer, launch.channel_scales_of) if channel else None
+        scales = _once(layer, channel_scales_of) if channel else None
         return expand(layer.tensors, scales, layer["smooth_factor"] if smooth else None)
 
     return run
@@ -104,7 +104,7 @@ def w4a4(kind: Kind) -> Run:
         coded, act = quantize(x, layer, lora)
         end = end_of(layer, act, layer.centred_bias(bias), lora, activation)
         if nvfp4:
-            scales = _once(layer, launch.channel_scales_of)
+            scales = _once(layer, channel_scales_of)
             return product(coded, launch.nvfp4_weight(layer.tensors, scales), end)
         return product(coded, (layer["qweight"], layer["wscales"]), end, spec.act_unsigned, None)
 
